@@ -1,0 +1,275 @@
+"""The frozen language model that all nodes share, its tokenizer, and the adapters on it."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from neuromas.adapters import AdapterBank
+from neuromas.config import AdapterConfig
+from neuromas.types import Prompt
+
+BUNDLED = Path(__file__).parent / "bundled"
+_PLACEHOLDER = "PLACEHOLDER"
+
+
+class KVCache:
+    """Keys and values by layer, in the shape of the interface that transformers' attention calls.
+
+    A forward hands each layer's new keys and values, (rows, heads, tokens, head size), to `update` and attends to what it
+    returns. This one remembers them and returns them behind a given past; engines have one that writes in place.
+    """
+
+    def __init__(self, past: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        self.past = past
+        self.new: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        self.new.append((keys, values))
+        if not self.past:
+            return keys, values
+        past_keys, past_values = self.past[layer]
+        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Completions as tensors: per row a node's prompt, padded on the left, then what it wrote, padded on the right.
+
+    `prefixes` are the distinct shared prefixes; each row reads one of them. C columns hold completions.
+    """
+
+    prefix_ids_QT: Int[Tensor, "Q T"]
+    prefix_mask_QT: Bool[Tensor, "Q T"]
+    prefix_node_Q: Int[Tensor, " Q"]
+    """Index of the node whose adapter reads the prefix, where the scope is `all`."""
+    prefix_of_row_B: Int[Tensor, " B"]
+    node_of_row_B: Int[Tensor, " B"]
+    suffix_ids_BS: Int[Tensor, "B S"]
+    suffix_mask_BS: Bool[Tensor, "B S"]
+    completion_mask_BC: Bool[Tensor, "B C"]
+    """True at sampled tokens, stop token included."""
+    temperature: float
+
+
+class Backbone:
+    """One frozen causal language model with its tokenizer; `adapters` is what a network trains on it.
+
+    `scope` says whether adapters act on every token (`all`) or only after the shared prefix (`suffix`).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.adapters: AdapterBank | None = None
+        self.scope: Literal["all", "suffix"] = "all"
+        self.stop_ids = _stop_ids(model, tokenizer)
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stop_ids)
+        self._header, self._footer = _chat_frame(tokenizer)
+        self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
+
+    @classmethod
+    def load(cls, name: str = "bundled", *, dtype: str = "float32", device: str = "auto") -> Self:
+        """Load `bundled`, a local folder, or a model of the Hugging Face hub (from its cache where it is there).
+
+        Raises ValueError that says what is wrong with the folder or the id.
+        """
+        source = str(BUNDLED) if name == "bundled" else name
+        path = Path(source)
+        if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
+            raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        except Exception as error:  # transformers, safetensors and the hub each raise classes of their own
+            reason = " ".join(str(error).split())[:300]
+            where = "" if path.is_dir() else " (not a local folder; offline, a hub id must be in the cache already)"
+            raise ValueError(f"--backbone {name}: cannot be loaded{where}: {reason}") from error
+        return cls(model.to(resolve_device(device)), tokenizer, name)
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> Self:
+        """Return a random Qwen3 of two layers with the bundled tokenizer: shows the mechanics, not the skill."""
+        tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = Qwen3Config(
+                vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+            )  # fmt: skip
+            return cls(Qwen3ForCausalLM(config), tokenizer, f"tiny-{seed}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def add_adapters(self, nodes: Sequence[int], config: AdapterConfig, seed: int) -> AdapterBank:
+        """Put a bank of adapters for these nodes on the model; a backbone carries one bank."""
+        if self.adapters is not None:
+            raise ValueError("this backbone carries the adapters of another network; load a new Backbone for this one")
+        self.adapters = AdapterBank(self.model, nodes, config, seed)
+        self.scope = config.scope
+        return self.adapters
+
+    def checksum(self) -> str:
+        """Hash every frozen weight, adapters left out: equal before and after training."""
+        digest = hashlib.blake2b(digest_size=16)
+        adapters = set(map(id, self.adapters.parameters().values())) if self.adapters else set()
+        for name, tensor in sorted(self.model.state_dict(keep_vars=True).items()):
+            if id(tensor) not in adapters:
+                digest.update(name.replace(".base.", ".").encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def prompt(self, question: str, node_text: str) -> Prompt:
+        """Return the tokens of a node's prompt: one user message, the question first, the node's own part last."""
+        prefix = (*self._header, *self._encode_text(f"{question}\n\n"))
+        return Prompt(prefix, (*self._encode_text(node_text), *self._footer))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return text without special tokens."""
+        decoded = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(decoded, str)
+        return decoded
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        # Control tokens written out in a question or a message stay plain text: nobody can end a turn from inside it.
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(encoded["input_ids"])
+
+    def forward(
+        self,
+        ids_BS: Int[Tensor, "B S"],
+        positions_BS: Int[Tensor, "B S"],
+        key_positions_BK: Int[Tensor, "B K"],
+        key_mask_BK: Bool[Tensor, "B K"],
+        cache: object,
+        nodes_B: Int[Tensor, " B"] | None,
+        *,
+        keep: int,
+    ) -> Float[Tensor, "B keep V"]:
+        """Return float32 logits of the last `keep` columns; the queries' own keys are the last S of the K.
+
+        `nodes_B` are indices into the bank's nodes; None leaves the adapters out.
+        """
+        kwargs = {
+            "input_ids": ids_BS,
+            "position_ids": positions_BS,
+            "attention_mask": self._attention_mask(positions_BS, key_positions_BK, key_mask_BK),
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": keep,
+        }
+        if self.adapters is None:
+            return self.model(**kwargs).logits.float()
+        with self.adapters.routed(nodes_B):
+            return self.model(**kwargs).logits.float()
+
+    def _attention_mask(self, positions_BS: Tensor, key_positions_BK: Tensor, key_mask_BK: Tensor) -> Any:
+        """Return who attends to whom, (B, 1, S, K); a dictionary by kind of layer where the model has sliding windows."""
+        distance = positions_BS[:, :, None] - key_positions_BK[:, None, :]
+        full = ((distance >= 0) & key_mask_BK[:, None, :])[:, None]
+        # A padding query sees nothing; softmax over nothing is not a number, so it sees everything and is never read.
+        full = full | ~full.any(dim=-1, keepdim=True)
+        config = self.model.config
+        if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+            return full
+        return {"full_attention": full, "sliding_attention": full & (distance < config.sliding_window)[:, None]}
+
+    def logprobs(self, rows: Rows) -> Float[Tensor, "B C"]:
+        """Return the log-probability of every sampled token under its row's node; 0 where nothing was sampled.
+
+        The prefix is computed once per question (scope `suffix`) or once per question and node (scope `all`) and its keys
+        and values are shared by the rows that read it; gradients flow through them.
+        """
+        columns = rows.completion_mask_BC.shape[1]
+        prefix_positions_QT = torch.arange(rows.prefix_ids_QT.shape[1], device=self.device).expand_as(rows.prefix_ids_QT)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
+            collected = KVCache()
+            self.forward(
+                rows.prefix_ids_QT, prefix_positions_QT, prefix_positions_QT, rows.prefix_mask_QT, collected,
+                rows.prefix_node_Q if self.scope == "all" else None, keep=1,
+            )  # fmt: skip
+        of_row = rows.prefix_of_row_B
+        past = [(keys[of_row], values[of_row]) for keys, values in collected.new]
+        prefix_mask_BT = rows.prefix_mask_QT[of_row]
+        positions_BS = prefix_mask_BT.sum(1, keepdim=True) + (rows.suffix_mask_BS.cumsum(1) - 1).clamp(min=0)
+        logits_BCV = self.forward(
+            rows.suffix_ids_BS,
+            positions_BS,
+            torch.cat([prefix_positions_QT[of_row], positions_BS], dim=1),
+            torch.cat([prefix_mask_BT, rows.suffix_mask_BS], dim=1),
+            KVCache(past),
+            rows.node_of_row_B,
+            keep=columns + 1,
+        )[:, :-1]
+        targets_BC = rows.suffix_ids_BS[:, -columns:]
+        logprobs_BC = -torch.nn.functional.cross_entropy(
+            (logits_BCV / rows.temperature).flatten(0, 1), targets_BC.flatten(), reduction="none"
+        ).view_as(targets_BC)
+        return logprobs_BC * rows.completion_mask_BC
+
+
+def resolve_device(device: str) -> str:
+    """Return `cuda` or `cpu`; ValueError where cuda is asked for and not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no NVIDIA GPU found; use --device cpu")
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def config_of(name: str) -> Any:
+    """Return a backbone's transformers config without its weights; ValueError as `Backbone.load`."""
+    source = str(BUNDLED) if name == "bundled" else name
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return every token that ends a text: the model's own and the tokenizer's, which may differ in chat models."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise ValueError(f"--backbone {tokenizer.name_or_path}: neither the model nor the tokenizer names a stop token")
+    return frozenset(ids)
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens before and after a user's message, up to where the answer starts; thinking is off.
+
+    A tokenizer without a chat template gets its begin token before and a line break after.
+    """
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _PLACEHOLDER}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        assert isinstance(text, str)
+        header, footer = text.split(_PLACEHOLDER)
+    else:
+        header, footer = tokenizer.bos_token or "", "\n"
+
+    def encode(part: str) -> tuple[int, ...]:
+        return tuple(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    return encode(header), encode(footer)

@@ -1,0 +1,235 @@
+"""The run directory: config, topology, metrics and rollouts as they come, and checkpoints that are whole or not there.
+
+    RUN/config.json  topology.json  metrics.jsonl  rollouts.jsonl  evaluation.json  curve.png
+    RUN/checkpoints/step-000040/    adapters/<node>/ (PEFT)  optimizer.safetensors  ledger.json  state.json
+    RUN/adapters -> checkpoints/<newest>/adapters
+
+A checkpoint is written under another name, flushed, and renamed when complete, so a killed run leaves the one before it.
+Draws are functions of (seed, step, example, rollout, node), so there is no generator state to save.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from neuromas.adapters import AdapterBank
+from neuromas.budget import Ledger
+from neuromas.config import TrainConfig, differences, from_json, to_json
+from neuromas.metrics import check_names
+from neuromas.topology import Topology
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a checkpoint holds besides adapters and optimizer."""
+
+    step: int
+    """Optimizer steps done."""
+    running_mean: float
+    """Mean reward for `--centring ema`."""
+    backbone_checksum: str
+    ledger: Ledger
+
+
+class RunDirectory:
+    """One run on disk. `create` and `open` raise ValueError that says what to do."""
+
+    def __init__(self, path: Path, config: TrainConfig, topology: Topology) -> None:
+        self.path, self.config, self.topology = path, config, topology
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> "RunDirectory":
+        """Return a new run; nothing is written before `initialise`."""
+        path = config.run_path
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"--run-dir {path} exists already; continue it with --resume or name another --run-dir")
+        return cls(path, config, config.topology.build())
+
+    def initialise(self) -> None:
+        """Make the folder with config and topology, unless it is there."""
+        if (self.path / "config.json").exists():
+            return
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            # The config comes last: a folder that has one has everything.
+            _write(self.path / "topology.json", json.dumps(self.topology.to_json(), indent=2).encode())
+            _write(self.path / "config.json", to_json(self.config).encode())
+        except OSError as error:
+            raise ValueError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Open an existing run with its own config."""
+        try:
+            config = from_json((path / "config.json").read_text(), f"{path / 'config.json'}")
+            topology = Topology.from_json(json.loads((path / "topology.json").read_text()))
+        except OSError as error:
+            raise ValueError(f"{path} is no run: expected {Path(error.filename).name} in it, {error.strerror}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no run that can be read: a JSON file in it is damaged ({error})") from error
+        return cls(path, config, topology)
+
+    @classmethod
+    def resume(cls, config: TrainConfig) -> "RunDirectory":
+        """Open the config's run, or create it if it is not there yet; ValueError if it was made with another config."""
+        if not (config.run_path / "config.json").is_file():
+            return cls.create(config)
+        run = cls.open(config.run_path)
+        if other := differences(run.config, config):
+            raise ValueError(
+                f"--run-dir {run.path} belongs to another config, which has {other}; resume with its own settings or name "
+                "another --run-dir"
+            )
+        return run
+
+    def checkpoints(self) -> list[Path]:
+        """Return complete checkpoints, oldest first."""
+        return sorted(p for p in (self.path / "checkpoints").glob("step-*") if p.suffix != ".partial")
+
+    def save(self, bank: AdapterBank, optimizer: torch.optim.Optimizer, state: State) -> None:
+        """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses."""
+        final = self.path / "checkpoints" / f"step-{state.step:06d}"
+        partial = final.with_suffix(".partial")
+        files = _files(bank, optimizer, state, self.config.backbone)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            for name, data in files.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                _write(partial / name, data)
+            partial.rename(final)
+            _sync_folder(final.parent)
+            self._link_adapters(final)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            last = self.checkpoints()
+            kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
+            raise ValueError(
+                f"--run-dir {self.path}: checkpoint {final.name} cannot be saved ({error.strerror}); {kept}. "
+                "Make room and run the same command with --resume"
+            ) from error
+        for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, bank: AdapterBank, optimizer: torch.optim.Optimizer | None = None) -> State | None:
+        """Read the newest checkpoint into bank and optimizer; None if there is none yet.
+
+        Raises ValueError that names the file if a checkpoint is truncated or damaged.
+        """
+        folders = self.checkpoints()
+        if not folders:
+            return None
+        folder = folders[-1]
+        state = _verified_state(folder, older=folders[-2] if len(folders) > 1 else None)
+        for node in bank.nodes:
+            bank.load_peft(node, folder / "adapters" / str(node))
+        bank.version = state["step"]
+        if optimizer is not None:
+            _load_optimizer(optimizer, bank, load((folder / "optimizer.safetensors").read_bytes()))
+        ledger = Ledger(**json.loads((folder / "ledger.json").read_text()))
+        return State(state["step"], state["running_mean"], state["backbone_checksum"], ledger)
+
+    def _link_adapters(self, newest: Path) -> None:
+        link, fresh = self.path / "adapters", self.path / "adapters.new"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(Path("checkpoints") / newest.name / "adapters")
+        fresh.replace(link)
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics and rollouts of steps that a killed run logged after its last checkpoint."""
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            path = self.path / name
+            if not path.exists():
+                continue
+            # A killed run's last line may be cut off.
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            _write(path.with_suffix(".new"), "".join(x for x in whole if json.loads(x)["step"] < step).encode())
+            path.with_suffix(".new").replace(path)
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        check_names(list(metrics))
+        self._append("metrics.jsonl", {"step": step, **metrics})
+
+    def log_rollouts(self, step: int, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self._append("rollouts.jsonl", {"step": step, **record})
+
+    def metrics(self) -> list[dict[str, float]]:
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_json(self, name: str, data: object) -> None:
+        fresh = self.path / f"{name}.new"
+        _write(fresh, json.dumps(data, indent=2).encode())
+        fresh.replace(self.path / name)
+
+    def read_json(self, name: str) -> Any:
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def _files(bank: AdapterBank, optimizer: torch.optim.Optimizer, state: State, backbone: str) -> dict[str, bytes]:
+    files = {f"adapters/{node}/{name}": data for node in bank.nodes for name, data in bank.peft_files(node, backbone).items()}
+    moments = {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, parameter in bank.parameters().items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    files["optimizer.safetensors"] = save(moments)
+    files["ledger.json"] = json.dumps(state.ledger.to_json(), indent=2).encode()
+    listing = {name: [len(data), hashlib.blake2b(data, digest_size=16).hexdigest()] for name, data in files.items()}
+    head = {"step": state.step, "running_mean": state.running_mean, "backbone_checksum": state.backbone_checksum}
+    files["state.json"] = json.dumps({**head, "files": listing}, indent=2).encode()
+    return files
+
+
+def _verified_state(folder: Path, older: Path | None) -> dict[str, Any]:
+    """Return state.json after checking every file of the checkpoint against it."""
+    remedy = f"delete {folder} to continue from {older.name}" if older else f"delete {folder} to start again"
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {folder}: state.json is missing or damaged; {remedy}") from error
+    for name, (size, digest) in state["files"].items():
+        path = folder / name
+        data = path.read_bytes() if path.is_file() else b""
+        if len(data) != size:
+            raise ValueError(f"checkpoint {folder}: {name} is truncated ({len(data)} of {size} bytes); {remedy}")
+        if hashlib.blake2b(data, digest_size=16).hexdigest() != digest:
+            raise ValueError(f"checkpoint {folder}: {name} is damaged (its checksum differs); {remedy}")
+    return state
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, bank: AdapterBank, moments: dict[str, torch.Tensor]) -> None:
+    for name, parameter in bank.parameters().items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = moments[f"{name}.{key}"]
+            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,188 @@
+"""The command line: parse, call, print. Results go to standard output, progress and errors to standard error."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from neuromas.config import TrainConfig, from_json, load_toml
+from neuromas.tasks import Split
+
+USAGE = """usage: neuromas COMMAND [ARGUMENTS]
+
+  train [CONFIG.toml]   train a network; without arguments a small one on a bundled backbone, in minutes
+  eval RUN              score a trained run on held-out problems or on a file
+  ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
+  show RUN|CONFIG.toml  draw a network and its budget
+
+neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainArguments:
+    """Train a network of language-model nodes on one task by joint REINFORCE.
+
+    A TOML file may come first: neuromas train configs/chain3.toml --lr 5e-4. Flags win over the file, the file over the
+    defaults. `--widths 1` is single-model reinforcement learning with as many trainable parameters.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    resume: bool = False
+    """Go on from the last checkpoint of --run-dir, with that run's settings; starts it if there is none yet."""
+    dry_run: bool = False
+    """Print the network, its trainable parameters and the resolved settings, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalArguments:
+    """Score a trained run: accuracy with n, 95% interval, floor, parse rate and cost of an answer."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    file: Annotated[Path | None, tyro.conf.arg(aliases=["--task.file"])] = None
+    """Score on this file: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`. None: generated problems."""
+    split: Split = "test"
+    """Which generated problems."""
+    size: int = 500
+    """How many generated problems."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Seed of the draws where the temperature is above 0."""
+    untrained: bool = False
+    """Score the network as it was before training."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AskArguments:
+    """Put one question to a trained run and print every message on its edge, then the answer."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    question: tyro.conf.Positional[str]
+    """The question; `-` reads it from standard input."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShowArguments:
+    """Draw a network, who writes to whom, and what it costs."""
+
+    what: tyro.conf.Positional[Path]
+    """Folder of a run, or a TOML config."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def run_train(args: Sequence[str]) -> None:
+    base, rest = TrainConfig(), list(args)
+    if rest and not rest[0].startswith("-"):
+        base = load_toml(Path(rest.pop(0)))
+    parsed = _parse(TrainArguments, rest, "train", default=TrainArguments(config=base))
+    stored = parsed.config.run_path / "config.json"
+    if parsed.resume and stored.is_file() and len(args) == len(rest):
+        # Without a config file, what the flags leave open comes from the run itself.
+        own = from_json(stored.read_text(), str(stored))
+        parsed = _parse(TrainArguments, rest, "train", default=TrainArguments(config=own))
+    config = parsed.config.check()
+    if parsed.dry_run:
+        from neuromas import show  # these load torch, which --help and a wrong flag need not wait for
+
+        print(show.plan(config))
+        return
+    from neuromas.train import Interrupted, train
+
+    try:
+        scores = train(config, resume=parsed.resume)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(130)
+    for when, results in scores.items():
+        for name, result in results.items():
+            print(f"{when} training, {name}: {result}")
+    print(f"look into it: neuromas show {config.run_path}")
+
+
+def run_eval(args: Sequence[str]) -> None:
+    parsed = _parse(EvalArguments, args, "eval")
+    if parsed.size < 1:
+        raise ValueError(f"--size must be at least 1, got {parsed.size}")
+    if parsed.temperature < 0:
+        raise ValueError(f"--temperature must be at least 0, got {parsed.temperature}")
+    from neuromas.evaluate import evaluate
+    from neuromas.load import load_run
+
+    loaded = load_run(parsed.run, untrained=parsed.untrained)
+    examples = loaded.task.load(parsed.file) if parsed.file else loaded.task.examples(parsed.split, parsed.size)
+    result, _ = evaluate(loaded.network, loaded.task, examples, temperature=parsed.temperature, seed=parsed.seed)
+    print(json.dumps(result.to_json()) if parsed.json else result)
+
+
+def run_ask(args: Sequence[str]) -> None:
+    parsed = _parse(AskArguments, args, "ask")
+    question = sys.stdin.read() if parsed.question == "-" else parsed.question
+    if not question.strip():
+        raise ValueError("QUESTION must not be empty")
+    from neuromas import show
+    from neuromas.load import load_run
+
+    loaded = load_run(parsed.run)
+    rollout = loaded.network.ask(question.strip(), answer_format=loaded.task.answer_format)
+    if parsed.json:
+        print(json.dumps(show.rollout_json(rollout, loaded.task)))
+    else:
+        show.print_rollout(rollout, loaded.task)
+
+
+def run_show(args: Sequence[str]) -> None:
+    parsed = _parse(ShowArguments, args, "show")
+    from neuromas import show
+
+    description = show.describe(parsed.what)
+    if parsed.json:
+        print(json.dumps(description))
+    else:
+        show.print_description(description)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": run_train, "eval": run_eval, "ask": run_ask, "show": run_show,
+}  # fmt: skip
+
+
+def _parse(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
+    return tyro.cli(kind, args=args, prog=f"neuromas {command}", **kwargs)
+
+
+def main() -> None:
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if args else 2)
+    command = COMMANDS.get(args[0])
+    if command is None:
+        print(f"error: unknown command {args[0]!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        command(args[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has closed the pipe, as `head` does; there is nobody left to tell.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Every setting of a run: frozen dataclasses, filled from defaults, then a TOML file, then the command line.
+
+Imports no torch, so `--help` and a wrong flag answer at once. A string under a field is its help text.
+"""
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+
+import tyro
+
+from neuromas.topology import Topology
+
+C = TypeVar("C")
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _require(ok: bool, flag: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{flag} must be {expected}, got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopologyConfig:
+    """The network's shape."""
+
+    widths: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--widths"])] = (1, 1, 1)
+    """Nodes per layer, ending in 1 (the output node). `1` alone is single-model reinforcement learning."""
+    skip: bool = False
+    """Connect every node to all later layers, not only to the next."""
+    edges: tuple[tuple[int, int], ...] = ()
+    """Explicit edges, e.g. 1 2 1 3 2 3, in place of widths; layers follow from them."""
+
+    def build(self) -> Topology:
+        """Return the topology; ValueError says what makes it no network."""
+        return Topology.from_edges(self.edges) if self.edges else Topology.layered(self.widths, skip=self.skip)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """What is asked and how answers are checked."""
+
+    name: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "navigate"
+    """Task family."""
+    file: Path | None = None
+    """Evaluate on this file's examples too: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """The trainable part: one LoRA adapter per node."""
+
+    rank: int | None = None
+    """Rank of each node's adapter. None: from the budget; if that is None too, 24 shared by all nodes, so that networks of
+    1, 2, 3, 4, 6, 8 nodes have equally many trainable parameters."""
+    budget: int | None = None
+    """Trainable parameters of all nodes together; gives the largest rank that fits."""
+    alpha: float | None = None
+    """Scale of the update is alpha / rank. None: twice the rank."""
+    target_modules: tuple[str, ...] = LINEAR_LAYERS
+    """Linear layers that get an adapter, by the last part of their names. The paper's parameter count fits q_proj v_proj."""
+    scope: Literal["all", "suffix"] = "all"
+    """`all`: the adapter acts on every token (plain LoRA, what PEFT and vLLM serve). `suffix`: only after the question, whose
+    computation all nodes then share."""
+
+    def check(self) -> None:
+        _require(self.rank is None or self.rank >= 1, "adapter.rank", "at least 1", self.rank)
+        _require(self.budget is None or self.budget >= 1, "adapter.budget", "at least 1", self.budget)
+        _require(self.alpha is None or self.alpha > 0, "adapter.alpha", "above 0", self.alpha)
+        _require(len(self.target_modules) > 0, "adapter.target_modules", "one or more module names", self.target_modules)
+        if self.rank is not None and self.budget is not None:
+            raise ValueError("adapter.rank and adapter.budget exclude each other; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Train a network of language-model nodes on one task by joint REINFORCE."""
+
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
+    backbone: str = "bundled"
+    """Frozen language model shared by all nodes: `bundled`, a folder, or a Hugging Face id such as Qwen/Qwen3-0.6B."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the frozen backbone; adapters are float32 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+
+    num_steps: int = 120
+    """Optimizer steps."""
+    examples_per_step: int = 16
+    """Questions in a step (P)."""
+    group_size: int = 8
+    """Rollouts of each question (G)."""
+    max_new_tokens: int = 64
+    """Longest text of a node, stop token included."""
+    temperature: float = 1.0
+    """Sampling temperature while training; evaluation is greedy."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises to its peak."""
+    final_lr: float = 0.1
+    """Share of the peak that the learning rate falls to, along a cosine."""
+    max_grad_norm: float = 1.0
+    """Clip each node's gradient to this norm; 0 does not clip."""
+    centring: Literal["leave_one_out", "group_mean", "ema", "none"] = "leave_one_out"
+    """What is subtracted from a reward: the mean of the group's other rollouts, of the whole group, a running mean, nothing."""
+    normalize: bool = False
+    """Divide a group's advantages by the standard deviation of its rewards."""
+    rows_per_micro_batch: int = 128
+    """Completions in one forward and backward pass: less takes less memory and changes nothing else."""
+
+    eval_size: int = 500
+    """Held-out generated problems that the network answers before and after training."""
+    eval_every: int = 20
+    """Steps between looks at the validation problems; 0 never looks."""
+    validation_size: int = 100
+    """Problems of such a look."""
+    save_every: int = 10
+    """Steps between checkpoints."""
+    run_dir: Path | None = None
+    """Folder of the run. None: runs/TASK-WIDTHS-seedSEED."""
+    seed: int = 0
+    """Decides the adapters' start, the training problems and every draw."""
+
+    def check(self) -> Self:
+        """Return the config if it makes sense; ValueError names the flag that does not."""
+        self.topology.build()
+        self.adapter.check()
+        for name in (
+            "num_steps",
+            "examples_per_step",
+            "max_new_tokens",
+            "rows_per_micro_batch",
+            "eval_size",
+            "save_every",
+        ):
+            _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
+        for name in ("warmup_steps", "max_grad_norm", "eval_every", "validation_size", "seed"):
+            _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
+        _require(self.temperature > 0, "--temperature", "above 0 (training samples)", self.temperature)
+        _require(self.lr > 0, "--lr", "above 0", self.lr)
+        _require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
+        needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1
+        _require(
+            self.group_size >= needed,
+            "--group-size",
+            f"at least {needed} with --centring {self.centring}",
+            self.group_size,
+        )
+        return self
+
+    @property
+    def run_path(self) -> Path:
+        if self.run_dir is not None:
+            return self.run_dir
+        shape = "edges" if self.topology.edges else "-".join(map(str, self.topology.widths))
+        return Path("runs") / f"{self.task.name}-{shape}-seed{self.seed}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def from_dict(cls: type[C], data: dict[str, Any], *, where: str, prefix: str = "", base: C | None = None) -> C:
+    """Build a config from nested dictionaries over `base`; an unknown key raises ValueError with the known ones.
+
+    Values are converted to the fields' types: lists to tuples, texts to paths, whole numbers to floats.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is always a dataclass here
+    values: dict[str, Any] = {} if base is None else {name: getattr(base, name) for name in fields}
+    for key, value in data.items():
+        if key not in fields:
+            raise ValueError(
+                f"{where}: unknown key {prefix + key!r}; known are {', '.join(sorted(prefix + f for f in fields))}"
+            )
+        kind = fields[key].type
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            _require(isinstance(value, dict), f"{where}: {prefix}{key}", "a table", value)
+            values[key] = from_dict(kind, value, where=where, prefix=f"{prefix}{key}.", base=values.get(key))
+        else:
+            values[key] = _convert(kind, value, f"{where}: {prefix}{key}")
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Give a TOML or JSON value the type that its field declares; ValueError if it has another."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        _require(value in options, where, f"one of {list(options)}", value)
+        return value
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        kind = options[0]
+    if get_origin(kind) is tuple:
+        _require(isinstance(value, list | tuple), where, "a list", value)
+        kinds = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        _require(len(kinds) == len(value), where, f"a list of {len(kinds)}", value)
+        return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+    accepted = {float: (int, float), Path: (str, Path)}.get(kind, (kind,))
+    is_right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    _require(is_right, where, f"of type {kind.__name__}", value)
+    return kind(value)
+
+
+def load_toml(path: Path) -> TrainConfig:
+    """Read a TrainConfig from a TOML file; ValueError names the file and the key."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not TOML: {error}") from error
+    return from_dict(TrainConfig, data, where=f"config {path}", base=TrainConfig())
+
+
+def to_json(config: TrainConfig) -> str:
+    """Return the resolved config as JSON, paths as texts."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
+
+
+def from_json(text: str, where: str) -> TrainConfig:
+    return from_dict(TrainConfig, json.loads(text), where=where)
+
+
+MAY_DIFFER = ("run_dir", "device", "save_every")
+"""Settings that a resumed run may change: they leave every step as it was."""
+
+
+def differences(stored: TrainConfig, given: TrainConfig) -> str:
+    """Return the settings of `stored` that `given` has otherwise, as text; empty if a run of one can go on as the other."""
+    flat_stored, flat_given = (_flatten(dataclasses.asdict(config)) for config in (stored, given))
+    different = [key for key in flat_stored if flat_stored[key] != flat_given[key] and key not in MAY_DIFFER]
+    return ", ".join(f"{key} = {flat_stored[key]!r} (got {flat_given[key]!r})" for key in different)
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,36 @@
+"""What a network asks of an engine, and where its randomness comes from."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from neuromas.types import Request, Sample
+
+OnSample = Callable[[int, Sample], Sequence[tuple[int, Request]]]
+"""Takes a request's key and its sample, returns the keyed requests that have become ready through it."""
+
+
+class Engine(Protocol):
+    """Writes completions. A request is started as soon as it is known; nothing waits for a layer to end."""
+
+    def generate(
+        self,
+        requests: Sequence[tuple[int, Request]],
+        on_sample: OnSample,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+    ) -> None:
+        """Answer the keyed requests and all that `on_sample` returns; temperature 0 is greedy and ignores seeds."""
+        ...
+
+
+def uniforms(seed: tuple[int | str, ...], count: int) -> np.ndarray:
+    """Return `count` uniform draws in [0, 1) that depend on the seed alone.
+
+    A row's draws are fixed by its seed before it meets a batch, so they do not depend on what else is in the batch.
+    """
+    key = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=16).digest())
+    return np.random.Generator(np.random.Philox(key=key)).random(count)

@@ -1,0 +1,86 @@
+"""Scores that never stand alone: accuracy with n, interval, floor, parse rate, and what an answer cost."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy.stats import binomtest
+
+from neuromas.budget import spending
+from neuromas.network import Network
+from neuromas.tasks import Task, floor
+from neuromas.types import Example, Group
+
+UNPARSED = "(none)"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One network on one set of examples, one rollout each."""
+
+    accuracy: float
+    n: int
+    low: float
+    """Lower end of the 95% Wilson interval of the accuracy."""
+    high: float
+    floor: float
+    """Accuracy of the best constant answer on exactly these examples."""
+    floor_answer: str
+    parse_rate: float
+    """Share of rollouts whose answer the task could read."""
+    calls_per_answer: float
+    tokens_per_answer: float
+    """Sampled tokens of all nodes."""
+    prompt_tokens_per_answer: float
+    answers: dict[str, int]
+    """How often each answer was given; `(none)` where none could be read."""
+
+    @property
+    def at_or_below_floor(self) -> bool:
+        return self.accuracy <= self.floor
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.accuracy:.1%} (n {self.n}, 95% interval {self.low:.1%} to {self.high:.1%}, "
+            f"floor {self.floor:.1%} always {self.floor_answer!r}, parsed {self.parse_rate:.1%}, "
+            f"{self.calls_per_answer:.3g} calls and {self.tokens_per_answer:.1f} tokens an answer)"
+        )
+        return text + ("  AT OR BELOW FLOOR" if self.at_or_below_floor else "")
+
+
+def score(task: Task, groups: Sequence[Group]) -> Evaluation:
+    """Score finished rollouts; ValueError if there are none."""
+    rollouts = [rollout for group in groups for rollout in group]
+    if not rollouts:
+        raise ValueError("nothing to evaluate: expected at least one example")
+    n = len(rollouts)
+    right = sum(int(task.reward(rollout.example, rollout.answer)) for rollout in rollouts)
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    best, best_share = floor([rollout.example for rollout in rollouts])
+    answers = Counter(task.parse_answer(rollout.answer) or UNPARSED for rollout in rollouts)
+    spent = spending(groups)
+    return Evaluation(
+        accuracy=right / n,
+        n=n,
+        low=float(interval.low),
+        high=float(interval.high),
+        floor=best_share,
+        floor_answer=best,
+        parse_rate=1 - answers[UNPARSED] / n,
+        calls_per_answer=spent.calls / n,
+        tokens_per_answer=spent.sampled_tokens / n,
+        prompt_tokens_per_answer=spent.prompt_tokens / n,
+        answers=dict(answers.most_common()),
+    )
+
+
+def evaluate(
+    network: Network, task: Task, examples: Sequence[Example], *, temperature: float = 0.0, seed: int = 0
+) -> tuple[Evaluation, list[Group]]:
+    """Answer each example once, greedily by default; return the score and the rollouts behind it."""
+    groups = network.rollout(examples, 1, seed=("evaluate", seed), temperature=temperature)
+    return score(task, groups), groups

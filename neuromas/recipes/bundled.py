@@ -1,0 +1,264 @@
+"""The recipe of the bundled backbone: a small BPE tokenizer and a tiny Qwen3, both from generated text alone.
+
+    python -m neuromas.recipes.bundled --out neuromas/bundled
+
+A training row is one question followed by several nodes' turns, each of which sees the question and itself only, so the
+question is computed once for all of them; what is left of the row is filled with single-step cards. Only what nodes write
+is learned.
+"""
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from neuromas.recipes import skills
+from neuromas.tasks import get_task
+from neuromas.tasks.navigate import Walk
+from neuromas.types import Example
+
+PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CARDS = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Make the bundled backbone."""
+
+    out: Path
+    """Folder that gets the model, the tokenizer and the card."""
+    steps: int = 6000
+    """Optimizer steps."""
+    rows: int = 16
+    """Rows of a step."""
+    row_tokens: int = 512
+    """Tokens of a row."""
+    lr: float = 2e-3
+    """Peak learning rate; warms up over 200 steps, then falls along a cosine to a hundredth."""
+    vocab_size: int = 512
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    mlp: int = 384
+    seed: int = 0
+    compile: bool = False
+    """Compile the model: a third faster on a CPU, needs a C++ compiler."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train; on an NVIDIA chip the same recipe takes minutes."""
+
+
+def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on generated text; every digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, USER, ASSISTANT, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random(f"tokenizer/{seed}")
+
+    def texts() -> Iterator[str]:
+        for _ in range(3000):
+            walk, example = skills.draw_question(rng)
+            turn = skills.draw_turn(rng, walk, example)
+            yield "\n\n".join((example.question, turn.prompt, "".join(piece.text for piece in turn.pieces)))
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+class Row:
+    """One packed training row: a question, turns that each see it and themselves, then cards."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, example: Example) -> None:
+        self._encode = tokenizer._tokenizer.encode
+        self._special = {name: tokenizer.convert_tokens_to_ids(name) for name in (USER, ASSISTANT, END)}
+        self._length = length
+        self.ids = [self._special[USER], *self._text(example.question), *self._text("\n\n")]
+        self.learned = [False] * len(self.ids)
+        self.segments = [0] * len(self.ids)
+        self.positions = list(range(len(self.ids)))
+        self.prefix = len(self.ids)
+        self.pieces: list[list[int]] = []
+        """Where the learned pieces of the turns lie in the row."""
+
+    def _text(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False).ids
+
+    def _append(self, segment: int, first_position: int, parts: list[tuple[list[int], bool]]) -> bool:
+        count = sum(len(ids) for ids, _ in parts)
+        if len(self.ids) + count > self._length:
+            return False
+        for ids, learned in parts:
+            if learned and segment != CARDS:
+                self.pieces.append(list(range(len(self.ids), len(self.ids) + len(ids))))
+            self.ids += ids
+            self.learned += [learned] * len(ids)
+        self.segments += [segment] * count
+        self.positions += range(first_position, first_position + count)
+        return True
+
+    def add_turn(self, turn: skills.Turn) -> bool:
+        """Append a turn if it fits."""
+        prompt = [*self._text(turn.prompt), self._special[END], self._special[ASSISTANT]]
+        parts = [(self._text(piece.text), piece.learned) for piece in turn.pieces]
+        return self._append(max(self.segments) + 1, self.prefix, [(prompt, False), *parts, ([self._special[END]], True)])
+
+    def fill_with_cards(self, rng: random.Random) -> None:
+        position = 0
+        while True:
+            parts = [(self._text(piece.text), piece.learned) for piece in skills.draw_card(rng)]
+            if not self._append(CARDS, position, parts):
+                return
+            position += sum(len(ids) for ids, _ in parts)
+
+
+def draw_row(rng: random.Random, tokenizer: PreTrainedTokenizerFast, length: int) -> Row:
+    walk, example = skills.draw_question(rng)
+    row = Row(tokenizer, length, example)
+    # A quarter of the row is left to the cards.
+    while len(row.ids) < 0.6 * length and row.add_turn(skills.draw_turn(rng, walk, example)):
+        pass
+    row.fill_with_cards(rng)
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Rows as tensors: (rows, length), the mask (rows, 1, length, length)."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+    """The next token where it is learned, else -100."""
+
+
+def pack(rows: list[Row], length: int, device: str) -> PackedBatch:
+    ids = np.zeros((len(rows), length), np.int64)
+    positions, segments = np.zeros_like(ids), np.full_like(ids, -2)
+    learned = np.zeros_like(ids, bool)
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n], positions[i, :n], segments[i, :n], learned[i, :n] = (
+            row.ids,
+            row.positions,
+            row.segments,
+            row.learned,
+        )
+    same = segments[:, :, None] == segments[:, None, :]
+    reads_prefix = (segments[:, :, None] > 0) & (segments[:, None, :] == 0)
+    mask = (same | reads_prefix) & np.tril(np.ones((length, length), bool))
+    targets = np.full_like(ids, -100)
+    targets[:, :-1] = np.where(learned[:, 1:], ids[:, 1:], -100)
+    tensors = (torch.from_numpy(array).to(device) for array in (ids, positions, mask[:, None], targets))
+    return PackedBatch(*tensors)
+
+
+def logits(model: Qwen3ForCausalLM, batch: PackedBatch) -> torch.Tensor:
+    """Return logits at learned positions only, (learned tokens, V)."""
+    with torch.autocast(batch.ids.device.type, torch.bfloat16):
+        hidden = model.model(
+            input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+        ).last_hidden_state
+        return model.lm_head(hidden[batch.targets >= 0]).float()
+
+
+def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, length: int, count: int = 300) -> float:
+    """Share of single steps (instruction restated, result right) that are greedily right, given what came before.
+
+    Measured on the task's validation problems, from the start and from the middle of walks.
+    """
+    rng = random.Random("step accuracy")
+    device = str(model.device)
+    right = total = 0
+    for example in get_task("navigate").examples("validation", count):
+        walk = Walk.parse(example.question)
+        row = Row(tokenizer, length, example)
+        for done in (0, len(walk.instructions) // 2):
+            heard = skills.Heard(done, walk.states()[done]) if done else None
+            row.add_turn(skills.work_turn(rng, walk, example, heard))
+        batch = pack([row], length, device)
+        with torch.no_grad():
+            hits = torch.zeros(batch.ids.shape, dtype=torch.bool, device=device)
+            hits[batch.targets >= 0] = logits(model, batch).argmax(-1) == batch.targets[batch.targets >= 0]
+        hit = hits[0].tolist()
+        # The last piece of a turn is its stop token; every other learned piece is one step.
+        steps = [piece for piece in row.pieces if len(piece) > 1]
+        right += sum(all(hit[k - 1] for k in piece) for piece in steps)
+        total += len(steps)
+    return right / total
+
+
+def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    torch.manual_seed(recipe.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.mlp,
+            num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads // 2,
+            head_dim=recipe.hidden // recipe.heads, tie_word_embeddings=True, max_position_embeddings=2048,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        )
+    ).to(recipe.device)  # fmt: skip
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    if recipe.compile:
+        model.model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    rng = random.Random(f"backbone/{recipe.seed}")
+    started, loss_sum = time.monotonic(), 0.0
+    for step in range(recipe.steps):
+        warmup, done = min(1.0, (step + 1) / 200), step / recipe.steps
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        rows = [draw_row(rng, tokenizer, recipe.row_tokens) for _ in range(recipe.rows)]
+        batch = pack(rows, recipe.row_tokens, recipe.device)
+        loss = torch.nn.functional.cross_entropy(logits(model, batch), batch.targets[batch.targets >= 0])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum += loss.item()
+        if (step + 1) % 100 == 0:
+            elapsed = time.monotonic() - started
+            line = f"step {step + 1}/{recipe.steps}  loss {loss_sum / 100:.4f}  {elapsed:.0f} s"
+            if (step + 1) % 500 == 0:
+                line += f"  single steps {step_accuracy(model, tokenizer, recipe.row_tokens, 100):.4f}"
+            print(f"{line}  about {elapsed / (step + 1) * (recipe.steps - step - 1):.0f} s left", flush=True)
+            loss_sum = 0.0
+    return model.eval()
+
+
+def main() -> None:
+    recipe = tyro.cli(Recipe)
+    tokenizer = train_tokenizer(recipe.vocab_size, recipe.seed)
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(recipe.out)
+    model = train_backbone(recipe, tokenizer)
+    model.save_pretrained(recipe.out)
+    print(f"single steps right: {step_accuracy(model, tokenizer, recipe.row_tokens):.4f}")
+
+
+if __name__ == "__main__":
+    main()

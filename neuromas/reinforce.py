@@ -1,0 +1,146 @@
+"""The estimator, as pure functions: rewards to advantages, rollouts to rows, log-probabilities to a loss.
+
+Joint REINFORCE (Williams 1992; stochastic computation graphs, Schulman et al. 2015; arXiv 2605.16757): one terminal reward
+trains every node through the log-probability of what it wrote itself,
+
+    grad J = E[ sum over nodes n, sampled tokens t of  advantage * grad log p_n(token_t | what node n read and wrote) ].
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neuromas.backbone import Rows
+from neuromas.engines.torch_engine import pad_left, pad_right
+from neuromas.types import Completion, Group
+
+Centring = Literal["leave_one_out", "group_mean", "ema", "none"]
+
+
+def advantages(
+    rewards_PG: Float[Tensor, "P G"], centring: Centring, *, running_mean: float = 0.0, normalize: bool = False
+) -> Float[Tensor, "P G"]:
+    """Centre rewards.
+
+    `leave_one_out`: minus the mean of the group's other rollouts (Kool et al. 2019); unbiased.
+    `group_mean`: minus the group's mean; the expected gradient is (G - 1) / G of the true one.
+    `ema`: minus `running_mean`, a mean over earlier steps; unbiased. `none`: the reward itself.
+    `normalize` divides by the group's standard deviation (Shao et al. 2024); biased towards groups of equal rewards.
+    A group whose rewards are all equal gives 0 under the first two.
+
+    >>> advantages(torch.tensor([[1.0, 0.0, 0.0]]), "leave_one_out")
+    tensor([[ 1.0000, -0.5000, -0.5000]])
+    """
+    group_size = rewards_PG.shape[1]
+    if centring == "leave_one_out":
+        others = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / (group_size - 1)
+        centred = rewards_PG - others
+    elif centring == "group_mean":
+        centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    else:
+        centred = rewards_PG - (running_mean if centring == "ema" else 0.0)
+    if normalize:
+        centred = centred / (rewards_PG.std(1, keepdim=True) + 1e-6)
+    return centred
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows with their advantages, (B,), and the log-probabilities recorded while sampling, (B, C)."""
+
+    rows: Rows
+    advantages_B: Tensor
+    sampled_logprobs_BC: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All completions of a step that carry a gradient, with their advantages; rows that share a prefix lie together."""
+
+    completions: tuple[tuple[Completion, float], ...]
+    num_rollouts: int
+    """Rollouts of the step, those without a gradient included: the denominator of the loss."""
+    nodes: tuple[int, ...]
+    pad_id: int
+    temperature: float
+    scope: Literal["all", "suffix"]
+
+    def split(self, rows_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
+        for start in range(0, len(self.completions), rows_per_micro_batch):
+            yield self._tensors(self.completions[start : start + rows_per_micro_batch], device)
+
+    def _tensors(self, part: Sequence[tuple[Completion, float]], device: torch.device) -> MicroBatch:
+        index = {node: i for i, node in enumerate(self.nodes)}
+        nodes = [index[completion.node] for completion, _ in part]
+        # With scope `suffix` a prefix is read without any adapter, so all nodes share it; the node in its key is then 0.
+        keys = [
+            (completion.prompt.prefix_ids, node if self.scope == "all" else 0)
+            for (completion, _), node in zip(part, nodes, strict=True)
+        ]
+        distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        prefix_ids, prefix_mask = pad_right(
+            [prefix for prefix, _ in distinct], max(len(prefix) for prefix, _ in distinct), self.pad_id, device
+        )
+        prompts = [completion.prompt.suffix_ids for completion, _ in part]
+        written = [completion.sample.token_ids for completion, _ in part]
+        prompt_ids, prompt_mask = pad_left(prompts, max(map(len, prompts)), self.pad_id, device)
+        written_ids, written_mask = pad_right(written, max(map(len, written)), self.pad_id, device)
+        sampled = torch.zeros(written_ids.shape)
+        for row, (completion, _) in enumerate(part):
+            sampled[row, : len(completion.sample.logprobs)] = torch.tensor(completion.sample.logprobs)
+        rows = Rows(
+            prefix_ids_QT=prefix_ids,
+            prefix_mask_QT=prefix_mask,
+            prefix_node_Q=torch.tensor([node for _, node in distinct], device=device),
+            prefix_of_row_B=torch.tensor([distinct[key] for key in keys], device=device),
+            node_of_row_B=torch.tensor(nodes, device=device),
+            suffix_ids_BS=torch.cat([prompt_ids, written_ids], dim=1),
+            suffix_mask_BS=torch.cat([prompt_mask, written_mask], dim=1),
+            completion_mask_BC=written_mask,
+            temperature=self.temperature,
+        )
+        weights = torch.tensor([advantage for _, advantage in part], device=device)
+        return MicroBatch(rows, weights, sampled.to(device))
+
+
+def build_batch(
+    groups: Sequence[Group],
+    advantages_PG: Float[Tensor, "P G"],
+    *,
+    nodes: Sequence[int],
+    adapter_version: int,
+    pad_id: int,
+    temperature: float,
+    scope: Literal["all", "suffix"],
+) -> Batch:
+    """Return one row per completion whose rollout has an advantage other than 0; the others have no gradient.
+
+    Raises ValueError if a completion was written by another version of the adapters: the estimator is on-policy.
+    """
+    chosen: list[tuple[Completion, float]] = []
+    for group, advantages_G in zip(groups, advantages_PG.tolist(), strict=True):
+        for rollout, advantage in zip(group, advantages_G, strict=True):
+            for completion in rollout.completions:
+                written_by = completion.sample.adapter_version
+                if written_by != adapter_version:
+                    raise ValueError(
+                        f"node {completion.node}'s completion was written by adapter version {written_by}, the learner holds "
+                        f"{adapter_version}; sample again with the current adapters"
+                    )
+                if advantage != 0:
+                    chosen.append((completion, advantage))
+    chosen.sort(key=lambda item: (item[0].prompt.prefix_ids, item[0].node))
+    return Batch(tuple(chosen), sum(map(len, groups)), tuple(nodes), pad_id, temperature, scope)
+
+
+def loss(logprobs_BC: Float[Tensor, "B C"], advantages_B: Float[Tensor, " B"], num_rollouts: int) -> Float[Tensor, ""]:
+    """Return - sum over sampled tokens of advantage * log-probability, over the rollouts of the step.
+
+    `logprobs_BC` is 0 where nothing was sampled. The denominator is fixed before sampling: a sum divided by sampled length
+    is no longer the gradient of the expected reward.
+    """
+    return -(logprobs_BC.sum(1) * advantages_B).sum() / num_rollouts

@@ -1,0 +1,245 @@
+"""The training loop: rollouts, rewards, advantages, one joint update of all nodes; the same line for every network."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from neuromas import reinforce
+from neuromas.backbone import Backbone
+from neuromas.budget import Ledger
+from neuromas.checkpoint import RunDirectory, State
+from neuromas.config import TrainConfig
+from neuromas.evaluate import Evaluation, evaluate
+from neuromas.metrics import rollout_metrics
+from neuromas.network import Network
+from neuromas.plot import plot_run
+from neuromas.progress import Progress
+from neuromas.tasks import Task, get_task
+from neuromas.types import Example, Group
+
+
+class Interrupted(Exception):
+    """The user asked to stop; everything is saved."""
+
+
+@dataclass(slots=True)
+class Setup:
+    """What a config describes, built; anything that is wrong with it has been said by now."""
+
+    config: TrainConfig
+    task: Task
+    network: Network
+    evaluation_sets: dict[str, list[Example]]
+
+
+def set_up(config: TrainConfig) -> Setup:
+    """Build task, backbone and network; ValueError names the flag that is wrong."""
+    config.check()
+    task = get_task(config.task.name)
+    sets: dict[str, list[Example]] = {"test": task.examples("test", config.eval_size)}
+    if config.task.file:
+        sets[config.task.file.name] = task.load(config.task.file)
+    return Setup(config, task, build_network(config), sets)
+
+
+def build_network(config: TrainConfig) -> Network:
+    backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device)
+    return Network(
+        config.topology.build(), backbone, adapter=config.adapter, max_new_tokens=config.max_new_tokens, seed=config.seed
+    )  # fmt: skip
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine from the peak to `final_lr` of it at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> dict[str, dict[str, Evaluation]]:
+    """Train a run to its end and return its scores, `before` and `after`, by set of examples.
+
+    Raises ValueError for a mistake in the config or the run directory before any long work, and `Interrupted` if the user
+    stops it, after saving.
+    """
+    config.check()
+    run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+    setup = set_up(config)
+    run.initialise()
+    trainer = Trainer(setup, run)
+    with Progress(config.num_steps) as progress, _stop_signals() as stop:
+        progress.note(f"run {run.path}: {setup.network.adapters.trainable_parameters:,} trainable parameters")
+        scores = {"before": trainer.evaluate_once("before", progress)}
+        for step in range(trainer.step, config.num_steps):
+            metrics = trainer.train_step(step)
+            progress.step(step, metrics)
+            if stop.asked or (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
+                trainer.save()
+            if stop.asked:
+                raise Interrupted(f"stopped after step {step + 1}; continue with the same command and --resume")
+        trainer.check_frozen()
+        scores["after"] = trainer.evaluate_once("after", progress)
+    progress.print(f"curve: {plot_run(run)}")
+    return scores
+
+
+class Trainer:
+    """A run in progress: one optimizer over the adapters of all nodes."""
+
+    def __init__(self, setup: Setup, run: RunDirectory) -> None:
+        self.config, self.task, self.network, self.run = setup.config, setup.task, setup.network, run
+        self.sets = setup.evaluation_sets
+        self.bank, self.backbone = setup.network.adapters, setup.network.backbone
+        self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=setup.config.lr, weight_decay=0.0)
+        self.checksum = self.backbone.checksum()
+        state = run.load(self.bank, self.optimizer)
+        if state and state.backbone_checksum != self.checksum:
+            raise ValueError(
+                f"--backbone {self.config.backbone} has other weights (checksum {self.checksum}) than run {run.path} was "
+                f"trained on ({state.backbone_checksum}); give the same backbone"
+            )
+        self.step = state.step if state else 0
+        self.running_mean = state.running_mean if state else 0.0
+        self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
+        run.forget_after(self.step)
+        if self.config.eval_every:
+            self.validation = self.task.examples("validation", self.config.validation_size)
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """Do one step of the straight line; log it and return its metrics."""
+        config, started = self.config, time.perf_counter()
+        examples = self.task.training_batch(config.seed, step, config.examples_per_step)
+        groups = self.network.rollout(
+            examples, config.group_size, seed=(config.seed, step), temperature=config.temperature
+        )  # fmt: skip
+        rollout_seconds = time.perf_counter() - started
+        self.ledger.record(groups)
+
+        rewards_PG = torch.tensor([[self.task.reward(r.example, r.answer) for r in group] for group in groups])
+        advantages_PG = reinforce.advantages(
+            rewards_PG, config.centring, running_mean=self.running_mean, normalize=config.normalize
+        )
+        self.running_mean += (rewards_PG.mean().item() - self.running_mean) * (0.1 if step else 1.0)
+        metrics = rollout_metrics(self.task, groups, rewards_PG, advantages_PG)
+        metrics |= self._update(step, groups, advantages_PG)
+
+        seconds = time.perf_counter() - started
+        metrics["seconds/rollout/sum"] = rollout_seconds
+        metrics["seconds/update/sum"] = seconds - rollout_seconds
+        metrics["sampled_tokens_per_second/mean"] = (
+            sum(len(c.sample.token_ids) for group in groups for r in group for c in r.completions) / seconds
+        )
+        self.step = step + 1
+        if config.eval_every and self.step % config.eval_every == 0:
+            metrics |= self._look()
+        self.run.log_metrics(step, metrics)
+        self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
+        return metrics
+
+    def _update(self, step: int, groups: list[Group], advantages_PG: torch.Tensor) -> dict[str, float]:
+        config, bank = self.config, self.bank
+        batch = reinforce.build_batch(
+            groups, advantages_PG, nodes=bank.nodes, adapter_version=bank.version, pad_id=self.backbone.pad_id,
+            temperature=config.temperature, scope=self.backbone.scope,
+        )  # fmt: skip
+        loss_sum = gap = 0.0
+        for micro_batch in batch.split(config.rows_per_micro_batch, self.backbone.device):
+            logprobs_BC = self.backbone.logprobs(micro_batch.rows)
+            loss = reinforce.loss(logprobs_BC, micro_batch.advantages_B, batch.num_rollouts)
+            loss.backward()
+            loss_sum += loss.item()
+            gap = max(gap, (logprobs_BC.detach() - micro_batch.sampled_logprobs_BC).abs().max().item())
+        grad_norms = bank.clip_grad_norms(config.max_grad_norm)
+        lr = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # A step without a gradient leaves the weights alone: momentum alone must not move them.
+        if batch.completions:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        bank.version += 1
+        norms = {f"grad_norm/node/{node}/max": norm for node, norm in grad_norms.items()}
+        return {"loss/mean": loss_sum, "logprob_gap/max": gap, "lr/value": lr, **norms}
+
+    def _look(self) -> dict[str, float]:
+        seen, _ = evaluate(self.network, self.task, self.validation)
+        values = {
+            "accuracy/mean": seen.accuracy,
+            "low/value": seen.low,
+            "high/value": seen.high,
+            "floor/value": seen.floor,
+        }
+        return {f"validation/{name}": value for name, value in values.items()}
+
+    def evaluate_once(self, when: str, progress: Progress) -> dict[str, Evaluation]:
+        """Score every evaluation set and store it; a resumed run reads what it has already measured."""
+        stored: dict[str, Any] = self.run.read_json("evaluation.json") or {}
+        results: dict[str, Evaluation] = {}
+        for name, examples in self.sets.items():
+            if name in stored.get(when, {}):
+                results[name] = Evaluation(**stored[when][name])
+                continue
+            if when == "before" and self.step:
+                continue
+            results[name], groups = evaluate(self.network, self.task, examples)
+            self.run.log_rollouts(self.step, _records(groups, split=name))
+            stored.setdefault(when, {})[name] = results[name].to_json()
+            self.run.write_json("evaluation.json", stored)
+            progress.note(f"{when} training, {name}: {results[name]}")
+        return results
+
+    def save(self) -> None:
+        self.run.save(self.bank, self.optimizer, State(self.step, self.running_mean, self.checksum, self.ledger))
+
+    def check_frozen(self) -> None:
+        assert self.backbone.checksum() == self.checksum, "training changed the frozen backbone"
+
+
+def _records(groups: list[Group], rewards: list[list[float]] | None = None, split: str = "train") -> list[dict[str, Any]]:
+    """Return rollouts as JSON-ready records: who said what to whom, the answer, the reward."""
+    return [
+        {
+            "split": split,
+            "example": rollout.example.id,
+            "question": rollout.example.question,
+            "gold": rollout.example.answer,
+            "rollout": rollout.index,
+            "texts": {c.node: c.sample.text for c in rollout.completions},
+            "faults": [[m.sender, m.recipient, m.status.value] for c in rollout.completions for m in c.messages
+                       if m.status.value != "ok"],
+            **({"reward": rewards[i][j]} if rewards else {}),
+        }
+        for i, group in enumerate(groups)
+        for j, rollout in enumerate(group)
+    ]  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Stop:
+    asked: bool = False
+    _old: dict[int, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a request to save and stop; a second one ends the program at once."""
+    stop = _Stop()
+
+    def ask(number: int, _frame: object) -> None:
+        stop.asked = True
+        signal.signal(number, stop._old[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stop._old[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, old in stop._old.items():
+            signal.signal(number, old)

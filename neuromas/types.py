@@ -1,0 +1,109 @@
+"""Records that flow through the program, and the legend of shapes.
+
+Shape letters, as suffixes of array names and as jaxtyping axes:
+
+    P  examples in a step          B  rows (completions) in a batch
+    G  rollouts per example        S  suffix tokens of a row (node prompt + completion)
+    N  nodes                       T  tokens of a shared prefix
+    Q  distinct prefixes           V  vocabulary
+
+`rewards_PG` is one reward per example and rollout, `logprobs_BS` one log-probability per row and suffix token.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class MessageStatus(Enum):
+    """How a message was found in what its sender wrote. Compare with `is`."""
+
+    OK = "ok"
+    MISSING = "missing"
+    """The text has segments, none for this recipient: the recipient reads the placeholder."""
+    UNADDRESSED = "unaddressed"
+    """The text has no `TO node k:` at all: the recipient reads the whole text."""
+    EMPTY = "empty"
+    """The segment is there and holds nothing: the recipient reads the placeholder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question with its gold answer, e.g. `Example("ab12", "Is 2 even?\\n...", "Yes", 'Write "Answer: Yes" ...')`."""
+
+    id: str
+    """Hash of the question: names the example in draws, splits and records."""
+    question: str
+    answer: str
+    answer_format: str
+    """The sentence that tells the output node how to write its answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Text on one edge, e.g. `Message(1, 3, "start (0,0);...", MessageStatus.OK)`."""
+
+    sender: int
+    recipient: int
+    text: str
+    status: MessageStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of a node's prompt: `prefix_ids` is the same for every node and rollout of an example."""
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One row for an engine: which node speaks, what it reads, and the seed of its draws."""
+
+    node: int
+    prompt: Prompt
+    seed: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What an engine wrote for a request."""
+
+    token_ids: tuple[int, ...]
+    """Sampled tokens, the stop token included."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each sampled token under the distribution it was drawn from."""
+    text: str
+    """Decoded, without the stop token."""
+    stopped: bool
+    """False if the length limit cut it off."""
+    adapter_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one node wrote in one rollout, with the messages found in it. The output node sends no messages."""
+
+    node: int
+    prompt: Prompt
+    sample: Sample
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One pass of the whole network over one example; `completions` in topological order, the output node last."""
+
+    example: Example
+    index: int
+    """Which rollout of its group."""
+    completions: tuple[Completion, ...]
+
+    @property
+    def answer(self) -> str:
+        """Text of the output node."""
+        return self.completions[-1].sample.text
+
+
+Group = tuple[Rollout, ...]
+"""All rollouts of one example."""
