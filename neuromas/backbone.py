@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from neuromas.adapters import AdapterBank
 from neuromas.config import AdapterConfig
@@ -80,12 +81,12 @@ class Backbone:
         self.adapters: AdapterBank | None = None
         self.scope: Literal["all", "suffix"] = "all"
         self.stop_ids = _stop_ids(model, tokenizer)
-        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stop_ids)
+        self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else min(self.stop_ids)
         self._header, self._footer = _chat_frame(tokenizer)
         self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
 
     @classmethod
-    def load(cls, name: str = "bundled", *, dtype: str = "float32", device: str = "auto") -> Self:
+    def load(cls, name: str = "bundled", *, dtype: str = "float32", device: str = "auto") -> "Backbone":
         """Load `bundled`, a local folder, or a model of the Hugging Face hub (from its cache where it is there).
 
         Raises ValueError that says what is wrong with the folder or the id.
@@ -94,17 +95,25 @@ class Backbone:
         path = Path(source)
         if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
             raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
+        disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+            )
         except Exception as error:  # transformers, safetensors and the hub each raise classes of their own
             reason = " ".join(str(error).split())[:300]
             where = "" if path.is_dir() else " (not a local folder; offline, a hub id must be in the cache already)"
             raise ValueError(f"--backbone {name}: cannot be loaded{where}: {reason}") from error
-        return cls(model.to(resolve_device(device)), tokenizer, name)
+        model, report = loaded
+        # Left alone, transformers fills what is missing with random numbers and goes on.
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"--backbone {name}: cannot be loaded: its files lack {len(missing)} weights, e.g. {missing[0]}")
+        model.to(torch.device(resolve_device(device)))
+        return cls(model, tokenizer, name)
 
     @classmethod
-    def tiny(cls, seed: int = 0) -> Self:
+    def tiny(cls, seed: int = 0) -> "Backbone":
         """Return a random Qwen3 of two layers with the bundled tokenizer: shows the mechanics, not the skill."""
         tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
         with torch.random.fork_rng():
@@ -246,7 +255,8 @@ def config_of(name: str) -> Any:
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return every token that ends a text: the model's own and the tokenizer's, which may differ in chat models."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ids = {token for token in named if isinstance(token, int)}
     if not ids:
         raise ValueError(f"--backbone {tokenizer.name_or_path}: neither the model nor the tokenizer names a stop token")
     return frozenset(ids)
@@ -267,7 +277,7 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
         assert isinstance(text, str)
         header, footer = text.split(_PLACEHOLDER)
     else:
-        header, footer = tokenizer.bos_token or "", "\n"
+        header, footer = str(tokenizer.bos_token or ""), "\n"
 
     def encode(part: str) -> tuple[int, ...]:
         return tuple(tokenizer(part, add_special_tokens=False)["input_ids"])

@@ -9,7 +9,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
@@ -130,7 +130,7 @@ class TrainConfig:
     seed: int = 0
     """Decides the adapters' start, the training problems and every draw."""
 
-    def check(self) -> Self:
+    def check(self) -> "TrainConfig":
         """Return the config if it makes sense; ValueError names the flag that does not."""
         self.topology.build()
         self.adapter.check()
@@ -140,10 +140,11 @@ class TrainConfig:
             "max_new_tokens",
             "rows_per_micro_batch",
             "eval_size",
+            "validation_size",
             "save_every",
         ):
             _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "max_grad_norm", "eval_every", "validation_size", "seed"):
+        for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed"):
             _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         _require(self.temperature > 0, "--temperature", "above 0 (training samples)", self.temperature)
         _require(self.lr > 0, "--lr", "above 0", self.lr)
@@ -230,7 +231,13 @@ def to_json(config: TrainConfig) -> str:
 
 
 def from_json(text: str, where: str) -> TrainConfig:
-    return from_dict(TrainConfig, json.loads(text), where=where)
+    """Read a resolved config back; ValueError names `where` it came from and what is wrong with it."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is damaged: not JSON ({error})") from error
+    _require(isinstance(data, dict), where, "a JSON object", data)
+    return from_dict(TrainConfig, data, where=where)
 
 
 MAY_DIFFER = ("run_dir", "device", "save_every")

@@ -30,15 +30,15 @@ def advantages(
     `group_mean`: minus the group's mean; the expected gradient is (G - 1) / G of the true one.
     `ema`: minus `running_mean`, a mean over earlier steps; unbiased. `none`: the reward itself.
     `normalize` divides by the group's standard deviation (Shao et al. 2024); biased towards groups of equal rewards.
-    A group whose rewards are all equal gives 0 under the first two.
+    A group whose rewards are all equal, such as a group of one, gives 0 under the first two.
 
     >>> advantages(torch.tensor([[1.0, 0.0, 0.0]]), "leave_one_out")
     tensor([[ 1.0000, -0.5000, -0.5000]])
     """
     group_size = rewards_PG.shape[1]
     if centring == "leave_one_out":
-        others = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / (group_size - 1)
-        centred = rewards_PG - others
+        # r - (sum - r) / (G - 1) in one fraction, which is 0 for a group of one.
+        centred = (group_size * rewards_PG - rewards_PG.sum(1, keepdim=True)) / max(1, group_size - 1)
     elif centring == "group_mean":
         centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
     else:
@@ -133,7 +133,8 @@ def build_batch(
                     )
                 if advantage != 0:
                     chosen.append((completion, advantage))
-    chosen.sort(key=lambda item: (item[0].prompt.prefix_ids, item[0].node))
+    # Rows of one node and like length lie together: little padding, and few prefixes in each micro-batch.
+    chosen.sort(key=lambda item: (item[0].node, len(item[0].sample.token_ids), len(item[0].prompt.suffix_ids)))
     return Batch(tuple(chosen), sum(map(len, groups)), tuple(nodes), pad_id, temperature, scope)
 
 

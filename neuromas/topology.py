@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +18,7 @@ class Topology:
     edges: tuple[tuple[int, int], ...]
 
     @classmethod
-    def layered(cls, widths: Iterable[int], *, skip: bool = False) -> Self:
+    def layered(cls, widths: Iterable[int], *, skip: bool = False) -> "Topology":
         """Build fully connected layers, ids numbered from 1 through the layers (arXiv 2605.16757, section 2).
 
         `skip` adds an edge from every node to every node of all later layers, not only the next.
@@ -35,7 +34,7 @@ class Topology:
         return cls(layers, edges)
 
     @classmethod
-    def from_edges(cls, edges: Iterable[tuple[int, int]]) -> Self:
+    def from_edges(cls, edges: Iterable[tuple[int, int]]) -> "Topology":
         """Build from explicit edges; a node's layer is 1 + the longest path that leads to it.
 
         Node ids are 1 to the largest id named. Raises ValueError for an id below 1, an edge named twice, a cycle, a node
@@ -50,8 +49,8 @@ class Topology:
         if min(named) < 1:
             raise ValueError(f"topology.edges must use node ids from 1, got {min(named)}")
         nodes = range(1, max(named) + 1)
-        if lost := [node for node in nodes if node not in named]:
-            raise ValueError(f"topology.edges leaves node {lost[0]} unreachable; add an edge or renumber the nodes")
+        if lost := next((node for node in nodes if node not in named), None):
+            raise ValueError(f"topology.edges leaves node {lost} unreachable; add an edge or renumber the nodes")
         layers = _longest_path_layers(nodes, edges)
         sinks = sorted(set(nodes) - {a for a, _ in edges})
         if len(sinks) > 1:
@@ -87,7 +86,7 @@ class Topology:
         return {"layers": [list(item) for item in self.layers], "edges": [list(edge) for edge in self.edges]}
 
     @classmethod
-    def from_json(cls, data: dict[str, list[list[int]]]) -> Self:
+    def from_json(cls, data: dict[str, list[list[int]]]) -> "Topology":
         return cls(tuple((n, la) for n, la in data["layers"]), tuple((a, b) for a, b in data["edges"]))
 
 

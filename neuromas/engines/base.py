@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ OnSample = Callable[[int, Sample], Sequence[tuple[int, Request]]]
 """Takes a request's key and its sample, returns the keyed requests that have become ready through it."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Writes completions. A request is started as soon as it is known; nothing waits for a layer to end."""
 

@@ -39,7 +39,7 @@ class Recipe:
 
     out: Path
     """Folder that gets the model, the tokenizer and the card."""
-    steps: int = 6000
+    steps: int = 3000
     """Optimizer steps."""
     rows: int = 16
     """Rows of a step."""
@@ -88,12 +88,18 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
+
+
 class Row:
     """One packed training row: a question, turns that each see it and themselves, then cards."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, example: Example) -> None:
-        self._encode = tokenizer._tokenizer.encode
-        self._special = {name: tokenizer.convert_tokens_to_ids(name) for name in (USER, ASSISTANT, END)}
+        self._encode = tokenizer.backend_tokenizer.encode
+        self._special = {name: _token_id(tokenizer, name) for name in (USER, ASSISTANT, END)}
         self._length = length
         self.ids = [self._special[USER], *self._text(example.question), *self._text("\n\n")]
         self.learned = [False] * len(self.ids)
@@ -219,9 +225,10 @@ def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
             num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads // 2,
             head_dim=recipe.hidden // recipe.heads, tie_word_embeddings=True, max_position_embeddings=2048,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+            pad_token_id=_token_id(tokenizer, PAD), eos_token_id=_token_id(tokenizer, END), bos_token_id=None,
         )
-    ).to(recipe.device)  # fmt: skip
+    )  # fmt: skip
+    model.to(torch.device(recipe.device))  # type: ignore[reportArgumentType]  # a decorator hides the method's signature
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     if recipe.compile:
         model.model.compile()

@@ -51,20 +51,24 @@ class Task(ABC):
 
     def training_batch(self, seed: int, step: int, count: int) -> list[Example]:
         """Return the `count` training examples of a step: a function of (seed, step) alone, so a run can resume."""
-        return [self._draw("train", seed, step * count + index) for index in range(count)]
+        return [self._draw("train", f"{seed}/{step * count + index}") for index in range(count)]
 
     def examples(self, split: Split, count: int) -> list[Example]:
         """Return the first `count` distinct examples of a split, the same in every run."""
         found: dict[str, Example] = {}
-        index = 0
-        while len(found) < count:
-            example = self._draw(split, EVALUATION_SEED, index)
-            found.setdefault(example.id, example)
-            index += 1
+        for index in range(count):
+            example = first = self._draw(split, f"{EVALUATION_SEED}/{index}")
+            tries = 0
+            # A repeated problem gives way to one with the same answer: dropping it would tip the balance of answers,
+            # since one kind of answer may have fewer distinct short problems.
+            while example.id in found or example.answer != first.answer:
+                tries += 1
+                example = self._draw(split, f"{EVALUATION_SEED}/{index}/{tries}")
+            found[example.id] = example
         return list(found.values())
 
-    def _draw(self, split: Split, seed: int, index: int) -> Example:
-        rng = random.Random(f"{self.name}/{split}/{seed}/{index}")
+    def _draw(self, split: Split, seed: str) -> Example:
+        rng = random.Random(f"{self.name}/{split}/{seed}")
         while True:
             problem = self.generate(rng)
             if split_of(problem.question) == split:
@@ -79,9 +83,11 @@ class Task(ABC):
         records = _read_json_lines(path) if path.suffix == ".jsonl" else _read_bbh(path)
         examples = []
         for place, question, answer in records:
-            if self.parse_answer(answer) is None:
+            gold = self.parse_answer(answer)
+            if gold is None:
                 raise ValueError(f"task.file {path}, {place}: {answer!r} is no answer of task {self.name}")
-            examples.append(self.example(Problem(question, answer)))
+            # In normal form: `reward` compares with that, so a file's "yes" would never be matched.
+            examples.append(self.example(Problem(question, gold)))
         if not examples:
             raise ValueError(f"task.file {path} holds no examples")
         return examples
@@ -114,7 +120,8 @@ def _read_text(path: Path) -> str:
 
 def _read_json_lines(path: Path) -> list[tuple[str, str, str]]:
     records = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    # Not splitlines(): a JSON text may hold other line separators, such as U+2028, as they are.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

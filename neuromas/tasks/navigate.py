@@ -9,7 +9,7 @@ lengths give the answer away.
 import random
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from neuromas.tasks.base import Problem, Task
 
@@ -95,7 +95,7 @@ class Walk:
         return f"{QUESTION} {'. '.join(sentences)}.\n{OPTIONS}"
 
     @classmethod
-    def parse(cls, question: str) -> Self:
+    def parse(cls, question: str) -> "Walk":
         """Read a question back; ValueError if it is not of this grammar."""
         head, _, tail = question.partition("\n")
         sentences = [s.strip() for s in head.removeprefix(QUESTION).split(".") if s.strip()]
@@ -169,8 +169,8 @@ def _change_one(rng: random.Random, walk: Walk, max_steps: int) -> Walk:
 class Navigate(Task):
     """Balanced Yes/No problems; the answer is the last word of "Answer: Yes" or "Answer: No"."""
 
-    name: ClassVar[str] = "navigate"
-    answer_format: ClassVar[str] = 'Write "Answer: Yes" or "Answer: No".'
+    name = "navigate"
+    answer_format = 'Write "Answer: Yes" or "Answer: No".'
 
     def generate(self, rng: random.Random) -> Problem:
         returns = rng.random() < 0.5

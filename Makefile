@@ -1,0 +1,46 @@
+# Everything runs in .venv. `make train` and `make test` do all the set-up on a machine that has Python >= 3.11, pip and make.
+PYTHON ?= python3
+RUN ?= runs/first
+WIDTHS ?= 1 1 1
+# A file of real items to score on as well, e.g. make train FILE=path/to/navigate.json
+FILE ?=
+
+BIN = .venv/bin
+FILE_FLAG = $(if $(FILE),--task.file $(FILE))
+
+.PHONY: help install install-dev train test clean
+
+help:
+	@echo "make train    set up and train three nodes on Navigate (RUN=$(RUN) WIDTHS='$(WIDTHS)' FILE=...)"
+	@echo "make test     set up and run lint, types and tests"
+	@echo "make install  set up only"
+
+install: .venv/installed
+
+install-dev: .venv/installed-dev
+
+train: install
+	$(BIN)/neuromas train --widths $(WIDTHS) --run-dir $(RUN) --resume $(FILE_FLAG)
+
+test: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one with make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/installed: .venv/made pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
