@@ -1,6 +1,5 @@
 # Everything runs in .venv. `make train` and `make test` do all the set-up on a machine that has Python >= 3.11, pip and make.
 PYTHON ?= python3
-RUN ?= runs/first
 WIDTHS ?= 1 1 1
 # A file of real items to score on as well, e.g. make train FILE=path/to/navigate.json
 FILE ?=
@@ -11,7 +10,7 @@ FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 .PHONY: help install install-dev train test clean
 
 help:
-	@echo "make train    set up and train three nodes on Navigate (RUN=$(RUN) WIDTHS='$(WIDTHS)' FILE=...)"
+	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
 	@echo "make test     set up and run lint, types and tests"
 	@echo "make install  set up only"
 
@@ -20,7 +19,7 @@ install: .venv/installed
 install-dev: .venv/installed-dev
 
 train: install
-	$(BIN)/neuromas train --widths $(WIDTHS) --run-dir $(RUN) --resume $(FILE_FLAG)
+	$(BIN)/neuromas train --widths $(WIDTHS) --resume $(FILE_FLAG)
 
 test: install-dev
 	$(BIN)/ruff check .

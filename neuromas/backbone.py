@@ -109,8 +109,7 @@ class Backbone:
         # Left alone, transformers fills what is missing with random numbers and goes on.
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"--backbone {name}: cannot be loaded: its files lack {len(missing)} weights, e.g. {missing[0]}")
-        model.to(torch.device(resolve_device(device)))
-        return cls(model, tokenizer, name)
+        return cls(model.to(resolve_device(device)), tokenizer, name)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> "Backbone":

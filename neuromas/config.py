@@ -92,7 +92,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
 
-    num_steps: int = 120
+    num_steps: int = 60
     """Optimizer steps."""
     examples_per_step: int = 16
     """Questions in a step (P)."""
@@ -240,7 +240,7 @@ def from_json(text: str, where: str) -> TrainConfig:
     return from_dict(TrainConfig, data, where=where)
 
 
-MAY_DIFFER = ("run_dir", "device", "save_every")
+MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
 """Settings that a resumed run may change: they leave every step as it was."""
 
 
