@@ -110,9 +110,26 @@ def test_the_output_node_sends_nothing() -> None:
 
 def test_any_text_gives_one_message_for_each_recipient() -> None:
     rng = random.Random(0)
-    pieces = ["TO node ", "to node", "TO node 3:", "TO node 4:", "3", "\u0663:", ":", "\n", " ", "\x00", "\ud800", "é", "-1:", "9" * 30]
+    pieces = [
+        "TO node ",
+        "to node",
+        "TO node 3:",
+        "TO node 4:",
+        "3",
+        "\u0663:",
+        ":",
+        "\n",
+        " ",
+        "\x00",
+        "\ud800",
+        "é",
+        "-1:",
+        "9" * 30,
+    ]
     for _ in range(1000):
-        text = "".join(rng.choice(pieces) if rng.random() < 0.8 else chr(rng.randrange(0x110000)) for _ in range(rng.randrange(25)))
+        text = "".join(
+            rng.choice(pieces) if rng.random() < 0.8 else chr(rng.randrange(0x110000)) for _ in range(rng.randrange(25))
+        )
         messages = parse(text, 1, (3, 4))
         assert [message.recipient for message in messages] == [3, 4]
         for message in messages:

@@ -258,7 +258,9 @@ def test_tasks_are_found_by_name() -> None:
 
 def test_a_file_in_the_format_of_big_bench_hard(tmp_path: Path) -> None:
     path = tmp_path / "items.json"
-    path.write_text(json.dumps({"canary": "x", "examples": [{"input": "a?", "target": "Yes"}, {"input": "b?", "target": "No"}]}))
+    path.write_text(
+        json.dumps({"canary": "x", "examples": [{"input": "a?", "target": "Yes"}, {"input": "b?", "target": "No"}]})
+    )
     assert TASK.load(path) == [TASK.example(Problem("a?", "Yes")), TASK.example(Problem("b?", "No"))]
 
 
@@ -286,7 +288,11 @@ def test_answers_of_a_file_are_taken_in_normal_form(tmp_path: Path) -> None:
             ", line 2: expected an object with the texts 'question' and 'answer'",
         ),
         ("a.jsonl", '["a?", "Yes"]', ", line 1: expected an object with the texts 'question' and 'answer'"),
-        ("a.jsonl", '{"question": "a?", "answer": true}', ", line 1: expected an object with the texts 'question' and 'answer'"),
+        (
+            "a.jsonl",
+            '{"question": "a?", "answer": true}',
+            ", line 1: expected an object with the texts 'question' and 'answer'",
+        ),
         ("a.jsonl", '\n{"question": "a?", "answer": "Maybe"}', ", line 2: 'Maybe' is no answer of task navigate"),
         ("a.jsonl", "\n\n", " holds no examples"),
         ("a.json", '{"examples": [\n{"input": "a?"\n', ", line 3: not JSON (Expecting ',' delimiter)"),

@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from neuromas.recipes import skills
+from neuromas.recipes.card import write_card
 from neuromas.tasks import get_task
 from neuromas.tasks.navigate import Walk
 from neuromas.types import Example
@@ -210,8 +211,8 @@ def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, l
             hits = torch.zeros(batch.ids.shape, dtype=torch.bool, device=device)
             hits[batch.targets >= 0] = logits(model, batch).argmax(-1) == batch.targets[batch.targets >= 0]
         hit = hits[0].tolist()
-        # The last piece of a turn is its stop token; every other learned piece is one step.
-        steps = [piece for piece in row.pieces if len(piece) > 1]
+        # A turn's last piece is its stop token. A step's last token says whether the walk goes on: a choice, not a result.
+        steps = [piece[:-1] for piece in row.pieces if len(piece) > 1]
         right += sum(all(hit[k - 1] for k in piece) for piece in steps)
         total += len(steps)
     return right / total
@@ -259,12 +260,16 @@ def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
 
 def main() -> None:
     recipe = tyro.cli(Recipe)
+    started = time.monotonic()
     tokenizer = train_tokenizer(recipe.vocab_size, recipe.seed)
     recipe.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(recipe.out)
     model = train_backbone(recipe, tokenizer)
     model.save_pretrained(recipe.out)
-    print(f"single steps right: {step_accuracy(model, tokenizer, recipe.row_tokens):.4f}")
+    minutes = (time.monotonic() - started) / 60
+    tokens = recipe.steps * recipe.rows * recipe.row_tokens / 1e6
+    print(f"{tokens:.1f} million tokens in {minutes:.0f} minutes")
+    print(write_card(recipe.out, step_accuracy(model, tokenizer, recipe.row_tokens), tokens))
 
 
 if __name__ == "__main__":

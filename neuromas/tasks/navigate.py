@@ -9,7 +9,6 @@ lengths give the answer away.
 import random
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from neuromas.tasks.base import Problem, Task
 
