@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from neuromas.metrics import check_names
 from neuromas.topology import Topology
 
 KEPT_CHECKPOINTS = 2
+MADE_FIRST = {"checkpoints", "topology.json", "topology.json.new", "config.json.new"}
+"""What a run that is killed while its folder is being made may leave; it can be made again over them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,10 @@ class RunDirectory:
     def create(cls, config: TrainConfig) -> "RunDirectory":
         """Return a new run; nothing is written before `initialise`."""
         path = config.run_path
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if (path / "config.json").exists():
             raise ValueError(f"--run-dir {path} exists already; continue it with --resume or name another --run-dir")
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - MADE_FIRST):
+            raise ValueError(f"--run-dir {path} exists already and is no run; name another --run-dir")
         return cls(path, config, config.topology.build())
 
     def initialise(self) -> None:
@@ -62,8 +67,8 @@ class RunDirectory:
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             # The config comes last: a folder that has one has everything.
-            _write(self.path / "topology.json", json.dumps(self.topology.to_json(), indent=2).encode())
-            _write(self.path / "config.json", to_json(self.config).encode())
+            _replace(self.path / "topology.json", json.dumps(self.topology.to_json(), indent=2).encode())
+            _replace(self.path / "config.json", to_json(self.config).encode())
         except OSError as error:
             raise ValueError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
 
@@ -145,15 +150,24 @@ class RunDirectory:
         fresh.replace(link)
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics and rollouts of steps that a killed run logged after its last checkpoint."""
+        """Drop what a killed run logged after its last checkpoint, and rollouts of an evaluation that it did not finish."""
+        scores: dict[str, Any] = self.read_json("evaluation.json") or {}
+
+        def is_kept(record: dict[str, Any]) -> bool:
+            split = record.get("split", "train")
+            if split == "train":
+                return record["step"] < step
+            # A score that is stored is not measured again, so its rollouts stay.
+            return split in scores.get("after" if record["step"] else "before", {})
+
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             path = self.path / name
             if not path.exists():
                 continue
             # A killed run's last line may be cut off.
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            _write(path.with_suffix(".new"), "".join(x for x in whole if json.loads(x)["step"] < step).encode())
-            path.with_suffix(".new").replace(path)
+            with self._writing(name):
+                _replace(path, "".join(line for line in whole if is_kept(json.loads(line))).encode())
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         check_names(list(metrics))
@@ -163,18 +177,28 @@ class RunDirectory:
         for record in records:
             self._append("rollouts.jsonl", {"step": step, **record})
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, int | float]]:
         path = self.path / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with self._writing(name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def write_json(self, name: str, data: object) -> None:
-        fresh = self.path / f"{name}.new"
-        _write(fresh, json.dumps(data, indent=2).encode())
-        fresh.replace(self.path / name)
+        with self._writing(name):
+            _replace(self.path / name, json.dumps(data, indent=2).encode())
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turn a refusal of the disk into a ValueError that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"--run-dir {self.path}: {name} cannot be written ({error.strerror}). "
+                "Make room and run the same command with --resume"
+            ) from error
 
     def read_json(self, name: str) -> Any:
         path = self.path / name
@@ -214,6 +238,9 @@ def _verified_state(folder: Path, older: Path | None) -> dict[str, Any]:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, bank: AdapterBank, moments: dict[str, torch.Tensor]) -> None:
+    # Until some rollout has been right, no step has had a gradient, and there are no moments yet.
+    if not moments:
+        return
     for name, parameter in bank.parameters().items():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = moments[f"{name}.{key}"]
@@ -225,6 +252,13 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that whoever is killed leaves the old one or the new one, never a part."""
+    fresh = path.with_name(f"{path.name}.new")
+    _write(fresh, data)
+    fresh.replace(path)
 
 
 def _sync_folder(path: Path) -> None:

@@ -182,6 +182,9 @@ def main() -> None:
         # The reader has closed the pipe, as `head` does; there is nobody left to tell.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class TrainConfig:
     """What is subtracted from a reward: the mean of the group's other rollouts, of the whole group, a running mean, nothing."""
     normalize: bool = False
     """Divide a group's advantages by the standard deviation of its rewards."""
-    rows_per_micro_batch: int = 128
+    rows_per_micro_batch: int = 64
     """Completions in one forward and backward pass: less takes less memory and changes nothing else."""
 
     eval_size: int = 500

@@ -49,7 +49,9 @@ class Evaluation:
             f"floor {self.floor:.1%} always {self.floor_answer!r}, parsed {self.parse_rate:.1%}, "
             f"{self.calls_per_answer:.3g} calls and {self.tokens_per_answer:.1f} tokens an answer)"
         )
-        return text + ("  AT OR BELOW FLOOR" if self.at_or_below_floor else "")
+        if self.at_or_below_floor:
+            return f"{text}  AT OR BELOW FLOOR"
+        return f"{text}  INTERVAL REACHES FLOOR" if self.low <= self.floor else text
 
 
 def score(task: Task, groups: Sequence[Group]) -> Evaluation:

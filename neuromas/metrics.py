@@ -36,6 +36,21 @@ METRICS = {
 }
 
 
+def metrics_page() -> str:
+    """Return docs/metrics.md; `python -m neuromas.metrics > docs/metrics.md` writes it."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in METRICS.items()]
+    head = [
+        "# Metrics",
+        "",
+        "What a training step writes to `metrics.jsonl`, one JSON object a line, beside `step` (counted from 0). The last part",
+        "of a name says how rows were reduced. This page is generated: `python -m neuromas.metrics > docs/metrics.md`.",
+        "",
+        "| name | meaning |",
+        "| --- | --- |",
+    ]
+    return "\n".join([*head, *rows, ""])
+
+
 def check_names(names: Sequence[str]) -> None:
     """Raise ValueError for a name that METRICS does not explain."""
     for name in names:
@@ -69,3 +84,7 @@ def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, adv
         lengths = [len(c.sample.token_ids) for c in completions if c.node == node]
         metrics[f"completion_tokens/node/{node}/mean"] = sum(lengths) / len(lengths)
     return metrics
+
+
+if __name__ == "__main__":
+    print(metrics_page(), end="")

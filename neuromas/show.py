@@ -15,7 +15,7 @@ from neuromas.backbone import config_of
 from neuromas.checkpoint import RunDirectory
 from neuromas.config import TrainConfig, load_toml, to_json
 from neuromas.evaluate import Evaluation
-from neuromas.tasks import Task
+from neuromas.tasks import Task, get_task
 from neuromas.topology import Topology
 from neuromas.types import Rollout
 
@@ -52,7 +52,7 @@ def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
     per_rank = sum(linear.in_features + linear.out_features for linear in targets.values())
     rank = resolve_rank(config.adapter, len(topology.nodes), per_rank)
     return {
-        "task": config.task.name,
+        "task": get_task(config.task.name).name,
         "backbone": config.backbone,
         "backbone_parameters": sum(p.numel() for p in model.parameters()),
         "nodes": [
@@ -78,6 +78,8 @@ def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
 def print_description(description: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     console.print(_drawing(description))
+    edges = "  ".join(f"{node['id']}─▶{recipient}" for node in description["nodes"] for recipient in node["writes_to"])
+    console.print(f"messages: {edges or 'none'}; every node reads the question as well")
     for key in ("task", "backbone", "backbone_parameters", "trainable_parameters", "trainable_parameters_per_node", "rank",
                 "adapter_scope", "calls_per_answer", "max_tokens_per_answer", "training_rollouts", "checkpoint"):  # fmt: skip
         if key in description:
@@ -93,30 +95,19 @@ def print_description(description: dict[str, Any], console: Console | None = Non
 
 
 def _drawing(description: dict[str, Any]) -> Table:
-    """Draw one column per layer, one box per node; everybody reads the question as well."""
+    """Draw one column per layer, its nodes below each other; the edges are listed beneath."""
+    nodes = description["nodes"]
+    depth = max(node["layer"] for node in nodes)
+    layers = [[f"({node['id']})" for node in nodes if node["layer"] == layer] for layer in range(1, depth + 1)]
+    columns = [["question"], *layers, ["answer"]]
     table = Table.grid(padding=(0, 1))
-    depth = max(node["layer"] for node in description["nodes"])
-    cells: list[Any] = [_column([Panel("question")]), Text("\n─▶")]
-    for layer in range(1, depth + 1):
-        boxes = []
-        for node in description["nodes"]:
-            if node["layer"] == layer:
-                reads = "reads the question" + "".join(f", {sender}" for sender in node["reads"])
-                writes = "answers" if not node["writes_to"] else "writes to " + ", ".join(map(str, node["writes_to"]))
-                boxes.append(Panel(f"{reads}\n{writes}", title=f"node {node['id']}"))
-        cells += [_column(boxes), Text("\n─▶")]
-    cells.append(_column([Panel("answer")]))
-    for _ in cells:
+    cells = []
+    for column in columns:
+        cells += ["\n".join(column), "─▶"]
+    for _ in cells[:-1]:
         table.add_column(no_wrap=True)
-    table.add_row(*cells)
+    table.add_row(*cells[:-1])
     return table
-
-
-def _column(boxes: list[Panel]) -> Table:
-    grid = Table.grid()
-    for box in boxes:
-        grid.add_row(box)
-    return grid
 
 
 def print_rollout(rollout: Rollout, task: Task) -> None:

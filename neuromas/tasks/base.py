@@ -33,6 +33,8 @@ class Task(ABC):
     name: str
     answer_format: str
     """The sentence that tells the output node how to answer."""
+    answers: tuple[str, ...] = ()
+    """All answers, where they are few: generated validation and test sets then hold each equally often."""
 
     @abstractmethod
     def generate(self, rng: random.Random) -> Problem:
@@ -57,13 +59,16 @@ class Task(ABC):
         """Return the first `count` distinct examples of a split, the same in every run."""
         found: dict[str, Example] = {}
         for index in range(count):
-            example = first = self._draw(split, f"{EVALUATION_SEED}/{index}")
+            wanted = self.answers[index % len(self.answers)] if self.answers else None
             tries = 0
-            # A repeated problem gives way to one with the same answer: dropping it would tip the balance of answers,
-            # since one kind of answer may have fewer distinct short problems.
-            while example.id in found or example.answer != first.answer:
-                tries += 1
+            while True:
                 example = self._draw(split, f"{EVALUATION_SEED}/{index}/{tries}")
+                tries += 1
+                # A repeated problem gives way to one with the same answer: dropping it would tip the balance of answers,
+                # since one kind of answer may have fewer distinct short problems. Where answers are open, none may be left.
+                wanted = wanted or example.answer
+                if example.id not in found and (example.answer == wanted or tries > 200):
+                    break
             found[example.id] = example
         return list(found.values())
 

@@ -170,6 +170,7 @@ class Navigate(Task):
 
     name = "navigate"
     answer_format = 'Write "Answer: Yes" or "Answer: No".'
+    answers = ("Yes", "No")
 
     def generate(self, rng: random.Random) -> Problem:
         returns = rng.random() < 0.5
