@@ -22,7 +22,7 @@ from neuromas.types import Rollout
 
 def plan(config: TrainConfig) -> str:
     """Return what a run of this config would be, as text: the drawing, the budget, the resolved settings."""
-    console = Console(width=100, highlight=False)
+    console = Console(width=100, highlight=False, markup=False)
     with console.capture() as capture:
         print_description(_description(config, config.topology.build()), console)
     return f"{capture.get()}{to_json(config)}"
@@ -76,7 +76,7 @@ def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
 
 
 def print_description(description: dict[str, Any], console: Console | None = None) -> None:
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     console.print(_drawing(description))
     edges = "  ".join(f"{node['id']}─▶{recipient}" for node in description["nodes"] for recipient in node["writes_to"])
     console.print(f"messages: {edges or 'none'}; every node reads the question as well")
@@ -112,7 +112,7 @@ def _drawing(description: dict[str, Any]) -> Table:
 
 def print_rollout(rollout: Rollout, task: Task) -> None:
     """Print every message on its edge, then the answer."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for completion in rollout.completions:
         for message in completion.messages:
             fault = "" if message.status.value == "ok" else f"  ({message.status.value})"

@@ -30,7 +30,7 @@ SLIDING_WINDOW = 8
 
 
 def make_model(family: str, says: Sequence[str] = ()) -> PreTrainedModel:
-    """Build a model whose answers are noise, or nearly always one of the single tokens `says` or the stop token.
+    """Build a model that writes noise, or mostly nothing or one of the single-token words `says`, then stops.
 
     Weights are drawn ten times wider than usual, so that attention is far from uniform and a wrong mask or position shows.
     """
@@ -54,7 +54,7 @@ def make_model(family: str, says: Sequence[str] = ()) -> PreTrainedModel:
             )  # fmt: skip
             model = Gemma3ForCausalLM(config)
     if says:
-        _favour(model, [tokenizer.eos_token_id, *(_only_token(tokenizer, text) for text in says)])
+        _favour(model, tokenizer.eos_token_id, [_only_token(tokenizer, text) for text in says])
     return model
 
 
@@ -63,15 +63,17 @@ def _only_token(tokenizer: Any, text: str) -> int:
     return token
 
 
-def _favour(model: PreTrainedModel, tokens: list[int]) -> None:
-    """Carry a constant through the residual stream and let these tokens' logits read it."""
+def _favour(model: PreTrainedModel, stop: int, words: list[int]) -> None:
+    """Carry two marks through the residual stream and let logits read them: any text so far, and a word just written."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     assert isinstance(head, torch.nn.Linear)
     with torch.no_grad():
-        embedding.weight[:, 0] = 2.0
-        head.weight[:, 0] = 0.0
-        head.weight[tokens, 0] = 4.0
+        embedding.weight[:, 0], embedding.weight[:, 1] = 2.0, 0.0
+        embedding.weight[words, 1] = 2.0
+        head.weight[:, :2] = 0.0
+        head.weight[[stop, *words], 0] = 4.0
+        head.weight[stop, 1] = 2.0
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:

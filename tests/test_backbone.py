@@ -56,7 +56,7 @@ class Case:
         return self.network.adapters
 
     def batch(self) -> reinforce.Batch:
-        advantages_PG = torch.tensor([[1.0, -0.5, -0.5], [0.25, 0.5, -0.75]])
+        advantages_PG = torch.tensor([[1.0, -1.0], [0.5, -0.25]])
         return reinforce.build_batch(
             self.groups, advantages_PG, nodes=self.bank.nodes, adapter_version=0, pad_id=self.backbone.pad_id,
             temperature=1.0, scope=self.backbone.scope,
@@ -86,7 +86,7 @@ def make_case(folder: Path, scope: Scope) -> Case:
         Topology.layered([2, 1]), backbone, adapter=AdapterConfig(rank=2, scope=scope), max_new_tokens=5
     )  # fmt: skip
     randomise(network.adapters)
-    return Case(folder, network, network.rollout(get_task("navigate").examples("test", 2), 3, seed=(0, 0)))
+    return Case(folder, network, network.rollout(get_task("navigate").examples("test", 2), 2, seed=(0, 0)))
 
 
 @pytest.fixture(scope="module")
