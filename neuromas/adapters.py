@@ -34,23 +34,27 @@ class AdaptedLinear(nn.Module):
         like = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.zeros(nodes, rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(nodes, base.out_features, rank, **like))
-        self._gathered: tuple[int, Tensor, Tensor] | None = None
+        self._gathered: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, x: Float[Tensor, "rows tokens in"]) -> Float[Tensor, "rows tokens out"]:
         bank = self._bank[0]
         y = self.base(x)
         if bank.route is None:
             return y
-        a, b = self._weights(bank.route, bank.route_id, x.dtype)
+        a, b = self._weights(bank.route, x.dtype)
         return torch.baddbmm(y, torch.bmm(x, a), b)
 
-    def _weights(self, route: Tensor, route_id: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A^T (rows, in, r) and scaled B^T (rows, r, out); kept between the steps of a decode, when nothing learns."""
-        if self._gathered and self._gathered[0] == route_id and not torch.is_grad_enabled():
+    def _weights(self, route: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A^T (rows, in, r) and scaled B^T (rows, r, out).
+
+        An engine, which runs in inference mode, hands in the same route tensor for as long as its rows are the same: what was
+        gathered for it is then used again, and a step of a decode gathers nothing.
+        """
+        if self._gathered and self._gathered[0] is route and torch.is_inference_mode_enabled():
             return self._gathered[1:]
         a = self.lora_A.to(dtype)[route].mT
         b = (self._bank[0].scaling * self.lora_B).to(dtype)[route].mT
-        self._gathered = None if torch.is_grad_enabled() else (route_id, a, b)
+        self._gathered = (route, a, b) if torch.is_inference_mode_enabled() else None
         return a, b
 
 
@@ -69,7 +73,6 @@ class AdapterBank:
         self.version = 0
         """Counts optimizer steps; a completion carries the version that wrote it."""
         self.route: Tensor | None = None
-        self.route_id = 0
         self.target_modules = tuple(config.target_modules)
         targets = find_targets(model, self.target_modules)
         self.parameters_per_rank = sum(m.in_features + m.out_features for m in targets.values())
@@ -98,11 +101,11 @@ class AdapterBank:
     def routed(self, rows: Int[Tensor, " rows"] | None) -> Iterator[None]:
         """Route each row of the forwards inside through the adapter at that index of `nodes`; None: bare backbone."""
         before = self.route
-        self.route, self.route_id = rows, self.route_id + 1
+        self.route = rows
         try:
             yield
         finally:
-            self.route, self.route_id = before, self.route_id + 1
+            self.route = before
 
     def index(self, node: int) -> int:
         return self.nodes.index(node)

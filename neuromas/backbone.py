@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.adapters import AdapterBank
 from neuromas.config import AdapterConfig
@@ -95,7 +95,9 @@ class Backbone:
         path = Path(source)
         if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
             raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
+        # What goes wrong is said below, in one line.
         disable_progress_bar()
+        set_verbosity_error()
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(

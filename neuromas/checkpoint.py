@@ -80,8 +80,8 @@ class RunDirectory:
             topology = Topology.from_json(json.loads((path / "topology.json").read_text()))
         except OSError as error:
             raise ValueError(f"{path} is no run: expected {Path(error.filename).name} in it, {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no run that can be read: a JSON file in it is damaged ({error})") from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no run that can be read: topology.json is damaged ({error})") from error
         return cls(path, config, topology)
 
     @classmethod

@@ -1,5 +1,7 @@
 """The command line: parse, call, print. Results go to standard output, progress and errors to standard error."""
 
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -158,7 +160,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def _parse(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
-    return tyro.cli(kind, args=args, prog=f"neuromas {command}", **kwargs)
+    """Parse flags; a mistake in them is a ValueError of one line, as every other mistake."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=args, prog=f"neuromas {command}", **kwargs)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = (line.strip("│╰╭─╮╯ ") for line in complaint.getvalue().splitlines() if not line.startswith("╭"))
+        raise ValueError(" ".join(line for line in lines if line)) from stop
 
 
 def main() -> None:

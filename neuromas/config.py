@@ -5,6 +5,7 @@ Imports no torch, so `--help` and a wrong flag answer at once. A string under a 
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,11 @@ class TaskConfig:
 
     name: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "navigate"
     """Task family."""
+    difficulty: int | None = None
+    """How hard generated problems are, in the task's own unit (Navigate: sentences). None: as the published items."""
     file: Path | None = None
-    """Evaluate on this file's examples too: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`."""
+    """Evaluate on this file's examples too: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`.
+    Training never draws an example that is in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,8 +150,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
         for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed"):
             _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
-        _require(self.temperature > 0, "--temperature", "above 0 (training samples)", self.temperature)
-        _require(self.lr > 0, "--lr", "above 0", self.lr)
+        _require(0 < self.temperature < math.inf, "--temperature", "above 0 (training samples)", self.temperature)
+        _require(0 < self.lr < math.inf, "--lr", "above 0", self.lr)
         _require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
         needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1
         _require(
@@ -240,7 +244,7 @@ def from_json(text: str, where: str) -> TrainConfig:
     return from_dict(TrainConfig, data, where=where)
 
 
-MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
+MAY_DIFFER = ("run_dir", "device", "save_every")
 """Settings that a resumed run may change: they leave every step as it was."""
 
 

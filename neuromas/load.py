@@ -39,4 +39,4 @@ def load_run(path: Path, *, untrained: bool = False) -> LoadedRun:
                 f"--backbone {run.config.backbone} has other weights now (checksum {found}) than run {path} was trained on "
                 f"({state.backbone_checksum}); restore the backbone that the run had"
             )
-    return LoadedRun(run, network, get_task(run.config.task.name), step)
+    return LoadedRun(run, network, get_task(run.config.task.name, run.config.task.difficulty), step)

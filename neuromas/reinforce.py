@@ -59,7 +59,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All completions of a step that carry a gradient, with their advantages; rows that share a prefix lie together."""
+    """All completions of a step that carry a gradient, with their advantages; rows of one node and like length lie together."""
 
     completions: tuple[tuple[Completion, float], ...]
     num_rollouts: int

@@ -41,10 +41,11 @@ class Setup:
 def set_up(config: TrainConfig) -> Setup:
     """Build task, backbone and network; ValueError names the flag that is wrong."""
     config.check()
-    task = get_task(config.task.name)
+    task = get_task(config.task.name, config.task.difficulty)
     sets: dict[str, list[Example]] = {"test": task.examples("test", config.eval_size)}
     if config.task.file:
         sets[config.task.file.name] = task.load(config.task.file)
+        task.held_out = frozenset(example.id for example in sets[config.task.file.name])
     return Setup(config, task, build_network(config), sets)
 
 
@@ -160,9 +161,7 @@ class Trainer:
         lr = learning_rate(config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # A step without a gradient leaves the weights alone: momentum alone must not move them.
-        if batch.completions:
-            self.optimizer.step()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         bank.version += 1
         norms = {f"grad_norm/node/{node}/max": norm for node, norm in grad_norms.items()}

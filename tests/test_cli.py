@@ -262,8 +262,9 @@ def test_an_empty_question(call: Call, trained: Path) -> None:
     assert_refused(call("ask", trained, "  "), r"^error: QUESTION must not be empty$")
 
 
-def test_a_path_that_the_system_refuses(call: Call) -> None:
-    assert_refused(call("show", "x" * 5000), r"File name too long")
+def test_a_path_that_the_system_refuses(call: Call, tiny_folder: Path) -> None:
+    assert_refused(call("show", "x" * 5000), r"is no run: expected config\.json in it, File name too long$")
+    assert_refused(call("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", "x" * 5000), r"File name too long")
 
 
 # What works

@@ -109,6 +109,8 @@ class _Decode:
         self.slots: _Slots | None = None
         self.width = 0
         """Columns in use by any live row."""
+        self.route: Tensor | None = None
+        """Node index of each live row; the same tensor for as long as the rows are the same."""
 
     @property
     def live(self) -> int:
@@ -127,6 +129,7 @@ class _Decode:
         assert slots is not None
         new = slice(first, first + len(prompts))
         self.rows += [key for key, _ in requests]
+        self.route = None
         device = self.backbone.device
 
         slots.key_mask[new] = False
@@ -156,6 +159,8 @@ class _Decode:
             return finished
         slots, live = self.slots, slice(0, self.live)
         assert slots is not None
+        if finished or self.route is None:
+            self.route = slots.nodes[live].clone()
         columns = slots.column[live]
         every = torch.arange(self.live, device=columns.device)
         slots.key_mask[every, columns] = True
@@ -163,7 +168,7 @@ class _Decode:
         self.width = int(columns.max()) + 1
         logits = self.backbone.forward(
             slots.last_token[live, None], slots.position[live, None], slots.key_positions[live, : self.width],
-            slots.key_mask[live, : self.width], _SlotCache(slots, live, columns, self.width), slots.nodes[live], keep=1,
+            slots.key_mask[live, : self.width], _SlotCache(slots, live, columns, self.width), self.route, keep=1,
         )  # fmt: skip
         slots.column[live] += 1
         slots.position[live] += 1

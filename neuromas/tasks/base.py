@@ -18,6 +18,9 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 EVALUATION_SEED = 0
 """Generated validation and test items are the same in every run, so that runs can be compared."""
 
+MAX_TRIES = 2000
+"""Draws without a new problem after which a split counts as used up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -35,6 +38,20 @@ class Task(ABC):
     """The sentence that tells the output node how to answer."""
     answers: tuple[str, ...] = ()
     """All answers, where they are few: generated validation and test sets then hold each equally often."""
+    difficulties = range(0)
+    """Values of the dial; empty where a task has none."""
+    difficulty_unit = ""
+    """What the dial counts."""
+
+    def __init__(self, difficulty: int | None = None) -> None:
+        """Set the dial; None draws problems like the published ones. Raises ValueError for a value that it does not have."""
+        if difficulty is not None and difficulty not in self.difficulties:
+            values = self.difficulties
+            expected = f"{values[0]} to {values[-1]} {self.difficulty_unit}, or left out," if values else "left out"
+            raise ValueError(f"--task.difficulty must be {expected} for task {self.name}, got {difficulty!r}")
+        self.difficulty = difficulty
+        self.held_out: frozenset[str] = frozenset()
+        """Ids of examples that training never draws: a generator now and then meets an item of a file to be scored on."""
 
     @abstractmethod
     def generate(self, rng: random.Random) -> Problem:
@@ -56,7 +73,10 @@ class Task(ABC):
         return [self._draw("train", f"{seed}/{step * count + index}") for index in range(count)]
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        """Return the first `count` distinct examples of a split, the same in every run."""
+        """Return the first `count` distinct examples of a split, the same in every run.
+
+        Raises ValueError if the split seems to have fewer: there may be few problems of little difficulty.
+        """
         found: dict[str, Example] = {}
         for index in range(count):
             wanted = self.answers[index % len(self.answers)] if self.answers else None
@@ -69,6 +89,11 @@ class Task(ABC):
                 wanted = wanted or example.answer
                 if example.id not in found and (example.answer == wanted or tries > 200):
                     break
+                if tries > MAX_TRIES:
+                    raise ValueError(
+                        f"task {self.name} seems to have only {len(found)} distinct problems in split {split}, "
+                        f"asked for {count}; ask for fewer, or for more difficult ones by --task.difficulty"
+                    )
             found[example.id] = example
         return list(found.values())
 
@@ -76,8 +101,9 @@ class Task(ABC):
         rng = random.Random(f"{self.name}/{split}/{seed}")
         while True:
             problem = self.generate(rng)
-            if split_of(problem.question) == split:
-                return self.example(problem)
+            example = self.example(problem)
+            if split_of(problem.question) == split and not (split == "train" and example.id in self.held_out):
+                return example
 
     def load(self, path: Path) -> list[Example]:
         """Read examples from a file: BIG-Bench-Hard JSON (`examples` with `input` and `target`) or JSONL

@@ -10,6 +10,7 @@ import random
 import re
 from dataclasses import dataclass, replace
 
+from neuromas.tasks.answers import words_form
 from neuromas.tasks.base import Problem, Task
 
 HEADINGS = ("north", "east", "south", "west")
@@ -26,7 +27,7 @@ LENGTH_WEIGHTS = {3: 10, 4: 18, 5: 18, 6: 16, 7: 15, 8: 11, 9: 8, 10: 4}
 MAX_STEPS = 10
 
 _SENTENCE = re.compile(r"Take (\d+) steps?(?: (forward|backward|left|right))?|Turn (left|right|around)")
-_ANSWER = re.compile(r"\banswer(?: is)?\s*:?\s*(yes|no)\b", re.IGNORECASE)
+_ANSWER = words_form("Yes", "No")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +107,10 @@ class Walk:
         return cls(sidestep, tuple(Instruction(int(n or 0), direction or turn) for n, direction, turn in groups))
 
 
-def draw_walk(rng: random.Random, *, returns: bool, max_steps: int = MAX_STEPS) -> Walk:
-    """Draw a walk that returns to the start or does not, of 3 to 10 sentences in either style."""
+def draw_walk(rng: random.Random, *, returns: bool, max_steps: int = MAX_STEPS, sentences: int | None = None) -> Walk:
+    """Draw a walk in either style that returns to the start or does not; of 3 to 10 sentences where their number is None."""
     sidestep = rng.random() < 0.5
-    length = rng.choices(list(LENGTH_WEIGHTS), weights=list(LENGTH_WEIGHTS.values()))[0] - sidestep
+    length = (sentences or rng.choices(list(LENGTH_WEIGHTS), weights=list(LENGTH_WEIGHTS.values()))[0]) - sidestep
     near_miss = rng.random() < 0.5
     while True:
         walk = _random_walk(rng, sidestep, length, max_steps)
@@ -166,17 +167,20 @@ def _change_one(rng: random.Random, walk: Walk, max_steps: int) -> Walk:
 
 
 class Navigate(Task):
-    """Balanced Yes/No problems; the answer is the last word of "Answer: Yes" or "Answer: No"."""
+    """Balanced Yes/No problems; the answer is the last word of "Answer: Yes" or "Answer: No".
+
+    Difficulty is the number of sentences, 3 to 10 in the published items.
+    """
 
     name = "navigate"
     answer_format = 'Write "Answer: Yes" or "Answer: No".'
+    difficulties = range(3, 41)
+    difficulty_unit = "sentences"
     answers = ("Yes", "No")
 
     def generate(self, rng: random.Random) -> Problem:
         returns = rng.random() < 0.5
-        return Problem(draw_walk(rng, returns=returns).question, "Yes" if returns else "No")
+        return Problem(draw_walk(rng, returns=returns, sentences=self.difficulty).question, "Yes" if returns else "No")
 
     def parse_answer(self, text: str) -> str | None:
-        bare = text.strip().strip(".").lower()
-        found = {bare} if bare in ("yes", "no") else {match.lower() for match in _ANSWER.findall(text)}
-        return found.pop().capitalize() if len(found) == 1 else None
+        return _ANSWER.read(text)

@@ -1,0 +1,85 @@
+"""Reading one answer out of a text: strict, so that naming several answers never pays."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_MARKER = re.compile(r"\banswer\b(?:\s+is\b)?[\s:=*`\"'$]*", re.IGNORECASE)
+_HEDGE = re.compile(r"\b(?:or|nor|not|never|maybe|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+_WRAPPING = " \t\r\n*`\"'$"
+
+# Longer numbers are no answer of any family, and Python refuses to read them from 4,300 digits on.
+_MAX_DIGITS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """What the answers of a task look like."""
+
+    pattern: re.Pattern[str]
+    """Everything that looks like an answer, wrong forms too: `24.5` where whole numbers are asked for."""
+    normal: Callable[[str], str | None]
+    """Gives the normal form of what the pattern found, None for a wrong form."""
+
+    def read(self, text: str) -> str | None:
+        """Return the answer in normal form; None if the text gives none, or several.
+
+        Either the text is an answer and nothing else, or it says "Answer: ..." or "the answer is ...". Then all that looks like
+        an answer from there to the end has to be that same answer, and no word such as "or" or "not" may follow: "Answer: (A)
+        or (B)", "Answer: not (A)" and two different answers are none. What comes before is free.
+        """
+        # A stop may follow an answer, not lead it: .5 is not 5.
+        bare = text.lstrip(_WRAPPING).rstrip(_WRAPPING + ".")
+        if self.pattern.fullmatch(bare):
+            return self.normal(bare)
+        starts = {marker.end() for marker in _MARKER.finditer(text)}
+        matches = list(self.pattern.finditer(text))
+        first = next((k for k, match in enumerate(matches) if match.start() in starts), None)
+        if first is None or _HEDGE.search(text, matches[first].end()):
+            return None
+        named = {self.normal(match.group()) for match in matches[first:]}
+        return named.pop() if len(named) == 1 else None
+
+
+def words_form(*answers: str) -> AnswerForm:
+    """Answers are one of these words, in any case."""
+    by_word = {answer.lower(): answer for answer in answers}
+    return AnswerForm(re.compile(rf"\b(?:{'|'.join(answers)})\b", re.IGNORECASE), lambda word: by_word.get(word.lower()))
+
+
+def option_form(letters: str) -> AnswerForm:
+    """Answers are a letter in parentheses, or a capital letter alone where it is not the article of "A red ball".
+
+    The pattern finds all letters in parentheses, so that an option that does not exist spoils an answer.
+    """
+    pattern = re.compile(rf"\([a-zA-Z]\)|\b[{letters}](?![\w'-])(?!(?<=A)\s+[a-z])")
+
+    def normal(found: str) -> str | None:
+        letter = found.strip("()").upper()
+        return f"({letter})" if letter in letters else None
+
+    return AnswerForm(pattern, normal)
+
+
+def number_form() -> AnswerForm:
+    """Answers are a whole number, with or without commas between thousands; a calculation is no number."""
+    # The last part finds the start of a calculation, so that 5 * 5 is not twice the number 5.
+    pattern = re.compile(r"[-+\u2212]?[0-9](?:[\w.,]*\w)?(?:\s*[-+*/^=\u2212\u00d7\u00f7](?=\s*[-+(]?[0-9])|\s?%)?")
+    whole = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
+
+    def normal(found: str) -> str | None:
+        found = found.replace("\u2212", "-")
+        return str(int(found.replace(",", ""))) if len(found) <= _MAX_DIGITS and whole.fullmatch(found) else None
+
+    return AnswerForm(pattern, normal)
+
+
+def bracket_form() -> AnswerForm:
+    """Answers are closing brackets, with one space between two of them when in normal form."""
+    pattern = re.compile(r"[()\[\]{}<>](?:\s*[()\[\]{}<>])*")
+
+    def normal(found: str) -> str | None:
+        brackets = "".join(found.split())
+        return " ".join(brackets) if all(bracket in ")]}>" for bracket in brackets) else None
+
+    return AnswerForm(pattern, normal)
