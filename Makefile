@@ -1,10 +1,11 @@
-# Everything runs in .venv. `make train` and `make test` do all the set-up on a machine that has Python >= 3.11, pip and make.
+# Everything runs in .venv (or VENV=...). `make train` and `make test` do all the set-up on a machine that has Python >= 3.11, pip and make.
 PYTHON ?= python3
 WIDTHS ?= 1 1 1
 # A file of real items to score on as well, e.g. make train FILE=path/to/navigate.json
 FILE ?=
 
-BIN = .venv/bin
+VENV ?= .venv
+BIN = $(VENV)/bin
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
 .PHONY: help install install-dev train test clean
@@ -14,9 +15,9 @@ help:
 	@echo "make test     set up and run lint, types and tests"
 	@echo "make install  set up only"
 
-install: .venv/installed
+install: $(VENV)/installed
 
-install-dev: .venv/installed-dev
+install-dev: $(VENV)/installed-dev
 
 train: install
 	$(BIN)/neuromas train --widths $(WIDTHS) --resume $(FILE_FLAG)
@@ -24,22 +25,22 @@ train: install
 test: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf $(VENV) build *.egg-info
 
-.venv/made:
+$(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one with make PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-.venv/installed: .venv/made pyproject.toml constraints.txt
+$(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-.venv/installed-dev: .venv/installed
+$(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -91,10 +91,7 @@ class Backbone:
 
         Raises ValueError that says what is wrong with the folder or the id.
         """
-        source = str(BUNDLED) if name == "bundled" else name
-        path = Path(source)
-        if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
-            raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
+        source = _source(name)
         # What goes wrong is said below, in one line.
         disable_progress_bar()
         set_verbosity_error()
@@ -103,15 +100,38 @@ class Backbone:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
             )
-        except Exception as error:  # transformers, safetensors and the hub each raise classes of their own
+            model, report = loaded
+            # Left alone, transformers fills what is missing with random numbers and goes on.
+            if missing := sorted(report["missing_keys"]):
+                raise ValueError(f"its files lack {len(missing)} weights, e.g. {missing[0]}")
+            backbone = cls(model.to(resolve_device(device)), tokenizer, name)
+            backbone._probe()
+        except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
             reason = " ".join(str(error).split())[:300]
-            where = "" if path.is_dir() else " (not a local folder; offline, a hub id must be in the cache already)"
+            where = "" if Path(source).is_dir() else " (no local folder; offline, a hub id must be in the cache already)"
             raise ValueError(f"--backbone {name}: cannot be loaded{where}: {reason}") from error
-        model, report = loaded
-        # Left alone, transformers fills what is missing with random numbers and goes on.
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"--backbone {name}: cannot be loaded: its files lack {len(missing)} weights, e.g. {missing[0]}")
-        return cls(model.to(resolve_device(device)), tokenizer, name)
+        return backbone
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Compare one text read at once with the same text read in two parts; ValueError if they differ.
+
+        Models differ in what they keep of a text: layers that do more than attend to keys and values cannot be cached here.
+        """
+        ids = (*self._header, *self._encode_text("Probe: 1 2 3"), *self._footer)
+        embeddings = self.model.config.get_text_config().vocab_size
+        if not self._encode_text("Probe") or max(ids) >= embeddings:
+            raise ValueError(f"its tokenizer does not fit: ids {ids[:8]}... for a model of {embeddings} tokens")
+        window = getattr(self.model.config, "sliding_window", None) or 0
+        ids = torch.tensor([(ids * (2 + min(window, 128) // len(ids)))], device=self.device)
+        whole = self.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        positions, mask, cut = torch.arange(ids.shape[1], device=self.device)[None], torch.ones_like(ids, dtype=torch.bool), 3
+        first = KVCache()
+        self.forward(ids[:, :cut], positions[:, :cut], positions[:, :cut], mask[:, :cut], first, None, keep=1)
+        parts = self.forward(ids[:, cut:], positions[:, cut:], positions, mask, KVCache(first.new), None, keep=1)[:, -1]
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.5
+        if not (whole - parts).abs().max() <= tolerance * max(1.0, whole.abs().max().item()):
+            raise ValueError(f"its kind of attention ({self.model.config.model_type}) is not supported")
 
     @classmethod
     def tiny(cls, seed: int = 0) -> "Backbone":
@@ -121,7 +141,7 @@ class Backbone:
             torch.manual_seed(seed)
             config = Qwen3Config(
                 vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
             )  # fmt: skip
             return cls(Qwen3ForCausalLM(config), tokenizer, f"tiny-{seed}")
@@ -199,9 +219,13 @@ class Backbone:
         # A padding query sees nothing; softmax over nothing is not a number, so it sees everything and is never read.
         full = full | ~full.any(dim=-1, keepdim=True)
         config = self.model.config
-        if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        kinds = getattr(config, "layer_types", None) or ()
+        window = getattr(config, "sliding_window", None)
+        if not window or (kinds and "sliding_attention" not in kinds):
             return full
-        return {"full_attention": full, "sliding_attention": full & (distance < config.sliding_window)[:, None]}
+        sliding = full & (distance < window)[:, None]
+        # Without a list of kinds all layers slide.
+        return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
     def logprobs(self, rows: Rows) -> Float[Tensor, "B C"]:
         """Return the log-probability of every sampled token under its row's node; 0 where nothing was sampled.
@@ -244,9 +268,18 @@ def resolve_device(device: str) -> str:
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _source(name: str) -> str:
+    """Return where a backbone's files are; ValueError if it is meant as a folder and is none."""
+    source = str(BUNDLED) if name == "bundled" else name
+    path = Path(source)
+    if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
+        raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
+    return source
+
+
 def config_of(name: str) -> Any:
     """Return a backbone's transformers config without its weights; ValueError as `Backbone.load`."""
-    source = str(BUNDLED) if name == "bundled" else name
+    source = _source(name)
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:

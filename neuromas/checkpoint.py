@@ -8,10 +8,12 @@ A checkpoint is written under another name, flushed, and renamed when complete, 
 Draws are functions of (seed, step, example, rollout, node), so there is no generator state to save.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from neuromas.metrics import check_names
 from neuromas.topology import Topology
 
 KEPT_CHECKPOINTS = 2
-MADE_FIRST = {"checkpoints", "topology.json", "topology.json.new", "config.json.new"}
+MADE_FIRST = {"lock", "checkpoints", "topology.json", "topology.json.new", "config.json.new"}
 """What a run that is killed while its folder is being made may leave; it can be made again over them."""
 
 
@@ -72,16 +74,32 @@ class RunDirectory:
         except OSError as error:
             raise ValueError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder; ValueError if one is in it."""
+        with self._writing("lock"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"--run-dir {self.path} is in use by another process; wait for it or name another") from error
+            yield
+
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         """Open an existing run with its own config."""
         try:
-            config = from_json((path / "config.json").read_text(), f"{path / 'config.json'}")
-            topology = Topology.from_json(json.loads((path / "topology.json").read_text()))
+            config = from_json((path / "config.json").read_text(encoding="utf-8"), f"{path / 'config.json'}").check()
+            drawn = (path / "topology.json").read_bytes()
         except OSError as error:
             raise ValueError(f"{path} is no run: expected {Path(error.filename).name} in it, {error.strerror}") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no run that can be read: topology.json is damaged ({error})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path / 'config.json'} is damaged ({error})") from error
+        topology = config.topology.build()
+        if _parse_json(path / "topology.json", drawn) != topology.to_json():
+            raise ValueError(f"{path / 'topology.json'} is not the topology of config.json beside it; restore them both")
         return cls(path, config, topology)
 
     @classmethod
@@ -99,7 +117,7 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Return complete checkpoints, oldest first."""
-        return sorted(p for p in (self.path / "checkpoints").glob("step-*") if p.suffix != ".partial")
+        return sorted((self.path / "checkpoints").glob(f"step-{'[0-9]' * 6}"))
 
     def save(self, bank: AdapterBank, optimizer: torch.optim.Optimizer, state: State) -> None:
         """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses."""
@@ -113,7 +131,6 @@ class RunDirectory:
                 _write(partial / name, data)
             partial.rename(final)
             _sync_folder(final.parent)
-            self._link_adapters(final)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             last = self.checkpoints()
@@ -122,6 +139,7 @@ class RunDirectory:
                 f"--run-dir {self.path}: checkpoint {final.name} cannot be saved ({error.strerror}); {kept}. "
                 "Make room and run the same command with --resume"
             ) from error
+        self._link_adapters(final)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -144,10 +162,16 @@ class RunDirectory:
         return State(state["step"], state["running_mean"], state["backbone_checksum"], ledger)
 
     def _link_adapters(self, newest: Path) -> None:
+        """Point RUN/adapters at the newest adapters: a convenience that a run does without where the disk knows no links."""
         link, fresh = self.path / "adapters", self.path / "adapters.new"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(Path("checkpoints") / newest.name / "adapters")
-        fresh.replace(link)
+        try:
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(Path("checkpoints") / newest.name / "adapters")
+            if link.is_dir() and not link.is_symlink():
+                shutil.rmtree(link)  # what copying a run makes of the link
+            fresh.replace(link)
+        except OSError as error:
+            warnings.warn(f"{link} cannot be linked to {newest / 'adapters'}: {error.strerror}", stacklevel=2)
 
     def forget_after(self, step: int) -> None:
         """Drop what a killed run logged after its last checkpoint, and rollouts of an evaluation that it did not finish."""
@@ -161,29 +185,23 @@ class RunDirectory:
             return split in scores.get("after" if record["step"] else "before", {})
 
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            path = self.path / name
-            if not path.exists():
-                continue
-            # A killed run's last line may be cut off.
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            lines = self._read_lines(name)
             with self._writing(name):
-                _replace(path, "".join(line for line in whole if is_kept(json.loads(line))).encode())
+                _replace(self.path / name, b"".join(line for line, record in lines if is_kept(record)))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         check_names(list(metrics))
         self._append("metrics.jsonl", {"step": step, **metrics})
 
     def log_rollouts(self, step: int, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            self._append("rollouts.jsonl", {"step": step, **record})
+        self._append("rollouts.jsonl", *({"step": step, **record} for record in records))
 
     def metrics(self) -> list[dict[str, int | float]]:
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [record for _, record in self._read_lines("metrics.jsonl")]
 
-    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+    def _append(self, name: str, *records: Mapping[str, Any]) -> None:
         with self._writing(name), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
     def write_json(self, name: str, data: object) -> None:
         with self._writing(name):
@@ -201,8 +219,25 @@ class RunDirectory:
             ) from error
 
     def read_json(self, name: str) -> Any:
+        """Return a JSON file's content, None if it is not there; ValueError names a damaged one."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return _parse_json(path, path.read_bytes()) if path.exists() else None
+
+    def _read_lines(self, name: str) -> list[tuple[bytes, dict[str, Any]]]:
+        """Return the whole lines of a JSONL file, raw and parsed; a killed run's last line may be cut off."""
+        path = self.path / name
+        raw = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = [(line, _parse_json(path, line)) for line in raw if line.endswith(b"\n")]
+        if any(not isinstance(record, dict) or "step" not in record for _, record in lines):
+            raise ValueError(f"{path} is damaged: a line is no record with a step; delete the file to go on without it")
+        return lines
+
+
+def _parse_json(path: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to go on without it") from error
 
 
 def _files(bank: AdapterBank, optimizer: torch.optim.Optimizer, state: State, backbone: str) -> dict[str, bytes]:
@@ -225,9 +260,13 @@ def _verified_state(folder: Path, older: Path | None) -> dict[str, Any]:
     remedy = f"delete {folder} to continue from {older.name}" if older else f"delete {folder} to start again"
     try:
         state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        whole = folder.name == f"step-{state['step']:06d}"
+        files = {name: (size, digest) for name, (size, digest) in state["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"checkpoint {folder}: state.json is missing or damaged; {remedy}") from error
-    for name, (size, digest) in state["files"].items():
+    if not whole:
+        raise ValueError(f"checkpoint {folder}: state.json is damaged (it names step {state['step']}); {remedy}")
+    for name, (size, digest) in files.items():
         path = folder / name
         data = path.read_bytes() if path.is_file() else b""
         if len(data) != size:

@@ -3,16 +3,16 @@
 import contextlib
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from neuromas.config import TrainConfig, from_json, load_toml
-from neuromas.tasks import Split
+from neuromas.config import TaskConfig, TrainConfig, from_json, load_toml
 
 USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 
@@ -20,6 +20,7 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
   eval RUN              score a trained run on held-out problems or on a file
   ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
   show RUN|CONFIG.toml  draw a network and its budget
+  tasks                 list tasks with their splits, floors and verifiers; `tasks show NAME` prints an example
 
 neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
 
@@ -46,11 +47,13 @@ class EvalArguments:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     file: Annotated[Path | None, tyro.conf.arg(aliases=["--task.file"])] = None
-    """Score on this file: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`. None: generated problems."""
-    split: Split = "test"
-    """Which generated problems."""
+    """Score on this file: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`. None: the task's own problems."""
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
+    """Read the benchmark's items from here. None: from where the run had them."""
+    split: Literal["test", "validation", "train", "dev", "first200"] = "test"
+    """Which of its problems."""
     size: int = 500
-    """How many generated problems."""
+    """How many of them, at most."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
@@ -83,6 +86,41 @@ class ShowArguments:
     """Print one JSON object and nothing else."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TasksArguments:
+    """List every task: items of each split, floor (score of the best constant answer), verifier. Fetches nothing.
+
+    `neuromas tasks show NAME` prints an example as each node would read it.
+    """
+
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
+    """Folder of benchmark files: count them, and leave out the benchmarks that it does not hold. None: counts stay open."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TasksShowArguments:
+    """Print an example of a task as each node of a chain of three would read it."""
+
+    name: tyro.conf.Positional[str]
+    """Name of the task, as --task has it."""
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
+    """File or folder of a benchmark's items. None: from the Hugging Face hub."""
+    split: Annotated[Literal["test", "validation", "train", "dev", "first200"], tyro.conf.arg(aliases=["--task.split"])] = (
+        "test"
+    )
+    """Which split's first example; another one where the data has no such split."""
+    difficulty: Annotated[int | None, tyro.conf.arg(aliases=["--task.difficulty"])] = None
+    """How hard generated problems are, in the task's own unit."""
+    verifier: Annotated[
+        Literal["exact", "choice", "number", "regex", "math", "python"], tyro.conf.arg(aliases=["--task.verifier"])
+    ] = "exact"
+    """How the answers of a task jsonl:PATH are checked."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
 def run_train(args: Sequence[str]) -> None:
     base, rest = TrainConfig(), list(args)
     if rest and not rest[0].startswith("-"):
@@ -91,7 +129,7 @@ def run_train(args: Sequence[str]) -> None:
     stored = parsed.config.run_path / "config.json"
     if parsed.resume and stored.is_file() and len(args) == len(rest):
         # Without a config file, what the flags leave open comes from the run itself.
-        own = from_json(stored.read_text(), str(stored))
+        own = from_json(stored.read_text(encoding="utf-8", errors="replace"), str(stored))
         parsed = _parse(TrainArguments, rest, "train", default=TrainArguments(config=own))
     config = parsed.config.check()
     if parsed.dry_run:
@@ -99,7 +137,10 @@ def run_train(args: Sequence[str]) -> None:
 
         print(show.plan(config))
         return
-    from neuromas.train import Interrupted, train
+    from neuromas.checkpoint import RunDirectory
+    from neuromas.plot import plot_run
+    from neuromas.stop import Interrupted
+    from neuromas.train import train
 
     try:
         scores = train(config, resume=parsed.resume)
@@ -109,6 +150,7 @@ def run_train(args: Sequence[str]) -> None:
     for when, results in scores.items():
         for name, result in results.items():
             print(f"{when} training, {name}: {result}")
+    print(f"curve: {plot_run(RunDirectory.open(config.run_path))}")
     print(f"look into it: neuromas show {config.run_path}")
 
 
@@ -116,12 +158,12 @@ def run_eval(args: Sequence[str]) -> None:
     parsed = _parse(EvalArguments, args, "eval")
     if parsed.size < 1:
         raise ValueError(f"--size must be at least 1, got {parsed.size}")
-    if parsed.temperature < 0:
+    if not 0 <= parsed.temperature < math.inf:
         raise ValueError(f"--temperature must be at least 0, got {parsed.temperature}")
     from neuromas.evaluate import evaluate
     from neuromas.load import load_run
 
-    loaded = load_run(parsed.run, untrained=parsed.untrained)
+    loaded = load_run(parsed.run, untrained=parsed.untrained, data=parsed.data)
     examples = loaded.task.load(parsed.file) if parsed.file else loaded.task.examples(parsed.split, parsed.size)
     result, _ = evaluate(loaded.network, loaded.task, examples, temperature=parsed.temperature, seed=parsed.seed)
     print(json.dumps(result.to_json()) if parsed.json else result)
@@ -132,6 +174,8 @@ def run_ask(args: Sequence[str]) -> None:
     question = sys.stdin.read() if parsed.question == "-" else parsed.question
     if not question.strip():
         raise ValueError("QUESTION must not be empty")
+    if not question.isascii() and question.encode(errors="replace").decode() != question:
+        raise ValueError("QUESTION must be UTF-8 text, got bytes that are none")
     from neuromas import show
     from neuromas.load import load_run
 
@@ -154,8 +198,29 @@ def run_show(args: Sequence[str]) -> None:
         show.print_description(description)
 
 
+def run_tasks(args: Sequence[str]) -> None:
+    from neuromas import catalogue
+
+    if args and args[0] == "show":
+        shown = _parse(TasksShowArguments, args[1:], "tasks show")
+        config = TaskConfig(
+            name=shown.name, difficulty=shown.difficulty, data=shown.data, split=shown.split, verifier=shown.verifier
+        )
+        reading = catalogue.readings(config)
+        if shown.json:
+            print(json.dumps(reading))
+            return
+        for node in reading["nodes"]:
+            print(f"--- node {node['node']} reads\n{node['reads']}")
+        print(f"--- gold answer, split {reading['split']}, verifier {reading['verifier']}\n{reading['gold']}")
+        return
+    parsed = _parse(TasksArguments, args, "tasks")
+    rows = catalogue.listing(parsed.data)
+    print(json.dumps({"tasks": rows}) if parsed.json else f"{catalogue.table(rows)}\n\n{catalogue.more_tasks()}")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": run_train, "eval": run_eval, "ask": run_ask, "show": run_show,
+    "train": run_train, "eval": run_eval, "ask": run_ask, "show": run_show, "tasks": run_tasks,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Imports no torch, so `--help` and a wrong flag answer at once. A string under a 
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +48,20 @@ class TaskConfig:
     """What is asked and how answers are checked."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "navigate"
-    """Task family."""
+    """What is asked: a generated family, a benchmark, or a task of your own; `neuromas tasks` lists them."""
     difficulty: int | None = None
     """How hard generated problems are, in the task's own unit (Navigate: sentences). None: as the published items."""
     file: Path | None = None
     """Evaluate on this file's examples too: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`.
     Training never draws an example that is in it."""
+    data: Path | None = None
+    """File or folder of a benchmark's items. None: from the Hugging Face hub."""
+    split: Literal["test", "validation", "train", "dev", "first200"] = "test"
+    """What is scored before and after training; `first200` are the first 200 items of test."""
+    verifier: Literal["exact", "choice", "number", "regex", "math", "python"] = "exact"
+    """How the answers of a task jsonl:PATH are checked."""
+    train_on_evaluation: bool = False
+    """Train a benchmark on the very items that it is scored on. The score then says nothing about new questions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +176,9 @@ class TrainConfig:
         if self.run_dir is not None:
             return self.run_dir
         shape = "edges" if self.topology.edges else "-".join(map(str, self.topology.widths))
-        return Path("runs") / f"{self.task.name}-{shape}-seed{self.seed}"
+        # A name may hold colons and slashes: jsonl:data/mine.jsonl.
+        name = re.sub(r"[^\w.-]+", "-", self.task.name)
+        return Path("runs") / f"{name}-{shape}-seed{self.seed}"
 
 
 def _flag(name: str) -> str:

@@ -1,7 +1,7 @@
 """Scores that never stand alone: accuracy with n, interval, floor, parse rate, and what an answer cost."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from neuromas.tasks import Task, floor
 from neuromas.types import Example, Group
 
 UNPARSED = "(none)"
+EXAMPLES_AT_ONCE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,11 @@ class Evaluation:
         return asdict(self)
 
     def __str__(self) -> str:
+        # A gold answer may be a whole program.
+        best = self.floor_answer if len(self.floor_answer) <= 40 else self.floor_answer[:37] + "..."
         text = (
             f"{self.accuracy:.1%} (n {self.n}, 95% interval {self.low:.1%} to {self.high:.1%}, "
-            f"floor {self.floor:.1%} always {self.floor_answer!r}, parsed {self.parse_rate:.1%}, "
+            f"floor {self.floor:.1%} always {best!r}, parsed {self.parse_rate:.1%}, "
             f"{self.calls_per_answer:.3g} calls and {self.tokens_per_answer:.1f} tokens an answer)"
         )
         if self.at_or_below_floor:
@@ -60,7 +63,7 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
     if not rollouts:
         raise ValueError("nothing to evaluate: expected at least one example")
     n = len(rollouts)
-    right = sum(int(task.reward(rollout.example, rollout.answer)) for rollout in rollouts)
+    right = sum(map(int, task.rewards([(rollout.example, rollout.answer) for rollout in rollouts])))
     interval = binomtest(right, n).proportion_ci(method="wilson")
     best, best_share = floor([rollout.example for rollout in rollouts])
     answers = Counter(task.parse_answer(rollout.answer) or UNPARSED for rollout in rollouts)
@@ -81,8 +84,21 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
 
 
 def evaluate(
-    network: Network, task: Task, examples: Sequence[Example], *, temperature: float = 0.0, seed: int = 0
+    network: Network,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Evaluation, list[Group]]:
-    """Answer each example once, greedily by default; return the score and the rollouts behind it."""
-    groups = network.rollout(examples, 1, seed=("evaluate", seed), temperature=temperature)
+    """Answer each example once, greedily by default; return the score and the rollouts behind it.
+
+    Examples pass through in parts, so that memory does not grow with their number; `between` is called before each part.
+    """
+    groups: list[Group] = []
+    for start in range(0, len(examples), EXAMPLES_AT_ONCE):
+        between()
+        part = examples[start : start + EXAMPLES_AT_ONCE]
+        groups += network.rollout(part, 1, seed=("evaluate", seed), temperature=temperature)
     return score(task, groups), groups

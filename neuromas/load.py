@@ -1,11 +1,12 @@
 """A run from disk, ready to answer."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from neuromas.checkpoint import RunDirectory
 from neuromas.network import Network
-from neuromas.tasks import Task, get_task
+from neuromas.tasks import Task, from_config
 from neuromas.train import build_network
 
 
@@ -19,15 +20,16 @@ class LoadedRun:
     step: int
 
 
-def load_run(path: Path, *, untrained: bool = False) -> LoadedRun:
-    """Load the newest checkpoint of a run, or its network before training.
+def load_run(path: Path, *, untrained: bool = False, data: Path | None = None) -> LoadedRun:
+    """Load the newest checkpoint of a run, or its network before training; its task takes items from `data`, if given.
 
     Raises ValueError if there is no run or checkpoint, a file is damaged, or the backbone has other weights than it had.
     """
     run = RunDirectory.open(path)
     if not untrained and not run.checkpoints():
         raise ValueError(f"{path} holds no checkpoint yet; train it first")
-    network = build_network(run.config)
+    # A run trained on a GPU answers on a machine without one.
+    network = build_network(dataclasses.replace(run.config, device="auto"))
     step = 0
     if not untrained:
         state = run.load(network.adapters)
@@ -39,4 +41,6 @@ def load_run(path: Path, *, untrained: bool = False) -> LoadedRun:
                 f"--backbone {run.config.backbone} has other weights now (checksum {found}) than run {path} was trained on "
                 f"({state.backbone_checksum}); restore the backbone that the run had"
             )
-    return LoadedRun(run, network, get_task(run.config.task.name, run.config.task.difficulty), step)
+    config = run.config.task
+    task = from_config(dataclasses.replace(config, data=data) if data else config)
+    return LoadedRun(run, network, task, step)

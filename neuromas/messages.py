@@ -63,3 +63,10 @@ def parse(text: str, sender: int, recipients: Sequence[int]) -> tuple[Message, .
         return Message(sender, recipient, body, status) if body else Message(sender, recipient, NOTHING, MessageStatus.EMPTY)
 
     return tuple(message(recipient) for recipient in recipients)
+
+
+def drops_text(text: str, recipients: Sequence[int]) -> bool:
+    """Say whether `parse` delivers only part of a text: it begins before the first segment, or has one for somebody else."""
+    parts = _SEGMENT.split(text)
+    addressed = [int(number[:9]) for number in parts[1::2]]
+    return bool(addressed) and (bool(parts[0].strip()) or not set(addressed) <= set(recipients))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from neuromas.budget import spending
+from neuromas.messages import drops_text
 from neuromas.tasks import Task
 from neuromas.types import Group, MessageStatus
 
@@ -18,6 +19,7 @@ METRICS = {
     "message_fault/missing/frac": "Share of messages whose sender addressed others, not this recipient.",
     "message_fault/unaddressed/frac": "Share of messages whose sender addressed nobody: the whole text is delivered.",
     "message_fault/empty/frac": "Share of messages with a header and nothing behind it.",
+    "dropped_text/frac": "Share of hidden nodes' completions with a part that no recipient gets.",
     "truncated/frac": "Share of completions cut off at --max-new-tokens.",
     "completion_tokens/mean": "Mean sampled tokens of a completion, stop token included.",
     "completion_tokens/node/<k>/mean": "The same for node k.",
@@ -68,6 +70,8 @@ def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, adv
     def share(status: MessageStatus) -> float:
         return sum(s is status for s in statuses) / max(1, len(statuses))
 
+    hidden = [c for c in completions if c.messages]
+    dropped = [c for c in hidden if drops_text(c.sample.text, [message.recipient for message in c.messages])]
     metrics = {
         "reward/mean": rewards_PG.mean().item(),
         "answer_parsed/frac": sum(task.parse_answer(r.answer) is not None for r in rollouts) / len(rollouts),
@@ -76,6 +80,7 @@ def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, adv
         "message_fault/missing/frac": share(MessageStatus.MISSING),
         "message_fault/unaddressed/frac": share(MessageStatus.UNADDRESSED),
         "message_fault/empty/frac": share(MessageStatus.EMPTY),
+        "dropped_text/frac": len(dropped) / max(1, len(hidden)),
         "truncated/frac": sum(not c.sample.stopped for c in completions) / len(completions),
         "completion_tokens/mean": spent.sampled_tokens / spent.calls,
         "logprob/mean": sum(sum(c.sample.logprobs) for c in completions) / max(1, spent.sampled_tokens),

@@ -42,9 +42,27 @@ class Network:
 
         A draw depends on (seed, example, rollout, node) alone, so batches and other nodes change nothing.
         """
+        for example in examples:
+            self._check_length(example)
         sweep = _Sweep(self, examples, group_size, tuple(seed))
         self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
         return sweep.groups()
+
+    def _check_length(self, example: Example) -> None:
+        """Raise ValueError if a node's prompt and text may grow beyond what the backbone can read."""
+        limit = getattr(self.backbone.model.config, "max_position_embeddings", None)
+        if limit is None:
+            return
+        question = len(self.backbone.prompt(example.question, "").prefix_ids)
+        most_senders = max(len(self.topology.senders(node)) for node in self.topology.nodes)
+        # A message comes with a line of its own, and the node's own part of the prompt is a few dozen tokens.
+        texts = (most_senders + 1) * (self.max_new_tokens + 16) + 64
+        if question + texts > limit:
+            raise ValueError(
+                f"a question of {question} tokens ({example.question[:40]!r}...), {most_senders} messages to a node and "
+                f"--max-new-tokens {self.max_new_tokens} need up to {question + texts} tokens, the backbone reads {limit}; "
+                "shorten one of them"
+            )
 
     def ask(self, question: str, *, answer_format: str = 'Write "Answer:" and the answer.', seed: int = 0) -> Rollout:
         """Put one question to the network, greedily, and return the rollout with every message."""

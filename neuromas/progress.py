@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 LINE_EVERY_SECONDS = 10.0
@@ -21,11 +21,11 @@ class Progress:
         self._first: int | None = None
         self._last_line = -LINE_EVERY_SECONDS
         self._bar = Bar(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
+            MofNCompleteColumn(), BarColumn(bar_width=10), TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True), TextColumn("left"), console=self._console,
             disable=not self._console.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task("", total=num_steps)
+        self._task = self._bar.add_task("scoring before training", total=num_steps)
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -37,13 +37,11 @@ class Progress:
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    print = note
-
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show step `step` (0-based) as done."""
         text = (
-            f"reward {metrics['reward/mean']:.2f}  answers {metrics['answer_parsed/frac']:.0%}  "
-            f"message faults {metrics['message_fault/frac']:.0%}  {metrics['sampled_tokens_per_second/mean']:,.0f} tokens/s"
+            f"reward {metrics['reward/mean']:.2f} parsed {metrics['answer_parsed/frac']:.0%} "
+            f"faults {metrics['message_fault/frac']:.0%} {metrics['sampled_tokens_per_second/mean']:,.0f} tok/s"
         )
         if "validation/accuracy/mean" in metrics:
             self.note(

@@ -44,7 +44,9 @@ def advantages(
     else:
         centred = rewards_PG - (running_mean if centring == "ema" else 0.0)
     if normalize:
-        centred = centred / (rewards_PG.std(1, keepdim=True) + 1e-6)
+        # A group of equal rewards has nothing to compare: it teaches nothing, whatever is subtracted.
+        spread_P1 = rewards_PG.std(1, keepdim=True) if group_size > 1 else torch.zeros_like(rewards_PG)
+        centred = torch.where(spread_P1 > 0, centred / spread_P1.clamp(min=1e-6), 0.0)
     return centred
 
 

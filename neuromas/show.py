@@ -15,7 +15,7 @@ from neuromas.backbone import config_of
 from neuromas.checkpoint import RunDirectory
 from neuromas.config import TrainConfig, load_toml, to_json
 from neuromas.evaluate import Evaluation
-from neuromas.tasks import Task, get_task
+from neuromas.tasks import Task, from_config
 from neuromas.topology import Topology
 from neuromas.types import Rollout
 
@@ -52,7 +52,7 @@ def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
     per_rank = sum(linear.in_features + linear.out_features for linear in targets.values())
     rank = resolve_rank(config.adapter, len(topology.nodes), per_rank)
     return {
-        "task": get_task(config.task.name).name,
+        "task": from_config(config.task).name,
         "backbone": config.backbone,
         "backbone_parameters": sum(p.numel() for p in model.parameters()),
         "nodes": [

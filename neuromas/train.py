@@ -1,11 +1,8 @@
 """The training loop: rollouts, rewards, advantages, one joint update of all nodes; the same line for every network."""
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +15,10 @@ from neuromas.config import TrainConfig
 from neuromas.evaluate import Evaluation, evaluate
 from neuromas.metrics import rollout_metrics
 from neuromas.network import Network
-from neuromas.plot import plot_run
 from neuromas.progress import Progress
-from neuromas.tasks import Task, get_task
+from neuromas.stop import Stop, stop_signals
+from neuromas.tasks import Task, from_config
 from neuromas.types import Example, Group
-
-
-class Interrupted(Exception):
-    """The user asked to stop; everything is saved."""
 
 
 @dataclass(slots=True)
@@ -41,11 +34,17 @@ class Setup:
 def set_up(config: TrainConfig) -> Setup:
     """Build task, backbone and network; ValueError names the flag that is wrong."""
     config.check()
-    task = get_task(config.task.name, config.task.difficulty)
-    sets: dict[str, list[Example]] = {"test": task.examples("test", config.eval_size)}
+    task = from_config(config.task)
+    split = config.task.split
+    if split == "train" and not config.task.train_on_evaluation:
+        raise ValueError("--task.split train would score what is trained on; say --task.train-on-evaluation if that is meant")
+    sets: dict[str, list[Example]] = {split: task.examples(split, config.eval_size)}
     if config.task.file:
-        sets[config.task.file.name] = task.load(config.task.file)
-        task.held_out = frozenset(example.id for example in sets[config.task.file.name])
+        name = f"file {config.task.file.name}"
+        sets[name] = task.load(config.task.file)
+        task.held_out = frozenset(example.id for example in sets[name])
+    # A task with nothing to train on says so now, not after the first evaluation.
+    task.training_batch(config.seed, 0, 1)
     return Setup(config, task, build_network(config), sets)
 
 
@@ -73,21 +72,20 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, dict[str, E
     config.check()
     run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
     setup = set_up(config)
-    run.initialise()
-    trainer = Trainer(setup, run)
-    with Progress(config.num_steps) as progress, _stop_signals() as stop:
-        progress.note(f"run {run.path}: {setup.network.adapters.trainable_parameters:,} trainable parameters")
-        scores = {"before": trainer.evaluate_once("before", progress)}
-        for step in range(trainer.step, config.num_steps):
-            metrics = trainer.train_step(step)
-            progress.step(step, metrics)
-            if stop.asked or (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
-                trainer.save()
-            if stop.asked:
-                raise Interrupted(f"stopped after step {step + 1}; continue with the same command and --resume")
-        trainer.check_frozen()
-        scores["after"] = trainer.evaluate_once("after", progress)
-    progress.print(f"curve: {plot_run(run)}")
+    with run.locked():
+        run.initialise()
+        trainer = Trainer(setup, run)
+        with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
+            progress.note(f"run {run.path}: {setup.network.adapters.trainable_parameters:,} trainable parameters")
+            scores = {"before": trainer.evaluate_once("before", progress, stop)}
+            for step in range(trainer.step, config.num_steps):
+                metrics = trainer.train_step(step)
+                progress.step(step, metrics)
+                if stop.asked or (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
+                    trainer.save()
+                stop.leave_if_asked(f"after step {step + 1}")
+            trainer.check_frozen()
+            scores["after"] = trainer.evaluate_once("after", progress, stop)
     return scores
 
 
@@ -110,7 +108,8 @@ class Trainer:
         self.running_mean = state.running_mean if state else 0.0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
         run.forget_after(self.step)
-        if self.config.eval_every:
+        self.looks = self.config.eval_every > 0 and self.task.has("validation")
+        if self.looks:
             self.validation = self.task.examples("validation", self.config.validation_size)
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -123,7 +122,8 @@ class Trainer:
         rollout_seconds = time.perf_counter() - started
         self.ledger.record(groups)
 
-        rewards_PG = torch.tensor([[self.task.reward(r.example, r.answer) for r in group] for group in groups])
+        rewards = self.task.rewards([(r.example, r.answer) for group in groups for r in group])
+        rewards_PG = torch.tensor(rewards).view(len(groups), config.group_size)
         advantages_PG = reinforce.advantages(
             rewards_PG, config.centring, running_mean=self.running_mean, normalize=config.normalize
         )
@@ -138,7 +138,7 @@ class Trainer:
             sum(len(c.sample.token_ids) for group in groups for r in group for c in r.completions) / seconds
         )
         self.step = step + 1
-        if config.eval_every and self.step % config.eval_every == 0:
+        if self.looks and self.step % config.eval_every == 0:
             metrics |= self._look()
         self.run.log_metrics(step, metrics)
         self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
@@ -177,7 +177,7 @@ class Trainer:
         }
         return {f"validation/{name}": value for name, value in values.items()}
 
-    def evaluate_once(self, when: str, progress: Progress) -> dict[str, Evaluation]:
+    def evaluate_once(self, when: str, progress: Progress, stop: Stop) -> dict[str, Evaluation]:
         """Score every evaluation set and store it; a resumed run reads what it has already measured."""
         stored: dict[str, Any] = self.run.read_json("evaluation.json") or {}
         results: dict[str, Evaluation] = {}
@@ -187,7 +187,10 @@ class Trainer:
                 continue
             if when == "before" and self.step:
                 continue
-            results[name], groups = evaluate(self.network, self.task, examples)
+            progress.note(f"scoring {when} training on {name}: {len(examples)} questions")
+            results[name], groups = evaluate(
+                self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training")
+            )  # fmt: skip
             self.run.log_rollouts(self.step, _records(groups, split=name))
             stored.setdefault(when, {})[name] = results[name].to_json()
             self.run.write_json("evaluation.json", stored)
@@ -198,7 +201,9 @@ class Trainer:
         self.run.save(self.bank, self.optimizer, State(self.step, self.running_mean, self.checksum, self.ledger))
 
     def check_frozen(self) -> None:
-        assert self.backbone.checksum() == self.checksum, "training changed the frozen backbone"
+        """Raise RuntimeError if a weight of the backbone is not what it was."""
+        if (found := self.backbone.checksum()) != self.checksum:
+            raise RuntimeError(f"training changed the frozen backbone: checksum {self.checksum} became {found}")
 
 
 def _records(groups: list[Group], rewards: list[list[float]] | None = None, split: str = "train") -> list[dict[str, Any]]:
@@ -218,27 +223,3 @@ def _records(groups: list[Group], rewards: list[list[float]] | None = None, spli
         for i, group in enumerate(groups)
         for j, rollout in enumerate(group)
     ]  # fmt: skip
-
-
-@dataclass(slots=True)
-class _Stop:
-    asked: bool = False
-    _old: dict[int, Any] = field(default_factory=dict)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a request to save and stop; a second one ends the program at once."""
-    stop = _Stop()
-
-    def ask(number: int, _frame: object) -> None:
-        stop.asked = True
-        signal.signal(number, stop._old[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        stop._old[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, old in stop._old.items():
-            signal.signal(number, old)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from neuromas.tasks import SPLITS, TASKS, Problem, Task, get_task, split_of
+from neuromas.tasks import SPLITS, TASKS, GeneratedTask, Problem, get_family, split_of
 from neuromas.tasks import compare_families as compare
 from neuromas.tasks.boolean_expressions import Expression, count_expressions, draw_words
 from neuromas.tasks.dyck_languages import CLOSERS, MAX_MISSING, PROMPT, Brackets, draw_complete
@@ -96,7 +96,7 @@ def drawn(name: str) -> list[Problem]:
     """Two thousand generated problems of a family, drawn once; 500 of Navigate, which has tests of its own."""
     if name not in _drawn:
         rng = random.Random(f"test_families/{name}")
-        _drawn[name] = [get_task(name).generate(rng) for _ in range(500 if name == "navigate" else 2000)]
+        _drawn[name] = [get_family(name).generate(rng) for _ in range(500 if name == "navigate" else 2000)]
     return _drawn[name]
 
 
@@ -113,10 +113,10 @@ def test_every_published_target_is_our_answer_and_every_question_reads_back(name
         question, answer, _ = family.solve(item["input"])
         if (question, answer) != (item["input"], item["target"]):
             wrong.append(item)
-        assert get_task(name).parse_answer(item["target"]) == item["target"]
+        assert get_family(name).parse_answer(item["target"]) == item["target"]
     assert wrong == []
     assert len(items) == family.published
-    assert len(get_task(name).load(path)) == family.published
+    assert len(get_family(name).load(path)) == family.published
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,7 +131,7 @@ def test_generated_problems_read_back_and_are_solved(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generated_answers_are_read_in_several_phrasings_and_refused_when_there_are_two(name: str) -> None:
-    task = get_task(name)
+    task = get_family(name)
     problems = drawn(name)[:300]
     for problem, other in pairwise(problems):
         gold, wrong = problem.answer, other.answer
@@ -152,7 +152,7 @@ def test_generated_answers_are_read_in_several_phrasings_and_refused_when_there_
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"navigate"}))
 def test_answers_joined_or_taken_back_are_none(name: str) -> None:
-    task = get_task(name)
+    task = get_family(name)
     problems = drawn(name)[:300]
     for problem, other in pairwise(problems):
         gold, wrong = problem.answer, other.answer
@@ -236,13 +236,13 @@ def test_answers_joined_or_taken_back_are_none(name: str) -> None:
     ],
 )
 def test_parse_answer(name: str, text: str, answer: str | None) -> None:
-    assert get_task(name).parse_answer(text) == answer
+    assert get_family(name).parse_answer(text) == answer
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_problems_are_a_function_of_the_seed(name: str) -> None:
     first, again, other = (
-        [get_task(name).generate(rng) for _ in range(30)] for rng in map(random.Random, ("seed 1", "seed 1", "seed 2"))
+        [get_family(name).generate(rng) for _ in range(30)] for rng in map(random.Random, ("seed 1", "seed 1", "seed 2"))
     )
     assert first == again
     assert first != other
@@ -250,7 +250,7 @@ def test_problems_are_a_function_of_the_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_splits_are_disjoint(name: str) -> None:
-    task = get_task(name)
+    task = get_family(name)
     questions = {
         "train": {e.question for step in range(4) for e in task.training_batch(seed=0, step=step, count=25)},
         "validation": {e.question for e in task.examples("validation", 20)},
@@ -262,19 +262,19 @@ def test_splits_are_disjoint(name: str) -> None:
     assert len(set.union(*questions.values())) == sum(map(len, questions.values()))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if get_task(name).answers])
+@pytest.mark.parametrize("name", [name for name in NAMES if get_family(name).answers])
 def test_a_test_set_holds_each_answer_equally_often(name: str) -> None:
-    task = get_task(name)
+    task = get_family(name)
     counts = Counter(example.answer for example in task.examples("test", 10 * len(task.answers)))
     assert counts == dict.fromkeys(task.answers, 10)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_dial_sets_the_number_of_units(name: str) -> None:
-    values = get_task(name).difficulties
+    values = get_family(name).difficulties
     lengths = []
     for difficulty in (values[0], values[0] + 3, values[0] + 7, values[-1]):
-        task, rng = get_task(name, difficulty), random.Random(difficulty)
+        task, rng = get_family(name, difficulty), random.Random(difficulty)
         problems = [task.generate(rng) for _ in range(10)]
         for problem in problems:
             question, answer, units = FAMILIES[name].solve(problem.question)
@@ -298,13 +298,13 @@ def test_a_difficulty_that_a_family_does_not_have_is_refused() -> None:
         for value in (lowest - 1, highest + 1):
             message = f"--task.difficulty must be {text}, or left out, for task {name}, got {value}"
             with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-                get_task(name, value)
+                get_family(name, value)
 
 
 COINS = [f"Which side shows coin {number}?" for number in range(8)]
 
 
-class Coin(Task):
+class Coin(GeneratedTask):
     """A task without a dial that has eight problems."""
 
     name = "coin"
@@ -337,10 +337,10 @@ def test_a_split_with_too_few_problems_is_refused() -> None:
 def test_all_families_are_found_by_name() -> None:
     assert set(NAMES) <= set(TASKS)
     for name in NAMES:
-        assert (get_task(name).name, get_task(name).difficulty) == (name, None)
-    message = f"task must be one of {sorted(TASKS)}, got 'chess'"
+        assert (get_family(name).name, get_family(name).difficulty) == (name, None)
+    message = f"family must be one of {sorted(TASKS)}, got 'chess'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        get_task("chess")
+        get_family("chess")
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_shuffles_are_balanced_and_everybody_takes_part(name: str) -> None:
 def test_with_few_swaps_the_one_asked_about_took_part() -> None:
     rng = random.Random(0)
     for _ in range(100):
-        shuffle = Shuffle.parse(get_task(SEVEN, 2).generate(rng).question)
+        shuffle = Shuffle.parse(get_family(SEVEN, 2).generate(rng).question)
         assert len({person for swap in shuffle.swaps for person in swap}) == 4
         assert any(shuffle.asked in swap for swap in shuffle.swaps)
 
@@ -564,7 +564,7 @@ def test_a_comparison_prints_three_tables(
 ) -> None:
     monkeypatch.setattr(compare, "DRAWN", 40)
     monkeypatch.setattr(compare, "COMPARED", 30)
-    problem = get_task("web_of_lies").generate(random.Random(compare.SEED))
+    problem = get_family("web_of_lies").generate(random.Random(compare.SEED))
     unlike = "Question: Zoe lies. Does Zoe tell the truth?"
     items = [{"input": problem.question, "target": problem.answer}, {"input": unlike, "target": "No"}]
     (tmp_path / "web_of_lies.json").write_text(json.dumps({"examples": items}), encoding="utf-8")

@@ -65,6 +65,8 @@ def test_rollout_metrics_counted_by_hand() -> None:
             "message_fault/missing/frac": 0.25,
             "message_fault/unaddressed/frac": 0.25,
             "message_fault/empty/frac": 0.25,
+            # One of the four hidden nodes' texts is for a node that is not there.
+            "dropped_text/frac": 0.25,
             # One of eight completions; 4 + 6 + 5 + 3 and 2 + 8 + 2 + 2 tokens.
             "truncated/frac": 0.125,
             "completion_tokens/mean": 4.0,

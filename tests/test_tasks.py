@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from neuromas.tasks import SPLITS, TASKS, Navigate, Problem, Split, Task, floor, get_task, question_id, split_of
+from neuromas.tasks import SPLITS, GeneratedTask, Navigate, Problem, Split, Task, floor, get_task, question_id, split_of
 from neuromas.tasks.navigate import FACE_FORWARD, OPTIONS, QUESTION, Walk, draw_walk
 
 BBH = Path(__file__).parents[2] / "shared" / "data" / "bbh" / "navigate_even.json"
@@ -156,7 +156,7 @@ def test_generated_answers_are_right_and_balanced() -> None:
     assert 150 < sum(problem.answer == "Yes" for problem in problems) < 250
 
 
-class Numbers(Task):
+class Numbers(GeneratedTask):
     """A task whose problems cost nothing to draw, for what all tasks inherit."""
 
     name = "numbers"
@@ -251,7 +251,7 @@ def test_the_floor_is_the_best_constant_answer() -> None:
 
 def test_tasks_are_found_by_name() -> None:
     assert isinstance(get_task("navigate"), Navigate)
-    with pytest.raises(ValueError, match=rf"^task must be one of {re.escape(str(sorted(TASKS)))}, got 'chess'$"):
+    with pytest.raises(ValueError, match=r"^task must be one of \['arc_challenge', .*\] or bbh:TASK, .*, got 'chess'$"):
         get_task("chess")
 
 

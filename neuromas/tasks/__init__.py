@@ -1,17 +1,24 @@
-"""Tasks by name."""
+"""Tasks by name: `get_task` makes any of them."""
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
-from neuromas.tasks.base import SPLITS, Problem, Split, Task, floor, question_id, split_of
+from neuromas.config import TaskConfig
+from neuromas.tasks.base import SPLITS, DatasetTask, GeneratedTask, Problem, Split, Task, floor, question_id, split_of
+from neuromas.tasks.benchmarks import BBH, SUBJECTS, ArcChallenge, Benchmark, BigBenchHard, Gsm8k, Mmlu
 from neuromas.tasks.boolean_expressions import BooleanExpressions
+from neuromas.tasks.code import HumanEval, HumanEvalPlus, Mbpp
 from neuromas.tasks.dyck_languages import DyckLanguages
+from neuromas.tasks.gym import ReasoningGym
 from neuromas.tasks.multistep_arithmetic_two import MultistepArithmeticTwo
 from neuromas.tasks.navigate import Navigate
+from neuromas.tasks.own import JsonlCodeTask, JsonlTask, load_class
 from neuromas.tasks.tracking_shuffled_objects import TrackingShuffledObjects
+from neuromas.tasks.verifiers import VerifierName
 from neuromas.tasks.web_of_lies import WebOfLies
 
-TASKS: dict[str, Callable[[int | None], Task]] = {
+TASKS: dict[str, Callable[[int | None], GeneratedTask]] = {
     "boolean_expressions": BooleanExpressions,
     "dyck_languages": DyckLanguages,
     "multistep_arithmetic_two": MultistepArithmeticTwo,
@@ -24,18 +31,80 @@ TASKS: dict[str, Callable[[int | None], Task]] = {
 """What makes a task of each name, given its difficulty."""
 
 
-def get_task(name: str, difficulty: int | None = None) -> Task:
-    """Return the task of that name; ValueError lists the names there are, or says what its difficulty may be."""
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
+    "arc_challenge": ArcChallenge,
+    "gsm8k": Gsm8k,
+    "humaneval": HumanEval,
+    "humaneval_plus": HumanEvalPlus,
+    "mbpp": Mbpp,
+    **{f"bbh:{name}": partial(BigBenchHard, name, family=TASKS.get(name)) for name in BBH},
+    **{f"mmlu:{name}": partial(Mmlu, name) for name in ("physics", *SUBJECTS)},
+}
+"""What makes a benchmark of each name, given its data and `train_on_evaluation`."""
+
+FORMS = ("bbh:TASK", "mmlu:SUBJECT", "reasoning_gym:NAME", "jsonl:PATH", "class:FILE.py:CLASS")
+
+
+def get_family(name: str, difficulty: int | None = None) -> GeneratedTask:
+    """Return the generated family of that name; ValueError lists the names there are, or says what its difficulty may be."""
     if name not in TASKS:
-        raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}")
+        raise ValueError(f"family must be one of {sorted(TASKS)}, got {name!r}")
     return TASKS[name](difficulty)
 
 
+def get_task(
+    name: str,
+    difficulty: int | None = None,
+    *,
+    data: Path | None = None,
+    verifier: VerifierName = "exact",
+    train_on_evaluation: bool = False,
+) -> Task:
+    """Return the task of that name, without reading its data yet; ValueError lists the names there are, or says which setting
+    it does not have or can't have so.
+    """
+    kind, colon, rest = name.partition(":")
+    if name in TASKS:
+        return get_family(name, difficulty)
+    if difficulty is not None:
+        raise ValueError(f"--task.difficulty must be left out for task {name}, got {difficulty!r}: it has no generator")
+    if name in BENCHMARKS:
+        return BENCHMARKS[name](data, train_on_evaluation=train_on_evaluation)
+    if colon and kind == "mmlu":
+        return Mmlu(rest, data)
+    if colon and kind == "bbh":
+        return BigBenchHard(rest, data)
+    if colon and kind == "reasoning_gym":
+        return ReasoningGym(rest)
+    if colon and kind == "class":
+        return load_class(rest)
+    if colon and kind == "jsonl":
+        if verifier == "python":
+            return JsonlCodeTask(Path(rest), train_on_evaluation=train_on_evaluation)
+        return JsonlTask(Path(rest), verifier, train_on_evaluation=train_on_evaluation)
+    plain = sorted([*TASKS, *(known for known in BENCHMARKS if ":" not in known)])
+    raise ValueError(f"task must be one of {plain} or {', '.join(FORMS)}, got {name!r}")
+
+
+def from_config(config: TaskConfig) -> Task:
+    """Return the task that a config describes."""
+    return get_task(
+        config.name,
+        config.difficulty,
+        data=config.data,
+        verifier=config.verifier,
+        train_on_evaluation=config.train_on_evaluation,
+    )
+
+
 __all__ = [
+    "BENCHMARKS",
     "SPLITS",
     "TASKS",
     "BooleanExpressions",
+    "DatasetTask",
     "DyckLanguages",
+    "GeneratedTask",
     "MultistepArithmeticTwo",
     "Navigate",
     "Problem",
@@ -44,6 +113,8 @@ __all__ = [
     "TrackingShuffledObjects",
     "WebOfLies",
     "floor",
+    "from_config",
+    "get_family",
     "get_task",
     "question_id",
     "split_of",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _MARKER = re.compile(r"\banswer\b(?:\s+is\b)?[\s:=*`\"'$]*", re.IGNORECASE)
-_HEDGE = re.compile(r"\b(?:or|nor|not|never|maybe|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+_HEDGE = re.compile(r"\b(?:or|nor|not|never|neither|maybe|perhaps|possibly|wrong|incorrect)\b|n['\u2019]t\b|\?", re.IGNORECASE)
 _WRAPPING = " \t\r\n*`\"'$"
 
 # Longer numbers are no answer of any family, and Python refuses to read them from 4,300 digits on.
@@ -61,15 +61,25 @@ def option_form(letters: str) -> AnswerForm:
     return AnswerForm(pattern, normal)
 
 
-def number_form() -> AnswerForm:
-    """Answers are a whole number, with or without commas between thousands; a calculation is no number."""
-    # The last part finds the start of a calculation, so that 5 * 5 is not twice the number 5.
-    pattern = re.compile(r"[-+\u2212]?[0-9](?:[\w.,]*\w)?(?:\s*[-+*/^=\u2212\u00d7\u00f7](?=\s*[-+(]?[0-9])|\s?%)?")
-    whole = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
+def number_form(*, decimals: bool = False) -> AnswerForm:
+    """Answers are whole numbers, or decimal ones too, with or without commas between thousands; a calculation is none."""
+    # The last part finds the start of a calculation, so that 5 * 5 is not twice the number 5, and what makes another number of
+    # it: 5 million, 5x, 5 \\pi.
+    more = r"hundred|thousand|million|billion|trillion|dozen|percent|pi|squared|cubed|[b-z](?![\w'\u2019])"
+    pattern = re.compile(
+        r"[-+\u2212]?[0-9](?:[\w.,]*\w)?(?:\s*[+^=]|\s*[-*/:\u2212\u00d7\u00f7](?=\s*[-+(]?[0-9])|\s?%"
+        rf"|\s*[\u221a\u03c0]|\s*\\(?!text|mathrm)[a-zA-Z]+|[ \t]*(?i:{more})\b)?"
+    )
+    allowed = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)" + (r"(?:\.[0-9]+)?" if decimals else ""))
 
     def normal(found: str) -> str | None:
         found = found.replace("\u2212", "-")
-        return str(int(found.replace(",", ""))) if len(found) <= _MAX_DIGITS and whole.fullmatch(found) else None
+        if len(found) > _MAX_DIGITS or not allowed.fullmatch(found):
+            return None
+        whole, _, rest = found.replace(",", "").partition(".")
+        rest = rest.rstrip("0")
+        number = f"{int(whole)}.{rest}" if rest else str(int(whole))
+        return f"-{number}" if rest and whole.startswith("-") and int(whole) == 0 else number
 
     return AnswerForm(pattern, normal)
 
@@ -83,3 +93,19 @@ def bracket_form() -> AnswerForm:
         return " ".join(brackets) if all(bracket in ")]}>" for bracket in brackets) else None
 
     return AnswerForm(pattern, normal)
+
+
+_LABEL = re.compile(r"\banswer\s*:", re.IGNORECASE)
+
+
+def read_open(text: str) -> str | None:
+    """Return an answer of any form, with single spaces; None if the text gives none, or several.
+
+    Either the text is one line and nothing else, or all that follows "Answer:" is the answer; where there are several of these,
+    they have to say the same. So a second thought, a doubt or an explanation is part of the answer, and makes it a wrong one.
+    """
+    first, *labelled = _LABEL.split(text)
+    if not labelled and "\n" in first.strip(_WRAPPING):
+        return None
+    answers = {" ".join(part.strip(_WRAPPING).split()) for part in labelled or [first]}
+    return answers.pop() or None if len(answers) == 1 else None

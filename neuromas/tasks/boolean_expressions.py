@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from neuromas.tasks.answers import words_form
-from neuromas.tasks.base import Problem, Task
+from neuromas.tasks.base import GeneratedTask, Problem
 
 WORD_WEIGHTS = {8: 4, 9: 3, 10: 2, 11: 1}
 
@@ -121,7 +121,7 @@ def _draw_operand(rng: random.Random, length: int) -> list[str]:
     return ["(", *draw_words(rng, length - 2), ")"]
 
 
-class BooleanExpressions(Task):
+class BooleanExpressions(GeneratedTask):
     """Expressions with an answer True or False; difficulty is the number of words, 8 in the published items."""
 
     name = "boolean_expressions"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuromas.tasks import Problem, Task, floor, get_task
+from neuromas.tasks import Problem, Task, floor, get_family
 from neuromas.tasks.dyck_languages import CLOSERS, Brackets
 from neuromas.tasks.tracking_shuffled_objects import LETTERS, Shuffle
 from neuromas.tasks.web_of_lies import Web
@@ -149,9 +149,9 @@ def tables(folder: Path) -> str:
     """Return the three tables as Markdown."""
     structure, answers, repeats = [], [], []
     for name, look in LOOKS.items():
-        published = read_published(folder, get_task(name))
+        published = read_published(folder, get_family(name))
         for difficulty in look.difficulties:
-            task = get_task(name, difficulty)
+            task = get_family(name, difficulty)
             family = name if difficulty is None else f"{name}, difficulty {difficulty}"
             rng = random.Random(SEED)
             drawn = [task.generate(rng) for _ in range(DRAWN)]

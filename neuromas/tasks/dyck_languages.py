@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from neuromas.tasks.answers import bracket_form
-from neuromas.tasks.base import Problem, Task
+from neuromas.tasks.base import GeneratedTask, Problem
 
 PROMPT = "Complete the rest of the sequence, making sure that the parentheses are closed properly. Input: "
 CLOSERS = {"(": ")", "[": "]", "{": "}", "<": ">"}
@@ -96,7 +96,7 @@ def _draw_pairs(rng: random.Random) -> int:
     return rng.randint(*rng.choices(list(PAIR_WEIGHTS), weights=list(PAIR_WEIGHTS.values()))[0])
 
 
-class DyckLanguages(Task):
+class DyckLanguages(GeneratedTask):
     """Sequences with one to three brackets to close; difficulty is the number of pairs when complete, 2 to 50 as published."""
 
     name = "dyck_languages"

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from neuromas.tasks.answers import number_form
-from neuromas.tasks.base import Problem, Task
+from neuromas.tasks.base import GeneratedTask, Problem
 
 LARGEST_NUMBER = 9
 OPERATIONS = ("+", "-", "*")
@@ -87,11 +87,12 @@ def draw_sum(rng: random.Random, count: int) -> Sum:
     return Sum(numbers, tuple(rng.choices(OPERATIONS, k=count - 1)))
 
 
-class MultistepArithmeticTwo(Task):
+class MultistepArithmeticTwo(GeneratedTask):
     """Sums with a whole number as answer; difficulty is the number of numbers in each pair of parentheses, 4 as published."""
 
     name = "multistep_arithmetic_two"
     answer_format = 'Write "Answer: " and the number, as in "Answer: -12".'
+    verifier = "number"
     difficulties = range(2, 13)
     difficulty_unit = "numbers in each pair of parentheses"
 

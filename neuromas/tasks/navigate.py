@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 
 from neuromas.tasks.answers import words_form
-from neuromas.tasks.base import Problem, Task
+from neuromas.tasks.base import GeneratedTask, Problem
 
 HEADINGS = ("north", "east", "south", "west")
 VECTORS = {"north": (0, 1), "east": (1, 0), "south": (0, -1), "west": (-1, 0)}
@@ -166,7 +166,7 @@ def _change_one(rng: random.Random, walk: Walk, max_steps: int) -> Walk:
     return replace(walk, instructions=(*walk.instructions[:k], new, *walk.instructions[k + 1 :]))
 
 
-class Navigate(Task):
+class Navigate(GeneratedTask):
     """Balanced Yes/No problems; the answer is the last word of "Answer: Yes" or "Answer: No".
 
     Difficulty is the number of sentences, 3 to 10 in the published items.

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from neuromas.tasks.answers import option_form
-from neuromas.tasks.base import Problem, Task
+from neuromas.tasks.base import GeneratedTask, Problem
 
 PEOPLE = ("Alice", "Bob", "Claire", "Dave", "Eve", "Fred", "Gertrude")
 COUNT_NAMES = {3: "three", 5: "five", 7: "seven"}
@@ -165,11 +165,12 @@ def _draw_pairs(rng: random.Random, count: int, swaps: int) -> list[tuple[int, i
     return pairs
 
 
-class TrackingShuffledObjects(Task):
+class TrackingShuffledObjects(GeneratedTask):
     """Problems of three, five or seven people with a lettered answer; difficulty is the number of swaps, as many as people in
     the published items."""
 
     answer_format = 'Write "Answer: " and the letter of an option, as in "Answer: (A)".'
+    verifier = "choice"
     difficulties = range(2, 51)
     difficulty_unit = "swaps"
 

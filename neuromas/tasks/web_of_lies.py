@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from neuromas.tasks.answers import words_form
-from neuromas.tasks.base import Problem, Task
+from neuromas.tasks.base import GeneratedTask, Problem
 
 # fmt: off
 NAMES = (
@@ -62,7 +62,7 @@ class Web:
         return web
 
 
-class WebOfLies(Task):
+class WebOfLies(GeneratedTask):
     """Balanced Yes/No problems; difficulty is the number of statements, 5 in the published items."""
 
     name = "web_of_lies"

@@ -1,0 +1,300 @@
+"""Run programs that nobody has read, each with its tests, and say which passed.
+
+    from neuromas.sandbox import Program, check_programs
+    outcomes = check_programs([Program("def add(a, b): return a + b", "assert add(2, 3) == 5", "add")])
+    outcomes[0].passed  # True
+
+A model that is rewarded for passing tests will sooner or later write whatever makes a checker say "passed": an early
+`sys.exit(0)`, an object that equals everything, a search of the interpreter for what it must print. So passing is no exit code
+and nothing
+that the program could print. Three processes, none of which trusts the next one down:
+
+    runner   (host)      starts the other two, passes frames between them, holds the clock, the sizes and the secret
+    judge    (isolated)  runs the tests; each name they take from the program is a handle that asks the worker
+    worker   (isolated)  holds the program and answers calls; one fresh process per program
+
+The program lives alone in the worker. The tests, the expected values and the secret (random, new for each program) are in the
+judge, another isolated process with which the worker shares no memory, no file, no parent's trust: there are no frames,
+arguments, environment, files or garbage collector to search, because what is searched for is not there. What the program can do
+is answer, and an answer is read as plain data (`wire.py`): numbers, text, lists, dicts, sets. `assert f(x) == 3` compares an
+`int` made by the judge's own interpreter; an `__eq__` stays where it was written. After the last line of the tests the judge
+prints the secret, and that is passing.
+
+Two walls stand between program and host (and tests and host): `isolation.py`, sandlock or else bubblewrap, which takes away the
+files, and `confine.py`, an allow-list of system calls and hard limits on resources. The isolation is tried out before it is
+trusted, with a program that tries to get out. If none holds, that is an error: a program is never run on the bare host.
+
+What this costs. Objects that are no plain data stay in the worker behind a handle: tests can pass them back, call them, set
+their attributes and iterate over them, but not compare them, and what they say of themselves is the program's word. Arguments
+are copies: a program that should change its argument in place is not seen to. Tests cannot pass functions. There are no
+threads, no subprocesses, no files to write, no packages beyond the standard library. What tests do not check is not checked: a
+program that knows the tests' inputs by heart passes.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+
+from neuromas.sandbox.isolation import ISOLATIONS, IsolationName, make_isolation
+from neuromas.sandbox.runner import START_FAILED
+from neuromas.sandbox.wire import decode, encode, read_frame, write_frame
+
+__all__ = ["Limits", "Outcome", "Program", "Sandbox", "Status", "check_programs", "choose_isolation"]
+
+
+class Status(Enum):
+    """How a program fared. Compare with `is`."""
+
+    PASSED = "passed"
+    """Every test held, and the judge said so with the program's secret."""
+    FAILED = "failed"
+    """A test did not hold, or raised."""
+    INVALID = "invalid"
+    """The program could not be loaded: a syntax error, an exception, an exit."""
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    """The program said that it ran out of memory (it may also crash of it)."""
+    OUTPUT = "output"
+    """It returned more than allowed."""
+    CRASHED = "crashed"
+    """Its process ended before its tests did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """An untrusted program with its tests, e.g. `Program("def f(x): ...", "assert f(1) == 2", "f")`."""
+
+    source: str
+    tests: str
+    """Python that raises unless the program is right. It finds the function as `candidate` and under its own name."""
+    entry_point: str
+    """The function under test."""
+    helpers: tuple[str, ...] = ()
+    """Further names that the tests take from the program. Every other name is the tests' own or Python's, so that a program
+    that defines `sorted` or `abs` changes nothing in them."""
+
+    def __post_init__(self) -> None:
+        for name in (self.entry_point, *self.helpers):
+            if not name.isidentifier():
+                raise ValueError(f"entry_point and helpers must be Python names, got {name!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one program may use. Not to be set: one process, one thread, no network, no file to write, no package to import."""
+
+    seconds: float | int = 10
+    """Wall-clock time for one program with all its tests."""
+    memory_mb: int = 512
+    """Address space in MiB, of the program and, separately, of its tests."""
+    open_files: int = 32
+    output_bytes: int = 64 << 20
+    """Size of all that the program returns to the tests. What it prints goes nowhere."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seconds", 0.1), ("memory_mb", 64), ("open_files", 8), ("output_bytes", 1024)):
+            value = getattr(self, name)
+            if not least <= value:
+                raise ValueError(f"limits.{name} must be at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a program, e.g. `Outcome(Status.FAILED, "AssertionError:  (line 3 of the tests)", "sandlock", 0.02)`."""
+
+    status: Status
+    detail: str
+    """A few words on why; empty if it passed. Partly the program's own: for people, not to be parsed."""
+    isolation: IsolationName
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.status is Status.PASSED
+
+
+class Sandbox:
+    """Processes that check programs, `workers` at a time (None: one per core). A context manager; may be used from any thread.
+
+    `isolation` is chosen by trying (`choose_isolation`) unless it is given. Raises ValueError if there is none.
+    """
+
+    def __init__(
+        self, limits: Limits | None = None, workers: int | None = None, isolation: IsolationName | None = None
+    ) -> None:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+        self._count = cores if workers is None else workers
+        if self._count < 1:
+            raise ValueError(f"workers must be at least 1, got {workers!r}")
+        self.limits = Limits() if limits is None else limits
+        self.isolation: IsolationName = choose_isolation(ISOLATIONS if isolation is None else (isolation,))
+        self._lock = threading.Lock()
+        self._runners: list[subprocess.Popen[bytes]] = []
+
+    def check(self, programs: Iterable[Program]) -> list[Outcome]:
+        """Return the outcome of each program, in order."""
+        todo = list(programs)
+        outcomes: list[Outcome | None] = [None] * len(todo)
+        failures: list[BaseException] = []
+        queue = iter(range(len(todo)))
+
+        def work(runner: subprocess.Popen[bytes]) -> None:
+            try:
+                # next() of one iterator is atomic: every index goes to one thread.
+                for index in queue:
+                    if failures:
+                        return
+                    outcomes[index] = _ask(runner, todo[index], self.limits, self.isolation)
+            except BaseException as error:
+                failures.append(error)
+
+        with self._lock:
+            while len(self._runners) < min(self._count, len(todo)):
+                self._runners.append(_start_runner(self.isolation))
+            threads = [threading.Thread(target=work, args=(runner,)) for runner in self._runners]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        if failures:
+            self.close()
+            raise failures[0]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def close(self) -> None:
+        """End all processes."""
+        with self._lock:
+            for runner in self._runners:
+                _stop_runner(runner)
+            self._runners.clear()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_programs(
+    programs: Sequence[Program],
+    limits: Limits | None = None,
+    workers: int | None = None,
+    isolation: IsolationName | None = None,
+) -> list[Outcome]:
+    """Check programs once, in order; keep a `Sandbox` instead where this happens again and again."""
+    with Sandbox(limits, workers, isolation) as sandbox:
+        return sandbox.check(programs)
+
+
+@cache
+def choose_isolation(names: tuple[IsolationName, ...] = ISOLATIONS) -> IsolationName:
+    """Return the first isolation that holds against a program that tries to get out.
+
+    Raises ValueError with what to install if none does.
+    """
+    reasons = []
+    for name in names:
+        reason = _try_out(name)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(
+        f"untrusted programs are not run without isolation, and there is none here ({'; '.join(reasons)}): install sandlock "
+        "(pip install sandlock; Linux 6.12 or later) or bubblewrap 0.8 or later (apt install bubblewrap)"
+    )
+
+
+_ESCAPE = """
+import os
+
+def escapes():
+    ways = {
+        "read a file of the host": lambda: open(CANARY).read(),
+        "write a file of the host": lambda: open(CANARY, "a").write("x"),
+        "write beside it": lambda: open(CANARY + ".new", "w"),
+        "delete it": lambda: os.unlink(CANARY),
+        "change its mode": lambda: os.chmod(CANARY, 0o777),
+        "list the host's processes": lambda: os.listdir("/proc"),
+        "start a process": os.fork,
+    }
+    found = []
+    for name, way in ways.items():
+        try:
+            way()
+            found.append(name)
+        except OSError:
+            pass
+    return found
+"""
+
+
+def _try_out(name: IsolationName) -> str | None:
+    """Return why an isolation is not to be trusted on this machine, None if it is."""
+    try:
+        make_isolation(name)
+    except ValueError as error:
+        return str(error)
+    with tempfile.TemporaryDirectory() as folder:
+        canary = Path(folder, "canary")
+        canary.write_text("host")
+        program = Program(f"CANARY = {str(canary)!r}\n{_ESCAPE}", "found = candidate()\nassert found == [], found", "escapes")
+        runner = _start_runner(name)
+        try:
+            outcome = _ask(runner, program, Limits(), name)
+        except OSError as error:
+            return str(error)
+        finally:
+            _stop_runner(runner)
+    return None if outcome.passed else f"it does not hold: {outcome.status.value}, {outcome.detail}"
+
+
+def _start_runner(isolation: IsolationName) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).resolve().parents[2])
+    code = f"import sys; sys.path.insert(0, {root!r}); from neuromas.sandbox.runner import main; main({isolation!r})"
+    # Of the environment only what finds programs and libraries: no token that happens to be there.
+    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def _stop_runner(runner: subprocess.Popen[bytes]) -> None:
+    assert runner.stdin is not None
+    assert runner.stdout is not None
+    # It ends with its input, whatever it is doing, and takes its isolated processes along.
+    runner.stdin.close()
+    try:
+        runner.wait(10)
+    except subprocess.TimeoutExpired:
+        runner.kill()
+        runner.wait()
+    runner.stdout.close()
+
+
+def _ask(runner: subprocess.Popen[bytes], program: Program, limits: Limits, isolation: IsolationName) -> Outcome:
+    assert runner.stdin is not None
+    assert runner.stdout is not None
+    names = (program.entry_point, *program.helpers)
+    sizes = (limits.seconds, limits.memory_mb << 20, limits.open_files, limits.output_bytes)
+    try:
+        write_frame(runner.stdin.fileno(), encode((program.source, program.tests, names, *sizes)))
+        answer = read_frame(runner.stdout.fileno())
+    except (EOFError, BrokenPipeError):
+        raise OSError(f"the process that runs programs ended (exit code {runner.poll()})") from None
+    status, detail, seconds = decode(answer)  # type: ignore[misc]  # the runner's: a tuple of three
+    if status == START_FAILED:
+        raise OSError(f"no isolated process could be started with {isolation}: {detail}")
+    return Outcome(Status(status), detail, isolation, seconds)

@@ -1,0 +1,201 @@
+"""The first wall: processes that see the standard library and nothing else of the host.
+
+`sandlock` (Landlock rules and a system call filter in the kernel, no privileges) is the first choice, `bubblewrap` (namespaces)
+the second. There is no third: without one of them nothing runs.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Literal, Protocol, runtime_checkable
+
+IsolationName = Literal["sandlock", "bubblewrap"]
+Role = Literal["worker", "judge"]
+ISOLATIONS: tuple[IsolationName, ...] = ("sandlock", "bubblewrap")
+
+_NOBODY = 65534
+_INFO_SECONDS = 30.0
+_HERE = Path(__file__).resolve().parent
+# The modules below are found without running `neuromas/__init__.py`, which the isolated process need not see.
+_BOOT = """
+import sys
+for name in ("neuromas", "neuromas.sandbox"):
+    sys.modules[name] = type(sys)(name)
+    sys.modules[name].__path__ = [sys.argv[1]] if "." in name else []
+__import__("neuromas.sandbox." + sys.argv[2])
+sys.modules["neuromas.sandbox." + sys.argv[2]].main()
+"""
+
+
+@runtime_checkable
+class Process(Protocol):
+    """An isolated process with two pipes of ours."""
+
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+    def kill(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> object: ...
+
+
+class Sandlock:
+    """Landlock rules and a system call filter. Raises ValueError with the reason if this machine has no such thing."""
+
+    name: IsolationName = "sandlock"
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("sandlock") is None:
+            raise ValueError("the Python package sandlock is not installed")
+        import sandlock
+
+        got, needed = sandlock.landlock_abi_version(), sandlock.min_landlock_abi()
+        if got < needed:
+            raise ValueError(f"the kernel has Landlock version {got}, sandlock needs {needed} (Linux 6.12 or later)")
+
+    def start(self, role: Role) -> Process:
+        """Start `neuromas.sandbox.<role>` in isolation, alone with its two pipes."""
+        from sandlock import Sandbox, StdioMode
+
+        sandbox = Sandbox(
+            fs_readable=_readable(),
+            fs_writable=[os.devnull],
+            clean_env=True,
+            env=_environment(),
+            cwd="/",
+            # In a user namespace: whoever starts it, it has no privilege to lift its own limits.
+            uid=_NOBODY,
+            gid=_NOBODY,
+            no_coredump=True,
+        )
+        return sandbox.popen(_command(role), stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.NULL)
+
+
+class Bubblewrap:
+    """Namespaces of its own. Raises ValueError if there is no such program."""
+
+    name: IsolationName = "bubblewrap"
+
+    def __init__(self, program: str = "bwrap") -> None:
+        path = shutil.which(program)
+        if path is None:
+            raise ValueError(f"there is no program {program!r}")
+        # fmt: off
+        options = [
+            "--unshare-user", "--unshare-all", "--disable-userns", "--uid", str(_NOBODY), "--gid", str(_NOBODY),
+            "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv", "--chdir", "/",
+        ]
+        # fmt: on
+        for name in _readable():
+            options += ["--dev-bind" if name.startswith("/dev/") else "--ro-bind", name, name]
+        for name, value in _environment().items():
+            options += ["--setenv", name, value]
+        self._path, self._options = path, [*options, "--remount-ro", "/"]
+
+    def start(self, role: Role) -> Process:
+        """Start `neuromas.sandbox.<role>` in isolation, alone with its two pipes."""
+        return _Bubble(self._path, [*self._options, *_command(role)])
+
+
+class _Bubble:
+    """bubblewrap's process outside of the namespace and the first one inside: whichever ends first, both are ended and reaped.
+
+    The outer one does not wait for the inner one, which then needs a process that adopts and reaps it (`runner.adopt_orphans`).
+    """
+
+    def __init__(self, path: str, arguments: list[str]) -> None:
+        reading, writing = os.pipe()
+        try:
+            self._outer = subprocess.Popen(
+                [path, "--info-fd", str(writing), *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                pass_fds=[writing],
+            )
+            os.close(writing)
+            inner = _child_pid(reading)
+        finally:
+            os.close(reading)
+        self.stdin, self.stdout = self._outer.stdin, self._outer.stdout
+        self._inner = inner
+        self._handle: int | None = None
+        if inner is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._handle = os.pidfd_open(inner)
+
+    def kill(self) -> None:
+        if self._handle is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            os.close(self._handle)
+            self._handle = None
+        else:
+            self._outer.kill()
+
+    def wait(self, timeout: float | None = None) -> object:
+        try:
+            self._outer.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._outer.kill()
+            self._outer.wait()
+        if self._inner is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._inner, 0)
+            self._inner = None
+        return self._outer.returncode
+
+
+def _child_pid(reading: int) -> int | None:
+    """Return what bubblewrap says of its child; None if it says nothing. Its JSON comes in pieces and the pipe stays open."""
+    said = b""
+    while b"}" not in said and select.select([reading], [], [], _INFO_SECONDS)[0]:
+        piece = os.read(reading, 4096)
+        if not piece:
+            break
+        said += piece
+    found = re.search(rb'"child-pid": (\d+)', said)
+    return None if found is None else int(found[1])
+
+
+Isolation = Sandlock | Bubblewrap
+
+
+def make_isolation(name: IsolationName) -> Isolation:
+    return Sandlock() if name == "sandlock" else Bubblewrap()
+
+
+def _python() -> str:
+    # The interpreter itself, not a virtual environment's link to it: third-party packages stay outside.
+    return os.path.realpath(sys.executable)
+
+
+def _command(role: str) -> list[str]:
+    # No site-packages (-s, -S), nothing written (-B), nothing imported from the working directory (-P).
+    return [_python(), "-s", "-S", "-B", "-P", "-c", _BOOT, str(_HERE), role]
+
+
+def _environment() -> dict[str, str]:
+    # The order of sets is the same in every run, so a reward is.
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {"PYTHONHASHSEED": "0", **kept}
+
+
+def _readable() -> list[str]:
+    """Return what Python needs of the host: standard and shared libraries, this folder. No configuration, home or /proc."""
+    names = [
+        _python(),
+        f"{sys.base_prefix}/lib",
+        *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"),
+        str(_HERE),
+        *(os.devnull, "/dev/urandom"),
+    ]
+    return [name for name in dict.fromkeys(names) if Path(name).exists()]

@@ -1,0 +1,185 @@
+"""Tasks whose answers are programs, judged by their tests in the sandbox: HumanEval, HumanEval+, MBPP."""
+
+import ast
+import atexit
+import re
+import textwrap
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from neuromas.sandbox import Limits, Program, Sandbox
+from neuromas.sandbox.benchmarks import humaneval_plus_program, humaneval_program, mbpp_program
+from neuromas.tasks.base import DatasetTask, Problem
+from neuromas.tasks.benchmarks import Benchmark
+from neuromas.tasks.files import Record
+from neuromas.tasks.verifiers import make_verifier
+from neuromas.types import Example
+
+PYTHON = make_verifier("python")
+
+
+@cache
+def _sandbox(limits: Limits) -> Sandbox:
+    sandbox = Sandbox(limits)
+    atexit.register(sandbox.close)
+    return sandbox
+
+
+class CodeTask(DatasetTask):
+    """Rewards 1.0 for a program that passes its tests; all programs of a step run at once."""
+
+    verifier = "python"
+    limits = Limits()
+
+    programs: dict[str, Callable[[str], Program]]
+    """What makes a program with its tests of an answer, by the id of the example: filled as examples are read."""
+
+    def parse_answer(self, text: str) -> str | None:
+        return PYTHON.read(text)
+
+    def reward(self, example: Example, text: str) -> float:
+        return self.rewards([(example, text)])[0]
+
+    def rewards(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
+        answers = [self.parse_answer(text) for _, text in pairs]
+        todo = [k for k, answer in enumerate(answers) if answer is not None]
+        rewards = [0.0] * len(pairs)
+        if todo:
+            programs = [self.programs[pairs[k][0].id](answers[k] or "") for k in todo]
+            for k, outcome in zip(todo, _sandbox(self.limits).check(programs), strict=True):
+                rewards[k] = float(outcome.passed)
+        return rewards
+
+
+class CodeBenchmark(CodeTask, Benchmark):
+    """A benchmark of programs. The gold answer is the published program."""
+
+    form = PYTHON
+
+    def __init__(
+        self,
+        data: Path | None = None,
+        *,
+        train_on_evaluation: bool = False,
+        programs: dict[str, Callable[[str], Program]] | None = None,
+    ) -> None:
+        super().__init__(data, train_on_evaluation=train_on_evaluation)
+        self.programs = {} if programs is None else programs
+
+    @abstractmethod
+    def program(self, record: Record, answer: str) -> Program:
+        """Put an answer together with the tests of its record."""
+
+    def example_of(self, record: Record) -> Example:
+        example = super().example_of(record)
+        self.programs[example.id] = partial(self.program, record)
+        return example
+
+
+class Mbpp(CodeBenchmark):
+    """Short Python functions from a sentence and the first of three tests, which names the function; all three are run."""
+
+    name, hub_id, config = "mbpp", "google-research-datasets/mbpp", "full"
+    hub_splits: ClassVar = {"test": "test", "validation": "validation", "dev": "prompt", "train": "train"}
+    file_names: ClassVar = {"test": ("mbpp.jsonl", "mbpp/mbpp.jsonl")}
+
+    def split_file(self, path: Path, records: Any, split: str | None = None) -> dict[str, list[Record]]:
+        """Split by task_id as published: 1-10 (prompt) dev, 11-510 test, 511-600 validation, 601-974 train."""
+        splits: dict[str, list[Record]] = {"test": [], "validation": [], "dev": [], "train": []}
+        for record in records:
+            number = record.data.get("task_id")
+            if not isinstance(number, int):
+                raise record.error("expected a whole number 'task_id'")
+            place = "dev" if number <= 10 else "test" if number <= 510 else "validation" if number <= 600 else "train"
+            splits[place].append(record)
+        return splits
+
+    def problem(self, record: Record) -> Problem:
+        text, code = record.texts("text", "code")
+        tests = record.data.get("test_list")
+        if not isinstance(tests, list) or not tests:
+            raise record.error("expected a list 'test_list' of asserts")
+        return Problem(f"{text}\nYour code has to pass tests such as:\n{tests[0]}", code)
+
+    def program(self, record: Record, answer: str) -> Program:
+        data = record.data
+        return mbpp_program(answer, data["code"], data["test_list"], data.get("test_setup_code") or "")
+
+
+class HumanEval(CodeBenchmark):
+    """Python functions from their signature and docstring. Trains on MBPP."""
+
+    name, hub_id = "humaneval", "openai/openai_humaneval"
+    hub_splits: ClassVar = {"test": "test"}
+    file_names: ClassVar = {"test": tuple(f"{d}HumanEval.jsonl{z}" for d in ("", "humaneval/") for z in (".gz", ""))}
+    training_source = "MBPP, in files: mbpp.jsonl beside its own"
+
+    @cached_property
+    def trainer(self) -> Mbpp:  # type: ignore[override]  # found when first needed
+        roots = [] if self.data is None else [self.data, self.data.parent, self.data.parent.parent]
+        here = (root for root in roots for name in Mbpp.file_names["test"] if (root / name).is_file())
+        # One book of programs, so that the reward of either's examples can be asked of this task.
+        return Mbpp(next(here, None), programs=self.programs)
+
+    def problem(self, record: Record) -> Problem:
+        prompt, solution, _ = record.texts("prompt", "canonical_solution", "entry_point")
+        return Problem(f"Complete this Python function:\n{prompt}", solution)
+
+    def program(self, record: Record, answer: str) -> Program:
+        data = record.data
+        return humaneval_program(data["prompt"], _completion(answer, data["entry_point"]), data["test"], data["entry_point"])
+
+
+class HumanEvalPlus(HumanEval):
+    """HumanEval with many more inputs for each function."""
+
+    name, hub_id = "humaneval_plus", "evalplus/humanevalplus"
+    file_names: ClassVar = {
+        "test": tuple(
+            f"{folder}{name}.jsonl{z}"
+            for folder in ("", "humaneval_plus/")
+            for name in ("HumanEvalPlus", "HumanEvalPlus-Mini")
+            for z in (".gz", "")
+        )
+    }
+    # On average 750 calls, and as many of the published program beside them.
+    limits = Limits(seconds=120, memory_mb=1024, output_bytes=1 << 30)
+
+    def program(self, record: Record, answer: str) -> Program:
+        data = record.data
+        if "plus_input" in data:
+            inputs, tolerance = data["base_input"] + data["plus_input"], data["atol"]
+        else:
+            inputs, tolerance = _inputs_of(record)
+        completion = _completion(answer, data["entry_point"])
+        return humaneval_plus_program(
+            data["prompt"], completion, data["canonical_solution"], data["entry_point"], inputs, tolerance
+        )
+
+
+def _completion(answer: str, entry_point: str) -> str:
+    """Return what follows the prompt: the whole function once more, or its body alone."""
+    if re.search(rf"^def {entry_point}\b", answer, re.MULTILINE):
+        return f"\n{answer}"
+    first = next(line for line in answer.split("\n") if line.strip())
+    return answer if first[0].isspace() else textwrap.indent(answer, "    ")
+
+
+def _inputs_of(record: Record) -> tuple[list[Any], float]:
+    """Take inputs and tolerance out of the test of the hub's HumanEval+, which has them as Python text."""
+    (test,) = record.texts("test")
+    inputs, tolerance = None, 0.0
+    try:
+        for node in ast.walk(ast.parse(test)):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "inputs":
+                inputs = ast.literal_eval(node.value)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "assertion":
+                tolerance = float(ast.literal_eval(node.args[-1]))
+    except (ValueError, SyntaxError) as error:
+        raise record.error(f"its test is not written as that of evalplus/humanevalplus was: {error}") from error
+    if not isinstance(inputs, list):
+        raise record.error("its test has no list 'inputs'")
+    return inputs, tolerance

@@ -1,0 +1,125 @@
+"""A process of its own for judgements that may take for ever: algebra on what a model wrote, regular expressions of a user.
+
+This file is run by its path, so that it loads neither the package nor torch. It reads one JSON request a line and writes one
+JSON answer a line. `Judge` is the side that asks: it kills a process that is late and starts another for the next request.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+START_SECONDS = 120.0
+"""Time to load sympy, on a busy machine too."""
+MEMORY_BYTES = 2 << 30
+"""Address space: what is larger than that is no answer."""
+
+
+class Judge:
+    """Asks the process; may be used from any thread."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+
+    def ask(self, kind: str, gold: str, answer: str) -> bool:
+        """Return the judgement; False if it takes longer than `seconds`, or more memory than there is.
+
+        Raises OSError if the process cannot be started, as where math-verify is not installed.
+        """
+        with self._lock:
+            process = self._process or self._start()
+            request = json.dumps([kind, gold, answer]).encode() + b"\n"
+            reply = b""
+            with contextlib.suppress(OSError):
+                _stdin(process).write(request)
+                reply = _read_line(process, self.seconds)
+            if not reply:
+                self._stop()
+            return reply == b"true\n"
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-P", __file__]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        )
+        greeting = _read_line(self._process, START_SECONDS)
+        if greeting != b"ready\n":
+            self._stop()
+            raise OSError(f"verifier math cannot start: {greeting.decode().strip() or 'its process ended'}")
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            with self._process:  # closes its pipes and waits for it
+                self._process = None
+
+
+def _stdin(process: subprocess.Popen[bytes]) -> Any:
+    assert process.stdin is not None
+    return process.stdin
+
+
+def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+    """Return a line, empty if none comes in time."""
+    assert process.stdout is not None
+    end, line = time.monotonic() + seconds, b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not selector.select(max(0.0, end - time.monotonic())):
+                return b""
+            part = process.stdout.read(4096)
+            if not part:
+                return b""
+            line += part
+    return line
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    out = os.fdopen(os.dup(1), "w")
+    # What libraries print must not be taken for an answer.
+    os.dup2(2, 1)
+    try:
+        import math_verify
+    except ImportError as error:
+        print(f"{error} (pip install math-verify)", file=out, flush=True)
+        return
+    import logging
+    import resource
+
+    logging.disable()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        kind, gold, answer = json.loads(line)
+        try:
+            if kind == "regex":
+                right = re.fullmatch(gold, answer) is not None
+            else:
+                # Its own time limits are signals, which the limit of this whole process makes needless: 0 switches them off.
+                gold_side, side = (math_verify.parse(f"${text}$", parsing_timeout=0) for text in (gold, answer))
+                right = bool(gold_side and side) and math_verify.verify(gold_side, side, strict=True, timeout_seconds=0)
+        except Exception:
+            # Any text at all may come here, and sympy raises whatever it likes: what can't be compared is not right.
+            right = False
+        print(json.dumps(bool(right)), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

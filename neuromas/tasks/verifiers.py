@@ -1,0 +1,210 @@
+"""Verifiers by name: which answer a text gives, and whether it is the gold one.
+
+All are strict: a text that names two answers, hedges or says "not" gives none (`answers.py` has the rules). None raises,
+whatever the text, and none takes longer than its limit.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Literal, get_args
+
+from neuromas.tasks.answers import number_form, option_form, read_open, words_form
+from neuromas.tasks.judge import Judge
+
+VerifierName = Literal["exact", "choice", "number", "regex", "math", "python"]
+VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
+
+JUDGE_SECONDS = 5.0
+"""Longest that one comparison in the judge's process may take."""
+MAX_ANSWER = 300
+"""Longest answer, in characters, that is compared as mathematics or by a regular expression."""
+
+_judge = cache(lambda: Judge(JUDGE_SECONDS))
+
+
+class Verifier(ABC):
+    """Reads and compares answers; `read` gives the normal form, in which gold answers are kept too."""
+
+    answer_format: str
+
+    @abstractmethod
+    def read(self, text: str) -> str | None:
+        """Return the answer that a text gives, None if it gives none or several."""
+
+    def normal_gold(self, gold: str) -> str:
+        """Return a gold answer in normal form; ValueError says why it can't be one."""
+        normal = self.read(gold)
+        if normal is None:
+            raise ValueError(f"{gold!r} is no answer that the verifier could read")
+        return normal
+
+    def check(self, gold: str, text: str) -> bool:
+        """Say whether the text gives the gold answer, itself in normal form."""
+        return self.read(text) == gold
+
+
+class Reader(Verifier):
+    """The answer in normal form is the gold answer, letter by letter."""
+
+    def __init__(self, read: Callable[[str], str | None], answer_format: str) -> None:
+        self._read, self.answer_format = read, answer_format
+
+    def read(self, text: str) -> str | None:
+        return self._read(text)
+
+
+class Regex(Verifier):
+    """The gold answer is a regular expression that matches all of the answer."""
+
+    answer_format = 'Write "Answer: " and the answer.'
+
+    def read(self, text: str) -> str | None:
+        answer = read_open(text)
+        return answer if answer and len(answer) <= MAX_ANSWER else None
+
+    def normal_gold(self, gold: str) -> str:
+        try:
+            re.compile(gold)
+        except re.error as error:
+            raise ValueError(f"{gold!r} is no regular expression: {error}") from error
+        return gold
+
+    def check(self, gold: str, text: str) -> bool:
+        answer = self.read(text)
+        return answer is not None and _judge().ask("regex", gold, answer)
+
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_PERCENT = re.compile(r"(?<=[0-9])\s*(?:\\?%|percent\b)")
+_COMMAND = re.compile(r"\\?[a-zA-Z]+")
+# fmt: off
+_COMMANDS = frozenset((
+    r"\frac", r"\dfrac", r"\tfrac", r"\sqrt", r"\pi", r"\cdot", r"\times", r"\div", r"\left", r"\right",
+    r"\sin", r"\cos", r"\tan", r"\log", r"\ln", r"\exp", "pi", "sqrt",
+))
+# fmt: on
+_MATH = re.compile(r"[0-9a-zA-Z\\{}()\[\]^_+\-*/.,!|% ]+")
+_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+_FRACTION = re.compile(r"-?(?:[0-9]+/[0-9]+|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})")
+
+
+class Math(Verifier):
+    r"""The answer equals the gold one as math-verify sees it: 0.5 is \frac{1}{2}, x(x+1) is x^2+x.
+
+    Numbers are compared as numbers, and a calculation is no number: 9 * 2 is not 18. Before math-verify sees anything else, it
+    has to look like one expression: its words and commands are mathematical or the gold answer's, and only a gold answer with a
+    comma, an equals sign, a plus-minus may be met by one.
+    """
+
+    answer_format = 'Write "Answer: " and the number or expression.'
+    _numbers = number_form(decimals=True)
+
+    def read(self, text: str) -> str | None:
+        # A question that asks for percent may be answered with or without the sign.
+        text = _PERCENT.sub("", _unboxed(text).replace("\\$", "$"))
+        number = self._numbers.read(text)
+        if number is not None:
+            return number
+        answer = read_open(text)
+        answer = answer.strip("$ .") if answer else ""
+        is_short = 0 < len(answer) <= MAX_ANSWER and answer.isascii()
+        # Whether its commands are those of an answer, the gold one will tell.
+        commands = {word for word in _COMMAND.findall(answer) if word.startswith("\\")}
+        return answer if is_short and ("\\text" in answer or _is_mathematical(answer, commands)) else None
+
+    def normal_gold(self, gold: str) -> str:
+        normal = self._numbers.read(gold) or gold.strip("$ .")
+        if not 0 < len(normal) <= MAX_ANSWER:
+            raise ValueError(f"expected an expression of 1 to {MAX_ANSWER} characters, got {gold[:50]!r}")
+        return normal
+
+    def check(self, gold: str, text: str) -> bool:
+        answer = self.read(text)
+        if answer is None or gold == answer:
+            return answer is not None
+        if _NUMBER.fullmatch(gold):
+            # A whole number, in lowest terms, is no fraction; other numbers may be written as one.
+            if "." not in gold or not _FRACTION.fullmatch(answer.replace(" ", "")):
+                return False
+        elif not _is_expression(answer, gold):
+            return False
+        return _judge().ask("math", gold, answer)
+
+
+def _unboxed(text: str) -> str:
+    r"""Write "Answer: x" for every \boxed{x}, so that all ways to give an answer meet the same rules."""
+    parts, at = [], 0
+    while match := _BOXED.search(text, at):
+        depth, end = 1, match.end()
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if depth:
+            break
+        # "Answer: \boxed{x}" is one answer, not an empty one and another.
+        before = re.sub(r"\banswer\s*:[\s$]*$", "", text[at : match.start()], flags=re.IGNORECASE)
+        parts.append(f"{before} Answer: {text[match.end() : end - 1]}")
+        at = end
+    return "".join(parts) + text[at:]
+
+
+def _is_mathematical(answer: str, own: Iterable[str] = ()) -> bool:
+    return all(len(word) == 1 or word in _COMMANDS or word in own for word in _COMMAND.findall(answer))
+
+
+def _is_expression(answer: str, gold: str) -> bool:
+    signs = set(gold) - set("0123456789")
+    known = all(char in signs or (char != "," and _MATH.fullmatch(char)) for char in answer)
+    return known and _is_mathematical(answer, _COMMAND.findall(gold))
+
+
+class Python(Verifier):
+    """The answer is a program; whether it is right, its tests say (`neuromas.tasks.code`)."""
+
+    answer_format = 'Write the complete function in one "```python" block.'
+    _fence = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+
+    def read(self, text: str) -> str | None:
+        blocks = self._fence.findall(text)
+        if len(blocks) > 1 or (not blocks and "```" in text):
+            return None
+        program = blocks[0] if blocks else text.rstrip()
+        # Lone surrogates are no text that a file of Python could hold.
+        return program if program.strip() and _encodes(program) else None
+
+    def check(self, gold: str, text: str) -> bool:
+        raise NotImplementedError("programs are checked many at a time, by neuromas.tasks.code")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def make_verifier(name: VerifierName, golds: Iterable[str] = ()) -> Verifier:
+    """Return the verifier of a name; `golds` tell `choice` how many options there are."""
+    if name == "choice":
+        last = max((gold.strip("() \n").upper() for gold in golds), default="E")
+        letters = "".join(map(chr, range(ord("A"), max(ord("B"), ord(last[:1] or "B")) + 1)))
+        return choice(letters if len(letters) <= 26 else "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    if name == "number":
+        return Reader(number_form(decimals=True).read, 'Write "Answer: " and the number.')
+    if name == "exact":
+        return Reader(read_open, 'Write "Answer: " and the answer.')
+    return {"regex": Regex, "math": Math, "python": Python}[name]()
+
+
+def choice(letters: str) -> Verifier:
+    """One of these letters, in parentheses or alone."""
+    return Reader(option_form(letters).read, 'Write "Answer: " and the letter of an option, as in "Answer: (A)".')
+
+
+def words(*answers: str) -> Verifier:
+    """One of a few words, in any case."""
+    *listed, last = [f'"Answer: {answer}"' for answer in answers]
+    return Reader(words_form(*answers).read, f"Write {', '.join(listed)} or {last}.")
