@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -238,6 +239,9 @@ def _parse(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
 
 
 def main() -> None:
+    # Read when torch is loaded, which happens later. Threads that spin while they wait make a run ten times slower as soon as
+    # anything else wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)

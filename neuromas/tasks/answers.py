@@ -32,11 +32,18 @@ class AnswerForm:
         bare = text.lstrip(_WRAPPING).rstrip(_WRAPPING + ".")
         if self.pattern.fullmatch(bare):
             return self.normal(bare)
-        starts = {marker.end() for marker in _MARKER.finditer(text)}
+        markers = list(_MARKER.finditer(text))
+        starts = {marker.end() for marker in markers}
         matches = list(self.pattern.finditer(text))
         first = next((k for k, match in enumerate(matches) if match.start() in starts), None)
         if first is None or _HEDGE.search(text, matches[first].end()):
             return None
+        # A second "Answer:" or "the answer is" has to give an answer too, if it gives anything.
+        found = {match.start() for match in matches}
+        for marker in markers:
+            is_label = re.search(r":|\bis\b", marker.group(), re.IGNORECASE) and marker.start() >= matches[first].end()
+            if is_label and marker.end() not in found and text[marker.end() :].strip(_WRAPPING + "."):
+                return None
         named = {self.normal(match.group()) for match in matches[first:]}
         return named.pop() if len(named) == 1 else None
 

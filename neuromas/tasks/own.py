@@ -11,17 +11,18 @@ from neuromas.tasks import files
 from neuromas.tasks.base import SPLITS, DatasetTask, Problem, Task, split_of
 from neuromas.tasks.code import CodeTask
 from neuromas.tasks.files import Record
-from neuromas.tasks.verifiers import VERIFIERS, Verifier, VerifierName, make_verifier
+from neuromas.tasks.verifiers import Verifier, VerifierName, make_verifier
 from neuromas.types import Example
 
 
 class JsonlTask(DatasetTask):
     """Lines with `question`, `answer` and, in all of them or in none, `split`; without, questions are split by their hash."""
 
+    _verifier: VerifierName
+
     def __init__(self, path: Path, verifier: VerifierName = "exact", *, train_on_evaluation: bool = False) -> None:
-        if verifier not in VERIFIERS:
-            raise ValueError(f"--task.verifier must be one of {list(VERIFIERS)}, got {verifier!r}")
-        self.path, self.verifier, self.train_on_evaluation = path, verifier, train_on_evaluation
+        self.path, self.train_on_evaluation = path, train_on_evaluation
+        self.verifier, self._verifier = verifier, verifier
         self.name = f"jsonl:{path}"
         self.training_source = "lines of split train"
 
@@ -35,7 +36,7 @@ class JsonlTask(DatasetTask):
     @cached_property
     def form(self) -> Verifier:
         golds = (record.texts("question", "answer")[1] for record in self.records)
-        return make_verifier(self.verifier, golds)  # type: ignore[arg-type]  # a VerifierName: the constructor has seen to it
+        return make_verifier(self._verifier, golds)
 
     @property
     def answer_format(self) -> str:  # type: ignore[override]  # not known before the file is read
@@ -54,7 +55,9 @@ class JsonlTask(DatasetTask):
             example = self.example_of(record)
             split = record.data.get("split") if has_splits else split_of(example.question)
             if has_splits is not ("split" in record.data) or split not in SPLITS:
-                raise record.error(f"'split' must be one of {list(SPLITS)} in every line or in none, got {split!r}")
+                raise record.error(
+                    f"'split' must be one of {list(SPLITS)} in every line or in none, got {record.data.get('split')!r}"
+                )
             splits.setdefault(split, []).append(example)
         return splits
 

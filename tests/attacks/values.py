@@ -1,0 +1,192 @@
+"""Programs that answer with values of their own making."""
+
+from attacks.base import FAILED, OUTPUT, TIMEOUT, Attack
+
+VALUES = [
+    Attack(
+        "object equal to everything",
+        """
+class Any:
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 0
+
+def solve(a, b):
+    return Any()
+""",
+        FAILED,
+        "AssertionError: <.*Handle",
+    ),
+    Attack(
+        "subclass of int equal to everything",
+        """
+class Any(int):
+    def __eq__(self, other):
+        return True
+
+    __hash__ = int.__hash__
+
+def solve(a, b):
+    return Any(7)
+""",
+        FAILED,
+        "AssertionError: 7",
+    ),
+    Attack(
+        "subclasses of list and str equal to everything",
+        """
+class L(list):
+    def __eq__(self, other):
+        return True
+
+class S(str):
+    def __eq__(self, other):
+        return True
+
+def solve(a, b):
+    return L([S("x")])
+""",
+        FAILED,
+        r"AssertionError: \['x'\]",
+    ),
+    Attack(
+        "object that calls itself an int",
+        """
+class Fake:
+    __class__ = int
+
+    def __eq__(self, other):
+        return True
+
+    def bit_length(self):
+        return 8
+
+    def to_bytes(self, *a, **k):
+        return b"7"
+
+def solve(a, b):
+    return Fake()
+""",
+        FAILED,
+        "AssertionError: 55",
+    ),
+    Attack(
+        "unittest.mock.ANY",
+        """
+def solve(a, b):
+    from unittest import mock
+
+    return mock.ANY
+""",
+        FAILED,
+        "AssertionError: <",
+    ),
+    Attack(
+        "arithmetic that always comes out right",
+        """
+class Zero:
+    def __sub__(self, other):
+        return self
+
+    __rsub__ = __sub__
+
+    def __abs__(self):
+        return 0.0
+
+    def __lt__(self, other):
+        return True
+
+def solve(a, b):
+    return Zero()
+""",
+        FAILED,
+        "TypeError",
+        tests="assert abs(solve(1, 2) - 3) < 1e-6",
+    ),
+    Attack(
+        "object that is true",
+        """
+class Yes:
+    def __bool__(self):
+        return True
+
+def solve(a, b):
+    return Yes()
+""",
+        FAILED,
+        "plain data",
+        tests="assert solve(1, 2)",
+    ),
+    Attack(
+        "pickle bomb",
+        """
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+def solve(a, b):
+    return Bomb()
+""",
+        FAILED,
+        "AssertionError: <.*Handle",
+    ),
+    Attack(
+        "endless iterator",
+        """
+import itertools
+
+def solve(a, b):
+    return itertools.count()
+""",
+        TIMEOUT,
+        tests="assert list(solve(2, 3)) == [5]",
+    ),
+    Attack(
+        "list that contains itself",
+        """
+def solve(a, b):
+    x = []
+    x.append(x)
+    return x
+""",
+        FAILED,
+        "RecursionError",
+    ),
+    Attack(
+        "sorted, abs and isinstance of its own",
+        """
+def sorted(x):
+    return [5]
+
+def abs(x):
+    return 5
+
+def isinstance(*a):
+    return True
+
+def solve(a, b):
+    return [9]
+""",
+        FAILED,
+        r"AssertionError: \[9\]",
+        tests="got = solve(2, 3)\nassert sorted(got) == [5], got\nassert abs(got[0]) == 5",
+    ),
+    Attack(
+        "huge string",
+        """
+def solve(a, b):
+    return "x" * (100 << 20)
+""",
+        OUTPUT,
+    ),
+    Attack(
+        "huge integer",
+        """
+def solve(a, b):
+    return 1 << (800 << 20)
+""",
+        OUTPUT,
+    ),
+]

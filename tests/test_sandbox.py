@@ -1,0 +1,348 @@
+"""The code reward: right programs pass, wrong ones fail, and no program gets paid or gets out by force."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from attacks import HONEST, TESTS
+from sandboxes import adopt_orphans, available, children, newcomers
+
+from neuromas.sandbox import Limits, Outcome, Program, Sandbox, Status, check_programs, choose_isolation
+from neuromas.sandbox.benchmarks import mbpp_program
+from neuromas.sandbox.confine import syscall_filter
+from neuromas.sandbox.isolation import ISOLATIONS, Bubblewrap
+from neuromas.sandbox.wire import decode, encode
+
+if not any(map(available, ISOLATIONS)):
+    pytest.skip("no isolation on this machine", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", params=ISOLATIONS)
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    if not available(request.param):
+        pytest.skip(f"{request.param} does not work here")
+    with Sandbox(workers=2, isolation=request.param) as sandbox:
+        yield sandbox
+
+
+def run(sandbox: Sandbox, source: str, tests: str, *helpers: str) -> Outcome:
+    (outcome,) = sandbox.check([Program(source, tests, "f", helpers)])
+    return outcome
+
+
+# What crosses between a program and its tests
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, False, 0, -1, 255, -128, 1 << 200, -(1 << 200), 0.0, -0.0, 1e-300, math.inf, 1 + 2j, "",
+        "a\0é\ud800", b"\0\xff",
+        [], [1, [2, (3,)]], (), {1, 2}, frozenset({3}), {}, {"a": [1], (1, 2): {3: None}}, int, [str, type(None)],
+    ],
+)  # fmt: skip
+def test_plain_data_survives_the_wire(value: object) -> None:
+    got = decode(encode(value))
+    assert got == value
+    assert type(got) is type(value)
+    assert repr(got) == repr(value)
+
+
+def test_nan_survives_the_wire() -> None:
+    got = decode(encode(math.nan))
+    assert isinstance(got, float)
+    assert math.isnan(got)
+
+
+def test_subclasses_are_sent_as_what_they_extend() -> None:
+    class Odd(int):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = int.__hash__
+
+    got = decode(encode(Odd(3)))
+    assert got == 3
+    assert type(got) is int
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "unpack"), (b"N" b"N", "1 bytes after the value"), (b"q\0\0\0\0", "unknown tag"),
+        (b"l\xff\xff\xff\xff", "announced"),
+        (b"s\5\0\0\0ab", "announced"), (b"h\0\0\0\0", "where plain data was expected"),
+        (b"i\1\0\0", "unpack"), (b"f123", "unpack"),
+        (b"e\1\0\0\0l\0\0\0\0", "unhashable"), (b"s\1\0\0\0\xff", "decode"), (b"y\4\0\0\0eval", "eval"),
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_value_raise(data: bytes, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        decode(data)
+
+
+def test_what_is_not_plain_data_needs_a_handle() -> None:
+    with pytest.raises(TypeError, match="only plain data can be passed to the program, got 'object'"):
+        encode(object())
+    assert decode(encode([len], lambda _: 7), lambda number: ("handle", number)) == [("handle", 7)]
+
+
+# Programs and their outcomes
+
+
+def test_right_programs_pass_and_wrong_ones_fail_in_order(sandbox: Sandbox) -> None:
+    sources = [HONEST, HONEST.replace("+", "-"), HONEST, "def solve(a, b): return 5", HONEST.replace("a + b", "b + a")] * 3
+    outcomes = sandbox.check([Program(source, TESTS, "solve") for source in sources])
+    assert [outcome.passed for outcome in outcomes] == [True, False, True, False, False] * 3
+    assert {outcome.isolation for outcome in outcomes} == {sandbox.isolation}
+    assert outcomes[0].detail == ""
+    assert outcomes[1].detail == "AssertionError: -1 (line 3 of the tests)"
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "detail"),
+    [
+        ("def f(x:", Status.INVALID, "SyntaxError"),
+        ("1 / 0", Status.INVALID, "ZeroDivisionError: division by zero"),
+        ("import numpy\ndef f(x): return 1", Status.INVALID, "ModuleNotFoundError"),
+        ("def g(x): return 1", Status.FAILED, "AttributeError"),
+        ("f = 1", Status.FAILED, "TypeError: 'int' object is not callable"),
+        ("def f(x): return 1 / 0", Status.FAILED, "ZeroDivisionError: division by zero (line 1 of the tests)"),
+        ("", Status.FAILED, "AttributeError"),
+    ],
+)
+def test_programs_that_do_not_run(sandbox: Sandbox, source: str, status: Status, detail: str) -> None:
+    outcome = run(sandbox, source, "assert f(1) == 1")
+    assert outcome.status is status
+    assert detail in outcome.detail
+
+
+def test_tests_that_never_call_the_program_prove_nothing(sandbox: Sandbox) -> None:
+    outcome = run(sandbox, "def f(x): return 1", "assert True")
+    assert outcome.status is Status.FAILED
+    assert outcome.detail == "the tests never called the program"
+
+
+def test_tests_cannot_end_early(sandbox: Sandbox) -> None:
+    for ending in ("import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"):
+        assert not run(sandbox, "def f(x): return 1", f"assert f(1) == 1\n{ending}").passed
+    assert run(sandbox, "def f(x): return 1", "assert f(1) == 1").passed
+
+
+def test_types_and_exceptions_reach_the_tests(sandbox: Sandbox) -> None:
+    source = """
+class Own(ValueError): pass
+def f(kind):
+    if kind == "own": raise Own("mine")
+    if kind == "key": raise KeyError("k")
+    if kind == "text": "\\ud800".encode()
+    return {"tuple": (1, 2), "true": True, "set": {1}, "none": None}[kind]
+"""
+    tests = """
+assert type(f("tuple")) is tuple and f("true") is True and isinstance(f("set"), set) and f("none") is None
+for kind, name in (("own", "ProgramError"), ("key", "KeyError"), ("text", "ProgramError"), ("other", "KeyError")):
+    try:
+        f(kind)
+    except Exception as error:
+        assert type(error).__name__ == name, error
+    else:
+        assert False
+"""
+    assert run(sandbox, source, tests).detail == ""
+
+
+def test_objects_of_the_program_work_behind_handles(sandbox: Sandbox) -> None:
+    source = """
+class Node:
+    def __init__(self, value): self.value, self.left = value, None
+    def __len__(self): return 1 + (0 if self.left is None else len(self.left))
+    def __getitem__(self, key): return {"value": self.value}[key]
+def f(node): return 0 if node is None else node.value + f(node.left)
+def count(n):
+    yield from range(n)
+"""
+    tests = """
+root = Node(1)
+root.left = Node(2)
+assert f(root) == 3 and root.left.value == 2 and len(root) == 2 and root["value"] == 1
+assert list(count(3)) == [0, 1, 2] and root != Node(1) and root == root
+"""
+    assert run(sandbox, source, tests, "Node", "count").detail == ""
+    assert "NameError" in run(sandbox, source, tests, "Node").detail
+    assert "out of the tests' reach" in run(sandbox, source, "f.__code__").detail
+    assert "only plain data can be passed" in run(sandbox, source, "f(lambda: 1)").detail
+
+
+def test_arguments_are_copies(sandbox: Sandbox) -> None:
+    outcome = run(sandbox, "def f(x):\n    x.clear()\n    return []", "x = [3, 1]\nassert f(x) == sorted(x), x")
+    assert outcome.detail.startswith("AssertionError: [3, 1]")
+
+
+def test_only_named_helpers_come_from_the_program(sandbox: Sandbox) -> None:
+    source = "def f(x): return 0\ndef same(a, b): return True"
+    assert "NameError" in run(sandbox, source, "assert same(f(1), 1)").detail
+    assert run(sandbox, source, "def same(a, b): return a == b\nassert same(f(1), 0)", "same").passed
+
+
+def test_one_program_leaves_nothing_for_the_next(sandbox: Sandbox) -> None:
+    first = Program("import math\nmath.pi = 3\ndef f(x): return math.pi", "import math\nmath.tau = 1\nassert f(1) == 3", "f")
+    second = Program("import math\ndef f(x): return math.pi", "import math\nassert f(1) == math.pi and math.tau > 6", "f")
+    assert [outcome.detail for outcome in sandbox.check([first, first, second, second] * 2)] == [""] * 8
+
+
+def test_results_do_not_depend_on_the_run(sandbox: Sandbox) -> None:
+    program = Program("def f(x): return list({'a', 'b', 'c', 'd', 'e'})", "assert False, f(1)", "f")
+    assert len({outcome.detail for outcome in sandbox.check([program] * 6)}) == 1
+
+
+def test_many_callers_share_one_sandbox(sandbox: Sandbox) -> None:
+    results: dict[int, list[bool]] = {}
+
+    def check(number: int) -> None:
+        programs = [Program(f"def f(x): return {n}", f"assert f(0) == {number}", "f") for n in range(4)]
+        results[number] = [outcome.passed for outcome in sandbox.check(programs)]
+
+    threads = [threading.Thread(target=check, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: [n == number for n in range(4)] for number in range(4)}
+
+
+def test_a_program_has_no_pipe_but_its_own(sandbox: Sandbox) -> None:
+    source = """
+import os
+def f(x):
+    found = []
+    for fd in range(256):
+        try:
+            found.append((fd, os.fstat(fd).st_rdev))
+        except OSError:
+            pass
+    return [fd for fd, device in found if not device]
+"""
+    # The second program on a runner: its judge and its pipes are there already.
+    outcomes = sandbox.check([Program(source, "assert False, f(1)", "f")] * 6)
+    assert {outcome.detail for outcome in outcomes} == {"AssertionError: [3, 4] (line 1 of the tests)"}
+
+
+def test_no_programs() -> None:
+    assert check_programs([]) == []
+
+
+# The sandbox itself
+
+
+def test_without_isolation_nothing_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no program 'no-such-bwrap'"):
+        Bubblewrap("no-such-bwrap")
+    code = """
+import sys
+sys.modules["sandlock"] = None
+import importlib.util
+from neuromas.sandbox import Program, check_programs
+try:
+    check_programs([Program("open('ran', 'w')", "assert f(1)", "f")])
+except ValueError as error:
+    print(error)
+"""
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert re.fullmatch(
+        r"untrusted programs are not run without isolation, and there is none here \(sandlock: .* not installed; "
+        r"bubblewrap: there is no program 'bwrap'\): install sandlock \(pip install sandlock; Linux 6\.12 or later\) or "
+        r"bubblewrap 0\.8 or later \(apt install bubblewrap\)\n",
+        result.stdout,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_isolation_that_does_not_hold_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A "bubblewrap" that isolates nothing: it drops its options and runs the command on the bare host.
+    fake = tmp_path / "bwrap"
+    fake.write_text(
+        '#!/bin/sh\necho "{ \\"child-pid\\": $$ }" > /proc/self/fd/$2\n'
+        'while [ "$1" != "--remount-ro" ]; do shift; done\nshift 2\nexec "$@"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    choose_isolation.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"bubblewrap: it does not hold: failed, .*read a file of the host"):
+            choose_isolation(("bubblewrap",))
+    finally:
+        choose_isolation.cache_clear()
+
+
+def test_a_machine_that_starts_nothing_is_no_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not available("bubblewrap"):
+        pytest.skip("bubblewrap does not work here")
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    message = "no isolated process could be started with bubblewrap: OSError: the isolated judge did not start"
+    with Sandbox(workers=1, isolation="bubblewrap") as sandbox, pytest.raises(OSError, match=message):
+        sandbox.check([Program(HONEST, TESTS, "solve")])
+
+
+def test_a_runner_that_is_gone_is_no_zero() -> None:
+    with Sandbox(workers=1) as sandbox:
+        program = Program(HONEST, TESTS, "solve")
+        assert sandbox.check([program])[0].passed
+        sandbox._runners[0].kill()
+        sandbox._runners[0].wait()
+        with pytest.raises(OSError, match=r"the process that runs programs ended \(exit code -9\)"):
+            sandbox.check([program])
+        assert sandbox.check([program])[0].passed
+
+
+def test_a_sandbox_ends_with_its_owner() -> None:
+    code = (
+        "import os, sys, threading, time\nfrom neuromas.sandbox import *\nsandbox = Sandbox(Limits(seconds=60), 1)\n"
+        "sandbox.check([Program('def f(x): return 1', 'assert f(1) == 1', 'f')])\n"
+        "threading.Thread(target=sandbox.check, args=([Program('while True: pass', 'f()', 'f')],), daemon=True).start()\n"
+        "time.sleep(1)\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+    adopt_orphans()
+    known = children()
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "ready\n"
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    assert newcomers(known, reap=True) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Limits(seconds=0), r"limits\.seconds must be at least 0\.1, got 0"),
+        (lambda: Limits(memory_mb=1), r"limits\.memory_mb must be at least 64, got 1"),
+        (lambda: Limits(open_files=1), r"limits\.open_files must be at least 8, got 1"),
+        (lambda: Limits(output_bytes=1), r"limits\.output_bytes must be at least 1024, got 1"),
+        (lambda: Limits(seconds=math.nan), r"limits\.seconds must be at least 0\.1, got nan"),
+        (lambda: Sandbox(workers=0), "workers must be at least 1, got 0"),
+        (lambda: Program("", "", "a b"), "entry_point and helpers must be Python names, got 'a b'"),
+        (lambda: Program("", "", "a", ("b()",)), r"entry_point and helpers must be Python names, got 'b\(\)'"),
+        (lambda: syscall_filter("riscv64"), "run on x86_64 and aarch64 only, this machine is 'riscv64'"),
+        (
+            lambda: mbpp_program("", "def f(): pass", ["assert g() == 1"]),
+            "the tests call no function that the gold program defines",
+        ),
+    ],
+)
+def test_wrong_settings(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
