@@ -239,9 +239,9 @@ def _parse(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
 
 
 def main() -> None:
-    # Read when torch is loaded, which happens later. Threads that spin while they wait make a run ten times slower as soon as
-    # anything else wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is loaded, which happens later. Threads that spin for long while they wait make a run ten times slower as
+    # soon as anything else wants a core; threads that sleep at once make it half as fast on a machine of one's own.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
