@@ -107,8 +107,6 @@ class _Decode:
         """Key of the request in each live slot."""
         self.prefixes: dict[PrefixKey, tuple[list[tuple[Tensor, Tensor]], int]] = {}
         self.slots: _Slots | None = None
-        self.width = 0
-        """Columns in use by any live row."""
         self.route: Tensor | None = None
         """Node index of each live row; the same tensor for as long as the rows are the same."""
 
@@ -148,14 +146,12 @@ class _Decode:
         logits = self.backbone.forward(
             ids, positions, slots.key_positions[new, :filled], slots.key_mask[new, :filled], cache, slots.nodes[new], keep=1
         )  # fmt: skip
-        self.width = max(self.width, filled)
         self._sample(logits[:, 0], new)
 
     def step(self) -> list[tuple[int, Sample]]:
         """Hand out the rows that have stopped; give every other row its next token."""
         finished = self._take_finished()
         if not self.live:
-            self.width = 0
             return finished
         slots, live = self.slots, slice(0, self.live)
         assert slots is not None
@@ -165,10 +161,10 @@ class _Decode:
         every = torch.arange(self.live, device=columns.device)
         slots.key_mask[every, columns] = True
         slots.key_positions[every, columns] = slots.position[live]
-        self.width = int(columns.max()) + 1
+        width = int(columns.max()) + 1
         logits = self.backbone.forward(
-            slots.last_token[live, None], slots.position[live, None], slots.key_positions[live, : self.width],
-            slots.key_mask[live, : self.width], _SlotCache(slots, live, columns, self.width), self.route, keep=1,
+            slots.last_token[live, None], slots.position[live, None], slots.key_positions[live, : width],
+            slots.key_mask[live, : width], _SlotCache(slots, live, columns, width), self.route, keep=1,
         )  # fmt: skip
         slots.column[live] += 1
         slots.position[live] += 1
