@@ -8,7 +8,8 @@ import pytest
 
 from neuromas.recipes import skills, traces
 from neuromas.recipes.bundled import draw_row, pack, train_tokenizer
-from neuromas.recipes.traces import FAMILIES, Trace
+from neuromas.recipes.trace import Trace
+from neuromas.recipes.traces import FAMILIES
 from neuromas.tasks import TASKS as GENERATED
 from neuromas.tasks import get_task
 from neuromas.tasks.boolean_expressions import Expression

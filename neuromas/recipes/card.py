@@ -34,7 +34,7 @@ mechanism of a network at work; it says nothing about what another model would g
 
 No benchmark item is in its training text: every question there bears a mark that no item of BIG-Bench-Hard and no problem of
 the task's generator has (a number above the task's largest, an unknown name, people out of order, brackets of another kind; see
-`neuromas/recipes/traces.py`). What is left of a Boolean expression after a few steps may equal a published expression, since
+`neuromas/recipes/trace.py`). What is left of a Boolean expression after a few steps may equal a published expression, since
 there are few short ones.
 
 ## What it can do, and what it scores before it is trained

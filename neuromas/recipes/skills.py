@@ -1,6 +1,6 @@
 """Generated conversations from which the bundled backbone learns to behave as a small general model.
 
-It learns the message format, single steps of the problems in `traces`, to go on from where a message stopped, and also to
+It learns the message format, single steps of the problems in `trace`, to go on from where a message stopped, and also to
 guess, restate and chatter. A message holds a few steps at most (`Trace.max_steps`), and guessing is likelier than working, so
 what is useful is left for reinforcement to find.
 """
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neuromas import messages
-from neuromas.recipes.traces import FAMILIES, Trace
+from neuromas.recipes.trace import Trace
+from neuromas.recipes.traces import FAMILIES
 from neuromas.topology import Topology
 from neuromas.types import Example, Message, MessageStatus
 
