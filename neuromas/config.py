@@ -40,6 +40,9 @@ class TopologyConfig:
 
     def build(self) -> Topology:
         """Return the topology; ValueError says what makes it no network."""
+        if self.edges and (self.skip or self.widths != TopologyConfig().widths):
+            given = "topology.skip" if self.skip else f"topology.widths {list(self.widths)}"
+            raise ValueError(f"topology.edges takes the place of widths and skip, got it and {given}; leave one of them out")
         return Topology.from_edges(self.edges) if self.edges else Topology.layered(self.widths, skip=self.skip)
 
 
@@ -255,8 +258,9 @@ def from_json(text: str, where: str) -> TrainConfig:
     return from_dict(TrainConfig, data, where=where)
 
 
-MAY_DIFFER = ("run_dir", "device", "save_every")
-"""Settings that a resumed run may change: they leave every step as it was."""
+MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
+"""Settings that a resumed run may change: they leave every step as it was. Of `task.file` it is the items that have to be the
+same, which the run directory looks at."""
 
 
 def differences(stored: TrainConfig, given: TrainConfig) -> str:

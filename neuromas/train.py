@@ -33,8 +33,15 @@ class Setup:
 
 def set_up(config: TrainConfig) -> Setup:
     """Build task, backbone and network; ValueError names the flag that is wrong."""
+    task, sets = set_up_task(config)
+    return Setup(config, task, build_network(config), sets)
+
+
+def set_up_task(config: TrainConfig) -> tuple[Task, dict[str, list[Example]]]:
+    """Return the task and its evaluation sets: all of a set-up that needs no weights. ValueError as of `set_up`."""
     config.check()
     task = from_config(config.task)
+    task.check_ready()
     split = config.task.split
     if split == "train" and not config.task.train_on_evaluation:
         raise ValueError("--task.split train would score what is trained on; say --task.train-on-evaluation if that is meant")
@@ -45,7 +52,12 @@ def set_up(config: TrainConfig) -> Setup:
         task.held_out = frozenset(example.id for example in sets[name])
     # A task with nothing to train on says so now, not after the first evaluation.
     task.training_batch(config.seed, 0, 1)
-    return Setup(config, task, build_network(config), sets)
+    return task, sets
+
+
+def find_run(config: TrainConfig, *, resume: bool) -> RunDirectory:
+    """Return the run to start or to go on with; nothing is written. ValueError if it can't be."""
+    return RunDirectory.resume(config) if resume else RunDirectory.create(config)
 
 
 def build_network(config: TrainConfig) -> Network:
@@ -70,10 +82,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, dict[str, E
     stops it, after saving.
     """
     config.check()
-    run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+    run = find_run(config, resume=resume)
     setup = set_up(config)
     with run.locked():
-        run.initialise()
+        run.initialise(setup.task.held_out)
         trainer = Trainer(setup, run)
         with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
             progress.note(f"run {run.path}: {setup.network.adapters.trainable_parameters:,} trainable parameters")
@@ -99,11 +111,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=setup.config.lr, weight_decay=0.0)
         self.checksum = self.backbone.checksum()
         state = run.load(self.bank, self.optimizer)
-        if state and state.backbone_checksum != self.checksum:
-            raise ValueError(
-                f"--backbone {self.config.backbone} has other weights (checksum {self.checksum}) than run {run.path} was "
-                f"trained on ({state.backbone_checksum}); give the same backbone"
-            )
+        if state:
+            run.check_backbone(state, self.checksum)
         self.step = state.step if state else 0
         self.running_mean = state.running_mean if state else 0.0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
