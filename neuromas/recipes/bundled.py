@@ -40,7 +40,7 @@ class Recipe:
 
     out: Path
     """Folder that gets the model, the tokenizer and the card."""
-    steps: int = 6000
+    steps: int = 4000
     """Optimizer steps."""
     rows: int = 16
     """Rows of a step."""
@@ -48,7 +48,7 @@ class Recipe:
     """Tokens of a row."""
     lr: float = 2e-3
     """Peak learning rate; warms up over 200 steps, then falls along a cosine to a hundredth."""
-    vocab_size: int = 1024
+    vocab_size: int = 1152
     hidden: int = 128
     layers: int = 4
     heads: int = 4
@@ -79,8 +79,8 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     rng = random.Random(f"tokenizer/{seed}")
 
     def texts() -> Iterator[str]:
-        for _ in range(6000):
-            trace = skills.draw_problem(rng)
+        for family in 2000 * traces.FAMILIES:
+            trace = family.draw(rng)
             example = trace.example()
             turn = skills.draw_turn(rng, trace, example)
             yield "\n\n".join((example.question, turn.prompt, "".join(piece.text for piece in turn.pieces)))
@@ -224,6 +224,17 @@ def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, l
     return accuracy
 
 
+def make_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the rest; one learning rate fits both."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    known = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+    ]
+
+
 def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     torch.manual_seed(recipe.seed)
     model = Qwen3ForCausalLM(
@@ -239,20 +250,21 @@ def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     if recipe.compile:
         model.model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizers = make_optimizers(model, recipe.lr)
     rng = random.Random(f"backbone/{recipe.seed}")
     started, loss_sum = time.monotonic(), 0.0
     for step in range(recipe.steps):
         warmup, done = min(1.0, (step + 1) / 200), step / recipe.steps
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.lr * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
         rows = [draw_row(rng, tokenizer, recipe.row_tokens) for _ in range(recipe.rows)]
         batch = pack(rows, recipe.row_tokens, recipe.device)
         loss = torch.nn.functional.cross_entropy(logits(model, batch), batch.targets[batch.targets >= 0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         loss_sum += loss.item()
         if (step + 1) % 100 == 0:
             elapsed = time.monotonic() - started

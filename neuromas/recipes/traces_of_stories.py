@@ -55,7 +55,7 @@ class NavigateTrace(Trace):
     def _step(number: int, instruction: Instruction, before: State) -> tuple[str, str]:
         steps, direction = instruction.steps, instruction.direction
         what = f"{steps} {direction or 'steps'}" if steps else f"turn {direction}"
-        return f"{number}:{what}", state_text(instruction.apply(before))
+        return f"{number}: {what}", state_text(instruction.apply(before))
 
     def answer(self, state: str) -> str:
         return "Yes" if state.startswith("(0,0)") else "No"
@@ -89,7 +89,6 @@ class WebTrace(Trace):
 
     tasks = ("web_of_lies",)
     max_steps = 2
-    share = 0.7
     answer_format = get_family("web_of_lies").answer_format
     outsiders = ("Ada", "Boris", "Dora", "Emil", "Frieda", "Gustav", "Hanna", "Ivan", "Karin", "Ludwig", "Nora", "Otto")
     words: ClassVar[dict[bool, str]] = {True: "honest", False: "lying"}
@@ -116,7 +115,7 @@ class WebTrace(Trace):
         claim = self.web.claims[done]
         honest = claim if done == 0 else claim is (state == self.words[True])
         says = " says" if done else ""
-        return f"{done + 1}:{self.web.people[done]}{says} {CLAIMS[claim].split()[0]}", self.words[honest]
+        return f"{done + 1}: {self.web.people[done]}{says} {CLAIMS[claim].split()[0]}", self.words[honest]
 
     def answer(self, state: str) -> str:
         return "Yes" if state == self.words[True] else "No"
@@ -171,9 +170,9 @@ class TrackingTrace(Trace):
         left = len(shuffle.swaps) - done
         if left == 0:
             place = shuffle.people.index(state)
-            return f"0:{state} {shuffle.objects[place]}", f"({tracking.LETTERS[place]})"
+            return f"0: {state} {shuffle.objects[place]}", f"({tracking.LETTERS[place]})"
         a, b = (shuffle.people[k] for k in shuffle.swaps[left - 1])
-        return f"{left}:{a} and {b}", {a: b, b: a}.get(state, state)
+        return f"{left}: {a} and {b}", {a: b, b: a}.get(state, state)
 
     def answer(self, state: str) -> str:
         return state

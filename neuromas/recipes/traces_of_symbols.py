@@ -135,7 +135,7 @@ class BooleanTrace(Trace):
         at, count = cls._first_operation(words)
         what = words[at : at + count]
         words[at : at + count] = [cls._value(what)]
-        return f"{number}:{' '.join(what)} is", " ".join(words)
+        return f"{number}: {' '.join(what)} is", " ".join(words)
 
     @classmethod
     def _first_operation(cls, words: list[str]) -> tuple[int, int]:
@@ -231,7 +231,7 @@ class ArithmeticTrace(Trace):
         if done < len(left.operations):
             return self._step(done + 1, "", total, product, left.operations[done], left.numbers[done + 1])
         if done == len(left.operations):
-            return f"{done + 1}:( {right.numbers[0]}", f"{total + product} (0,{right.numbers[0]})"
+            return f"{done + 1}: ( {right.numbers[0]}", f"{total + product} (0,{right.numbers[0]})"
         k = done - len(left.numbers)
         if k < len(right.operations):
             return self._step(done + 1, f"{first} ", total, product, right.operations[k], right.numbers[k + 1])
@@ -245,14 +245,14 @@ class ArithmeticTrace(Trace):
 
     @staticmethod
     def _step(number: int, first: str, total: int, product: int, operation: str, operand: int) -> tuple[str, str]:
-        what = f"{number}:{operation} {operand}"
+        what = f"{number}: {operation} {operand}"
         if operation == "*":
             return what, f"{first}({total},{product * operand})"
         return what, f"{first}({total + product},{operand if operation == '+' else -operand})"
 
     @staticmethod
     def _last(number: int, first: int, operation: str, second: int) -> tuple[str, str]:
-        return f"{number}:{first} {operation} {second}", f"= {Sum((first, second), (operation,)).value}"
+        return f"{number}: {first} {operation} {second}", f"= {Sum((first, second), (operation,)).value}"
 
     def answer(self, state: str) -> str:
         return state.removeprefix("= ")
