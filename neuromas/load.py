@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neuromas.checkpoint import RunDirectory
 from neuromas.network import Network
+from neuromas.stages import Stages
 from neuromas.tasks import Task, from_config
 from neuromas.train import build_network
 
@@ -32,6 +33,7 @@ def load_run(path: Path, *, untrained: bool = False, data: Path | None = None) -
     network = build_network(dataclasses.replace(run.config, device="auto"))
     step = 0
     if not untrained:
+        Stages(network, run.config.growths()).restore(run.step)
         state = run.load(network.adapters)
         assert state is not None
         step = state.step
