@@ -3,8 +3,8 @@
 LoRA (Hu et al. 2022, arXiv 2106.09685): y = W x + (alpha / r) B A x, with W frozen, A of shape (r, in), B of shape (out, r).
 The bank holds A as (N, r, in) and B as (N, out, r) for each target module. Files are PEFT's, one folder per node.
 
-Nodes that join when a network grows are stacks of their own, so that an optimizer's moments and step count of the nodes that were
-there before stay as they are, bit for bit, and those of the new nodes start fresh.
+Nodes that join when a network grows are stacks of their own, so that an optimizer's moments and step count of the nodes that
+were there before stay as they are, bit for bit, and those of the new nodes start fresh.
 """
 
 import json
@@ -61,7 +61,7 @@ class AdaptedLinear(nn.Module):
         return self.get_parameter(_of_generation(half, generation))
 
     def _all(self, half: str) -> Tensor:
-        stacks = [self.stack(half, generation) for generation in range(len(self._bank[0].generations))]
+        stacks: list[Tensor] = [self.stack(half, generation) for generation in range(len(self._bank[0].generations))]
         return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
 
     def forward(self, x: Float[Tensor, "rows tokens in"]) -> Float[Tensor, "rows tokens out"]:
@@ -141,8 +141,8 @@ class AdapterBank:
     def add_nodes(self, copies: Mapping[int, int | None], *, noise: float = 0.0) -> list[nn.Parameter]:
         """Add nodes as a new generation and return its parameters, for an optimizer to take up; no old tensor is touched.
 
-        A node starts as every node does, B at zero, or as a copy of the node given, with normal noise whose standard deviation is
-        `noise` times the root mean square of the copied tensor. The rank is that of the nodes before.
+        A node starts as every node does, B at zero, or as a copy of the node given, with normal noise whose standard deviation
+        is `noise` times the root mean square of the copied tensor. The rank is that of the nodes before.
         """
         self.generations.append(tuple(copies))
         for module in self.modules.values():

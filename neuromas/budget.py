@@ -22,7 +22,8 @@ class Ledger:
     sampled_tokens: int = 0
     """Tokens that nodes wrote, stop tokens included."""
     phases: list[dict[str, int]] = field(default_factory=list)
-    """The same counts before the first growth and from each growth to the next; they add up to the totals. Empty without growth."""
+    """The same counts before the first growth and from each growth to the next; they add up to the totals. Empty where
+    nothing has grown."""
 
     def begin_phase(self, trainable_parameters: int) -> None:
         """Count what follows, a growth, as a phase of its own."""
@@ -73,7 +74,8 @@ class Pace:
     """How many questions a step gets so that every step costs about `step_tokens` sampled tokens, whatever the network's size.
 
     What a step spends too much or too little, the next one makes up for; so a run's total stays within about one step of its
-    number of steps times `step_tokens`. A step aims at half to twice of that, and asks at most `MOST` times the first step's questions.
+    number of steps times `step_tokens`. A step aims at half to twice of that, and asks at most `MOST` times the first step's
+    questions.
     """
 
     owed: int = 0
@@ -97,5 +99,6 @@ class Pace:
     def settle(self, step_tokens: int, groups: Sequence[Group]) -> None:
         """Note what a step has spent."""
         spent = spending(groups)
-        self.owed += step_tokens - spent.sampled_tokens
+        # Without a budget nothing is owed: a run that grows from this one may have one.
+        self.owed += step_tokens - spent.sampled_tokens if step_tokens else 0
         self.tokens_per_call = spent.sampled_tokens / spent.calls

@@ -94,7 +94,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrowthConfig:
-    """One growth in the course of a run: an entry `[[growth]]` of a TOML file. Either `widths`, `connect` or both; or `edges`."""
+    """One growth in the course of a run: an entry `[[growth]]` of a TOML file, with `widths`, `connect` or both, or `edges`."""
 
     at_step: int = 0
     """Optimizer steps done before it."""
@@ -163,9 +163,9 @@ class TrainConfig:
     examples_per_step: int = 16
     """Questions in a step (P)."""
     step_tokens: int = 0
-    """Sampled tokens of a step: the number of questions then follows from what the steps before have spent, so that networks of unlike
-    size cost equally much in equally many steps; `examples_per_step` is that of the first step, and at most 4 times as many are
-    asked. 0: always `examples_per_step`."""
+    """Sampled tokens of a step: the number of questions then follows from what the steps before have spent, so that networks
+    of unlike size cost equally much in equally many steps; `examples_per_step` is that of the first step, and at most 4 times
+    as many are asked. 0: always `examples_per_step`."""
     group_size: int = 8
     """Rollouts of each question (G)."""
     max_new_tokens: int = 64
@@ -237,7 +237,9 @@ class TrainConfig:
                      f"{free} (when the network before it is open) to {self.num_steps - 1}", entry.at_step)  # fmt: skip
             built.append(entry.build(topology, skip=self.topology.skip and not self.topology.edges))
             topology, free = built[-1].grown, max(built[-1].opened_by, entry.at_step + 1)
-            _require(free <= self.num_steps, "growth.open_steps", f"such that it is open by step {self.num_steps}", entry.open_steps)
+            _require(
+                free <= self.num_steps, "growth.open_steps", f"such that it is open by step {self.num_steps}", entry.open_steps
+            )
         return tuple(built)
 
     @property

@@ -1,8 +1,8 @@
 """Growing a network: pure operations on topologies, and the record of what a growth keeps, adds and opens.
 
 Ids are persistent: a node keeps its id, a new one gets the next free id, so the output node may be node 3 while node 5 is new.
-A prompt names a node's layer and recipients, so a network that has grown writes other prompts whatever its new adapters hold. That
-is why a growth opens as a whole: each group of rollouts runs either through the parent's topology (closed: new nodes are
+A prompt names a node's layer and recipients, so a network that has grown writes other prompts whatever its new adapters hold.
+That is why a growth opens as a whole: each group of rollouts runs either through the parent's topology (closed: new nodes are
 absent where the net was widened, bypassed where it was deepened) or through the grown one (open).
 
 Growth after Net2Net (Chen et al. 2016, arXiv 1511.05641) and the progressive growth of arXiv 2605.16757.
@@ -46,7 +46,8 @@ def deepen(topology: Topology, layer: int, width: int = 1, *, skip: bool = False
     """Insert a layer, which becomes layer `layer`, before the output layer or before any other.
 
     It reads all nodes of the layer before it and writes to all of the layer behind it; edges between those two give way to
-    the paths through it. `skip` connects it to all layers and leaves every edge. Raises ValueError for a place behind the output.
+    the paths through it. `skip` connects it to all layers and leaves every edge. Raises ValueError for a place behind the
+    output.
     """
     if not 1 <= layer <= topology.depth:
         raise ValueError(f"deepen: the new layer must be 1 to {topology.depth} (before the output layer), got {layer}")
@@ -84,9 +85,9 @@ def _free_ids(topology: Topology, count: int) -> range:
 def plan(parent: Topology, widths: Iterable[int], *, new_layers: Sequence[int] = (), skip: bool = False) -> Topology:
     """Return the parent grown to these widths, layer by layer from the first.
 
-    Which layers of `widths` are new is `new_layers`, counted from 1; by default every old layer keeps the earliest place that is wide
-    enough, so that new layers come last, before the output layer: [2,2,1] to [2,2,2,1] inserts layer 3. Raises ValueError
-    where nodes or layers would have to go.
+    Which layers of `widths` are new is `new_layers`, counted from 1; by default every old layer keeps the earliest place that
+    is wide enough, so that new layers come last, before the output layer: [2,2,1] to [2,2,2,1] inserts layer 3. Raises
+    ValueError where nodes or layers would have to go.
     """
     widths, old = list(widths), widths_of(parent)
     Topology.layered(widths)  # says what makes them no network
@@ -197,7 +198,7 @@ class Growth:
 
     def record(self) -> dict[str, Any]:
         """Return what goes where, JSON-ready."""
-        adapters = {str(node): "kept" for node in self.kept}
+        adapters = {str(node): "kept" for node in sorted(self.kept)}
         for node, source in self.copies:
             adapters[str(node)] = "zero" if source is None else f"copy of node {source}"
         return {
@@ -232,7 +233,7 @@ def describe(record: dict[str, Any]) -> str:
         f"growth at step {record['at_step']}: {record['from']} ─▶ {record['to']}",
         f"  kept, with their adapters: {' '.join(f'({node})' for node in kept)}",
         f"  new: {'; '.join(new) or 'no node'}" + (f"; noise {record['noise']:g}" if record["noise"] else ""),
-        f"  new messages: {edges(record['new_edges'])}; given up for paths through new nodes: {edges(record['bypassed_edges'])}",
+        f"  new messages: {edges(record['new_edges'])}; now through new nodes: {edges(record['bypassed_edges'])}",
         f"  opens {opens}" + (f"; new nodes alone learn for {record['warmup_new']} steps" if record["warmup_new"] else ""),
     ]
     if record.get("changed_answers"):
@@ -251,8 +252,8 @@ def describe_change(change: dict[str, Any]) -> str:
 def parse_copies(start: Sequence[str], parent: Topology, grown: Topology) -> tuple[tuple[int, int | None], ...]:
     """Read where new adapters come from: `zero` or `copy:NODE` for all of them, `NEW:zero` or `NEW:copy:NODE` for one.
 
-    Later entries win; what no entry names starts at zero. Raises ValueError for an entry that is none of these or names a node that is
-    not there.
+    Later entries win; what no entry names starts at zero. Raises ValueError for an entry that is none of these or names a node
+    that is not there.
     """
     new = sorted(set(grown.nodes) - set(parent.nodes))
     copies: dict[int, int | None] = dict.fromkeys(new)

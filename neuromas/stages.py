@@ -1,7 +1,8 @@
 """The growths of a run as it goes: which are taken on, how far the last is open, what a run that is grown hands on.
 
-What a network is at a step is a function of the config and the step: a growth happens at the beginning of the step `at_step`, in
-memory, from adapters that a checkpoint holds. So a killed run is before it or after it, and a resumed one grows again, bit for bit.
+What a network is at a step is a function of the config and the step: a growth happens at the beginning of the step `at_step`,
+in memory, from adapters that a checkpoint holds. So a killed run is before it or after it, and a resumed one grows again, bit
+for bit.
 """
 
 import dataclasses
@@ -80,8 +81,8 @@ def changed_answers(
 def grown_config(parent: RunDirectory, entry: GrowthConfig, *, steps: int | None = None, **changes: object) -> TrainConfig:
     """Return the config of a run that grows a finished one and goes on for `steps` steps, by default as many as it had.
 
-    Steps count on from the parent's, so that no question is drawn twice; the learning rate begins anew. Raises ValueError if the
-    parent is not finished, is to have another task or backbone, or cannot grow in this way.
+    Steps count on from the parent's, so that no question is drawn twice; the learning rate begins anew. Raises ValueError if
+    the parent is not finished, is to have another task or backbone, or cannot grow in this way.
     """
     done = parent.step
     if done < parent.config.num_steps:

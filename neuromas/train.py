@@ -70,9 +70,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(
-    config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None
-) -> dict[str, dict[str, Evaluation]]:
+def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None) -> dict[str, dict[str, Evaluation]]:
     """Train a run to its end and return its scores, `before` and `after`, by set of examples.
 
     With a `parent`, a new run goes on from that run's newest checkpoint.
@@ -191,7 +189,7 @@ class Trainer:
         return self.task.training_batch(config.seed, step, MOST * config.examples_per_step)[:count]
 
     def _shape(self, step: int, examples: list[Example]) -> dict[str, float]:
-        metrics: dict[str, float] = {"questions/sum": len(examples)}
+        metrics: dict[str, float] = {"questions/sum": float(len(examples))}
         if self.config.growth:
             grown = [self.network.topology_of(e, (self.config.seed, step)) == self.network.topology for e in examples]
             metrics["open_groups/frac"] = sum(grown) / len(grown)
