@@ -99,7 +99,10 @@ DIAMOND = Topology.from_edges(edges("12 13 24 34"))
             r"^connect: an edge must lead to a later layer, got 3 \(layer 3\) -> 1 \(layer 1\)$",
         ),
         (lambda: plan(CHAIN, [2, 1]), r"^growth: a network of widths \[1, 1, 1\] does not fit into \[2, 1\]; nodes and lay"),
-        (lambda: plan(Topology.layered([3, 1]), [2, 2, 1]), r"widths \[3, 1\] does not fit into \[2, 2, 1\]; .* never removed$"),
+        (
+            lambda: plan(Topology.layered([3, 1]), [2, 2, 1]),
+            r"widths \[3, 1\] does not fit into \[2, 2, 1\]; .* never removed$",
+        ),
         (lambda: plan(CHAIN, [2, 2, 2]), r"^topology\.widths must end in 1 \(one output node\), got \[2, 2, 2\]$"),
         (
             lambda: plan(CHAIN, [1, 1, 1, 1], new_layers=[4]),
