@@ -25,7 +25,7 @@ from torch import Tensor
 from neuromas import Topology, cli
 from neuromas.budget import Ledger, Pace
 from neuromas.checkpoint import RunDirectory
-from neuromas.config import AdapterConfig, GrowthConfig, TaskConfig, TopologyConfig, TrainConfig, load_toml
+from neuromas.config import AdapterConfig, GrowthConfig, TopologyConfig, TrainConfig, load_toml
 from neuromas.load import load_run
 from neuromas.network import Network
 from neuromas.stages import check_descends, grown_config
@@ -110,7 +110,7 @@ def test_a_closed_growth_trains_as_its_parent_would(speaker: Path, tmp_path: Pat
     # No group was open: the new nodes have learned nothing, and their optimizer has not begun to count.
     assert metrics[0]["open_groups/frac"] == 0
     assert state_of(grown, 1).keys() == grown.bank.parameters(1).keys()
-    assert not any(tensor.any() for name, tensor in state_of(grown, 1).items() if name.endswith("lora_B_1"))
+    assert not any(tensor[1].any() for name, tensor in state_of(grown, 1).items() if name.endswith("lora_B_1"))
 
 
 def test_old_nodes_keep_adapters_and_moments_and_new_ones_start_fresh(speaker: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_metrics_and_ledger_follow_the_schedule(alone: Path) -> None:
 # Stopping and going on
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 5])
+@pytest.mark.parametrize("step", [2, 3, 5])
 def test_resume_across_a_growth_is_bit_exact(speaker: Path, alone: Path, tmp_path: Path, step: int) -> None:
     """The run is lost one step after the checkpoint: before a growth, in the midst of an opening, after both."""
     config = make_config(speaker, tmp_path / "run", step_tokens=100)
@@ -190,8 +190,7 @@ class Killed(BaseException):
     """What a test raises in the place of a kill."""
 
 
-@pytest.mark.parametrize("moment", ["add_nodes", "begin_phase", "write_json", "tell"])
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(("moment", "number"), [("add_nodes", 1), ("begin_phase", 2), ("write_json", 1), ("tell", 2)])
 def test_killed_in_a_growth_a_run_is_before_it(
     speaker: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, number: int
 ) -> None:
@@ -315,7 +314,7 @@ def test_grow_from_the_command_line(call: Call, three: Path, tmp_path: Path) -> 
     assert scores[1]["before"] == scores[0]["after"]
     assert [record["step"] for record in logged(child)] == [2, 3]
     status, out, _ = call("show", child)
-    assert out.splitlines()[0].split() == "question ─▶ (1) ─▶ (2) ─▶ (3) ─▶ answer".split()
+    assert out.splitlines()[0].split() == ["question", "─▶", "(1)", "─▶", "(2)", "─▶", "(3)", "─▶", "answer"]
     assert out.splitlines()[1].split() == ["[4]", "[5]"]
     assert "drawing: (k) kept, [k] new in the last growth; all open" in out
     assert f"grown from: {three}, step-000002" in out
@@ -393,8 +392,8 @@ def test_killed_while_it_is_made_a_child_is_no_run_and_is_made_again(
             r"growth\.open_steps must be such that it is open by step 5, got 9$",
         ),
         (["--to", 2, 2, 1, "--steps", 0], r"--steps must be at least 1, got 0$"),
-        (["--to", 2, 2, 1, "--task", "web_of_lies"], r"another task, backbone or setting: it has task\.name = 'navigate' \(got "),
-        (["--to", 2, 2, 1, "--backbone", "bundled"], r"another task, backbone or setting: it has backbone = '.*' \(got 'bundled'\)$"),
+        (["--to", 2, 2, 1, "--task", "web_of_lies"], r"another task, backbone .* it has task\.name = 'navigate' \(got "),
+        (["--to", 2, 2, 1, "--backbone", "bundled"], r"another task, .* it has backbone = '.*' \(got 'bundled'\)$"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_no_run(
@@ -499,22 +498,23 @@ def test_the_learning_rate_begins_anew_where_a_growth_says_so() -> None:
 
 
 def test_the_number_of_questions_by_hand() -> None:
-    assert Pace().questions(1000, 16, 24) == 16
+    assert Pace().questions(1000, 16, 24.0) == 16
     # 1000 tokens at 10 a completion and 24 completions a question: 4.17.
-    assert Pace(owed=0, tokens_per_call=10.0).questions(1000, 16, 24) == 4
-    assert Pace(owed=200, tokens_per_call=10.0).questions(1000, 16, 24) == 5
+    assert Pace(owed=0, tokens_per_call=10.0).questions(1000, 16, 24.0) == 4
+    assert Pace(owed=200, tokens_per_call=10.0).questions(1000, 16, 24.0) == 5
     # At least half and at most twice of the budget, at least 1 and at most 4 times the first: 500, 2000 tokens.
-    assert Pace(owed=-900, tokens_per_call=10.0).questions(1000, 16, 24) == 2
-    assert Pace(owed=9000, tokens_per_call=10.0).questions(1000, 16, 24) == 8
-    assert Pace(owed=-900, tokens_per_call=100.0).questions(1000, 16, 24) == 1
-    assert Pace(owed=0, tokens_per_call=1.0).questions(1000, 2, 24) == 8
+    assert Pace(owed=-900, tokens_per_call=10.0).questions(1000, 16, 24.0) == 2
+    assert Pace(owed=9000, tokens_per_call=10.0).questions(1000, 16, 24.0) == 8
+    assert Pace(owed=-900, tokens_per_call=100.0).questions(1000, 16, 24.0) == 1
+    assert Pace(owed=0, tokens_per_call=1.0).questions(1000, 2, 24.0) == 8
 
 
 @pytest.mark.parametrize("widths", [(1, 1, 1), (2, 2, 2, 1)])
 def test_networks_of_unlike_size_sample_equally_many_tokens(speaker: Path, tmp_path: Path, widths: tuple[int, ...]) -> None:
     budget, steps = 400, 6
     config = make_config(
-        speaker, tmp_path / "run", growth=(), topology=TopologyConfig(widths=widths), step_tokens=budget, num_steps=steps
+        speaker, tmp_path / "run", growth=(), topology=TopologyConfig(widths=widths), step_tokens=budget, num_steps=steps,
+        examples_per_step=8,
     )  # fmt: skip
     trainer = start(config)
     for step in range(steps):

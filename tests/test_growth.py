@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_any_legal_path_ends_in_the_widths_and_keeps_all(path: list[list[int]]) 
         grown = plan(topology, widths)
         check(topology, grown)
         assert widths_of(grown) == widths
-        assert len(grown.edges) == sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+        assert len(grown.edges) == sum(a * b for a, b in pairwise(widths))
         topology = grown
 
 
