@@ -168,9 +168,15 @@ def paired_differences(cells: Sequence[dict[str, Any]], task: str, one: str, oth
 def report(cells: Sequence[dict[str, Any]], settings: Settings) -> tuple[str, bool]:
     """Return the report as Markdown, and whether all budgets are equal."""
     command = " ".join(["python -m benchmarks.path_dependence", *sys.argv[1:]])
-    lines = ["# Path dependence: grown against from scratch", "", f"Command: `{command}`", "",
-             f"Settings: {dataclasses.asdict(settings)}; backbone {cells[0]['backbone_checksum']}. Greedy accuracy in percent "
-             "on held-out generated problems, the same for all cells of a task. Evaluation is not in the ledger.", ""]  # fmt: skip
+    lines = [
+        "# Path dependence: grown against from scratch",
+        "",
+        f"Command: `{command}`",
+        "",
+        f"Settings: {dataclasses.asdict(settings)}; backbone {cells[0]['backbone_checksum']}. Greedy accuracy in percent on held-out",
+        "generated problems, the same for all cells of a task. Evaluation is not in the ledger.",
+        "",
+    ]
     matched = True
     for task in dict.fromkeys(cell["task"] for cell in cells):
         of_task = [cell for cell in cells if cell["task"] == task]
@@ -188,7 +194,7 @@ def _budgets(cells: Sequence[dict[str, Any]]) -> tuple[bool, str]:
     step_tokens = cells[0]["settings"]["step_tokens"]
     budget = cells[0]["settings"]["updates"] * step_tokens
     equal = len(updates) == 1 and all(abs(spent - budget) <= step_tokens for spent in tokens)
-    what = "Budgets are equal" if equal else "**BUDGETS DIFFER, this is no comparison**"
+    what = "Budgets are equal to within one step's tokens" if equal else "**BUDGETS DIFFER, this is no comparison**"
     return equal, (
         f"{what}, by the ledgers: {', '.join(map(str, sorted(updates)))} updates, {min(tokens):,} to {max(tokens):,} sampled "
         f"tokens ({apart:.1%} apart)."
