@@ -173,8 +173,9 @@ def report(cells: Sequence[dict[str, Any]], settings: Settings) -> tuple[str, bo
         "",
         f"Command: `{command}`",
         "",
-        f"Settings: {dataclasses.asdict(settings)}; backbone {cells[0]['backbone_checksum']}. Greedy accuracy in percent on held-out",
-        "generated problems, the same for all cells of a task. Evaluation is not in the ledger.",
+        f"Settings: {dataclasses.asdict(settings)}; backbone {cells[0]['backbone_checksum']}.",
+        "Greedy accuracy in percent on held-out generated problems, the same for all cells of a task.",
+        "Evaluation is not in the ledger.",
         "",
     ]
     matched = True

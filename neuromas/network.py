@@ -52,7 +52,7 @@ class Network:
         (seed, example). A closed group is what the parent itself would have written, token by token.
         """
         for example in examples:
-            self._check_length(example)
+            self.check_length(example)
         sweep = _Sweep(self.backbone, [(e, self.topology_of(e, seed)) for e in examples], group_size, tuple(seed))
         self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
         return sweep.groups()
@@ -76,13 +76,13 @@ class Network:
         self.parent, self.topology, self.open_probability = growth.parent, growth.grown, 0.0
         return self.adapters.add_nodes(dict(growth.copies), noise=growth.noise) if growth.new else []
 
-    def _check_length(self, example: Example) -> None:
-        """Raise ValueError if a node's prompt and text may grow beyond what the backbone can read."""
+    def check_length(self, example: Example, *later: Topology) -> None:
+        """Raise ValueError if a node's prompt and text may grow beyond what the backbone reads, in `later` topologies too."""
         limit = getattr(self.backbone.model.config, "max_position_embeddings", None)
         if limit is None:
             return
         question = len(self.backbone.prompt(example.question, "").prefix_ids)
-        shapes = [self.topology, *([self.parent] if self.parent else [])]
+        shapes = [self.topology, *([self.parent] if self.parent else []), *later]
         most_senders = max(len(shape.senders(node)) for shape in shapes for node in shape.nodes)
         # A message comes with a line of its own, and the node's own part of the prompt is a few dozen tokens.
         texts = (most_senders + 1) * (self.max_new_tokens + 16) + 64

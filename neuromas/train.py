@@ -48,7 +48,12 @@ def set_up(config: TrainConfig) -> Setup:
         task.held_out = frozenset(example.id for example in sets[name])
     # A task with nothing to train on says so now, not after the first evaluation.
     task.training_batch(config.seed, 0, 1)
-    return Setup(config, task, build_network(config), sets)
+    network = build_network(config)
+    if growths := config.growths():
+        # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
+        for example in (example for examples in sets.values() for example in examples):
+            network.check_length(example, *(growth.grown for growth in growths))
+    return Setup(config, task, network, sets)
 
 
 def build_network(config: TrainConfig) -> Network:

@@ -461,6 +461,15 @@ def test_a_schedule_that_cannot_be(growth: tuple[GrowthConfig, ...], message: st
         TrainConfig(num_steps=6, growth=growth).check()
 
 
+def test_a_growth_that_will_not_fit_is_said_before_the_run(speaker: Path, tmp_path: Path) -> None:
+    entry = GrowthConfig(at_step=3, widths=(4, 4, 1))
+    set_up(make_config(speaker, tmp_path / "run", max_new_tokens=64, growth=()))
+    with pytest.raises(
+        ValueError, match=r"4 messages to a node and --max-new-tokens 64 need up to \d+ tokens, the backbone reads 512"
+    ):
+        set_up(make_config(speaker, tmp_path / "run", max_new_tokens=64, growth=(entry,)))
+
+
 def test_growth_in_toml(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("num_steps = 6\n[[growth]]\nat_step = 3\nwidths = [2, 2, 1]\nconnect = [[1, 3]]\n")
