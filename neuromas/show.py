@@ -80,8 +80,8 @@ def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth
                 "layer": topology.layer(node),
                 "reads": list(topology.senders(node)),
                 "writes_to": list(topology.recipients(node)),
-                "state": "kept" if node not in new else "new" if probability >= 1 else "opening",
             }
+            | ({"state": "kept" if node not in new else "new" if probability >= 1 else "opening"} if taken else {})
             for node in topology.nodes
         ],
         "output_node": topology.output_node,
@@ -145,7 +145,8 @@ def _drawing(description: dict[str, Any]) -> Table:
     nodes = description["nodes"]
     depth = max(node["layer"] for node in nodes)
     layers = [
-        [_MARKS[node["state"]].format(node["id"]) for node in nodes if node["layer"] == layer] for layer in range(1, depth + 1)
+        [_MARKS[node.get("state", "kept")].format(node["id"]) for node in nodes if node["layer"] == layer]
+        for layer in range(1, depth + 1)
     ]
     columns = [["question"], *layers, ["answer"]]
     table = Table.grid(padding=(0, 1))
