@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from neuromas.config import MOST
 from neuromas.types import Group
 
 
@@ -63,10 +64,6 @@ def spending(groups: Sequence[Group]) -> Spending:
         sum(len(c.prompt.prefix_ids) + len(c.prompt.suffix_ids) for c in completions),
         sum(len(c.sample.token_ids) for c in completions),
     )
-
-
-MOST = 4
-"""Times the first step's questions that a step asks at most."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """The run directory: config, topology, metrics and rollouts as they come, and checkpoints that are whole or not there.
 
-    RUN/config.json  topology.json  metrics.jsonl  rollouts.jsonl  evaluation.json  curve.png  growth.json  parent.json
+    RUN/config.json  topology.json  held_out.json  metrics.jsonl  rollouts.jsonl  evaluation.json  curve.png
+    RUN/growth.json  parent.json (where it has grown)
     RUN/checkpoints/step-000040/    adapters/<node>/ (PEFT)  optimizer.safetensors  ledger.json  state.json
     RUN/adapters -> checkpoints/<newest>/adapters
 
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from neuromas.topology import Topology
 
 KEPT_CHECKPOINTS = 2
 MADE_FIRST = {"lock", "checkpoints"} | {
-    f"{name}.json{end}" for name in ("config", "topology", "parent", "evaluation", "growth") for end in ("", ".new")
+    f"{name}.json{end}" for name in ("config", "topology", "held_out", "parent", "evaluation", "growth") for end in ("", ".new")
 } - {"config.json"}
 """What a run that is killed while its folder is being made may leave; it can be made again over them."""
 
@@ -67,12 +68,22 @@ class RunDirectory:
             raise ValueError(f"--run-dir {path} exists already and is no run; name another --run-dir")
         return cls(path, config, config.topology.build())
 
-    def initialise(self) -> None:
-        """Make the folder with config and topology, unless it is there."""
+    def initialise(self, held_out: Iterable[str] = ()) -> None:
+        """Make the folder with config, topology and the ids of examples that training never draws, unless it is there.
+
+        Raises ValueError if it is there with other ids: a step would draw other examples.
+        """
+        held = sorted(held_out)
         if (self.path / "config.json").exists():
+            if held != sorted(self.held_out()):
+                raise ValueError(
+                    f"--run-dir {self.path} was started with other items in --task.file ({self.config.task.file}); "
+                    "resume with the same items or name another --run-dir"
+                )
             return
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            _replace(self.path / "held_out.json", json.dumps(held).encode())
             # The config comes last: a folder that has one has everything.
             _replace(self.path / "topology.json", json.dumps(self.topology.to_json(), indent=2).encode())
             _replace(self.path / "config.json", to_json(self.config).encode())
@@ -105,6 +116,19 @@ class RunDirectory:
         self.write_json("evaluation.json", {"before": scores["after"]} if "after" in scores else {})
         self.write_json("growth.json", parent.read_json("growth.json") or [])
         self.write_json("parent.json", origin)
+
+    def held_out(self) -> frozenset[str]:
+        """Return the ids of the examples that training never draws."""
+        return frozenset(self.read_json("held_out.json") or ())
+
+    def check_backbone(self, state: State | None, checksum: str) -> None:
+        """Raise ValueError if a backbone is not the one that a checkpoint, None: the newest, was trained on."""
+        stored = state.backbone_checksum if state else self.backbone_checksum
+        if checksum != stored:
+            raise ValueError(
+                f"--backbone {self.config.backbone} has other weights now (checksum {checksum}) than run {self.path} was "
+                f"trained on ({stored}); restore the backbone that the run had"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

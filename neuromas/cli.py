@@ -181,7 +181,10 @@ def run_train(args: Sequence[str]) -> None:
     config = parsed.config.check()
     if parsed.dry_run:
         from neuromas import show  # these load torch, which --help and a wrong flag need not wait for
+        from neuromas.train import find_run, set_up_task
 
+        find_run(config, resume=parsed.resume)
+        set_up_task(config)
         print(show.plan(config))
         return
     _train(config, resume=parsed.resume)
@@ -239,13 +242,31 @@ def run_eval(args: Sequence[str]) -> None:
         raise ValueError(f"--size must be at least 1, got {parsed.size}")
     if not 0 <= parsed.temperature < math.inf:
         raise ValueError(f"--temperature must be at least 0, got {parsed.temperature}")
-    from neuromas.evaluate import evaluate
-    from neuromas.load import load_run
+    from neuromas.evaluate import evaluate, score
+    from neuromas.load import drawn_in_training, load_network, open_run
 
-    loaded = load_run(parsed.run, untrained=parsed.untrained, data=parsed.data)
-    examples = loaded.task.load(parsed.file) if parsed.file else loaded.task.examples(parsed.split, parsed.size)
-    result, _ = evaluate(loaded.network, loaded.task, examples, temperature=parsed.temperature, seed=parsed.seed)
-    print(json.dumps(result.to_json()) if parsed.json else result)
+    run, task = open_run(parsed.run, untrained=parsed.untrained, data=parsed.data)
+    task.check_ready()
+    examples = task.load(parsed.file) if parsed.file else task.examples(parsed.split, parsed.size)
+    network, step = load_network(run, untrained=parsed.untrained)
+    result, groups = evaluate(network, task, examples, temperature=parsed.temperature, seed=parsed.seed)
+    report, lines = result.to_json(), [str(result)]
+    if parsed.file:
+        # A score on items that training has met says little about new ones.
+        try:
+            drawn = drawn_in_training(run, step, examples)
+        except ValueError as error:
+            report["drawn_in_training"] = None
+            lines.append(f"{parsed.file.name}: how many of its items were drawn in training cannot be told: {error}")
+        else:
+            others = [group for group in groups if group[0].example.id not in drawn]
+            report["drawn_in_training"] = len(groups) - len(others)
+            lines.append(f"{parsed.file.name}: {len(groups) - len(others)} of {len(groups)} items were drawn in training")
+            if 0 < len(others) < len(groups):
+                unseen = score(task, others)
+                report["not_drawn"] = unseen.to_json()
+                lines.append(f"the other {len(others)}: {unseen}")
+    print(json.dumps(report) if parsed.json else "\n".join(lines))
 
 
 def run_ask(args: Sequence[str]) -> None:

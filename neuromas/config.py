@@ -24,6 +24,10 @@ C = TypeVar("C")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+MOST = 4
+"""With a budget of tokens: times the first step's questions that a step asks at most."""
+
+
 def _require(ok: bool, flag: str, expected: str, got: object) -> None:
     if not ok:
         raise ValueError(f"{flag} must be {expected}, got {got!r}")
@@ -42,6 +46,9 @@ class TopologyConfig:
 
     def build(self) -> Topology:
         """Return the topology; ValueError says what makes it no network."""
+        if self.edges and (self.skip or self.widths != TopologyConfig().widths):
+            given = "topology.skip" if self.skip else f"topology.widths {list(self.widths)}"
+            raise ValueError(f"topology.edges takes the place of widths and skip, got it and {given}; leave one of them out")
         return Topology.from_edges(self.edges) if self.edges else Topology.layered(self.widths, skip=self.skip)
 
 
@@ -229,6 +236,11 @@ class TrainConfig:
         self.growths()
         return self
 
+    @property
+    def drawn_per_step(self) -> int:
+        """Questions drawn for a step; with a budget of tokens, a step asks the first of them."""
+        return self.examples_per_step * (MOST if self.step_tokens else 1)
+
     def growths(self) -> tuple[Growth, ...]:
         """Return the growths of the run; ValueError if one is impossible or begins before the one before it is open."""
         topology, free, built = self.topology.build(), 0, []
@@ -334,8 +346,9 @@ def from_json(text: str, where: str) -> TrainConfig:
     return from_dict(TrainConfig, data, where=where)
 
 
-MAY_DIFFER = ("run_dir", "device", "save_every")
-"""Settings that a resumed run may change: they leave every step as it was."""
+MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
+"""Settings that a resumed run may change: they leave every step as it was. Of `task.file` it is the items that have to be the
+same, which the run directory looks at."""
 
 
 def differences(stored: TrainConfig, given: TrainConfig) -> str:

@@ -112,5 +112,10 @@ def check_descends(parent: RunDirectory, config: TrainConfig) -> None:
     same = dataclasses.replace(config, **{name: getattr(parent.config, name) for name in FREE})
     if other := differences(parent.config, same):
         raise ValueError(f"run {parent.path} cannot be grown into another task, backbone or setting: it has {other}")
+    if bool(config.step_tokens) != bool(parent.config.step_tokens):
+        raise ValueError(
+            f"--step-tokens: run {parent.path} has {parent.config.step_tokens}; with a budget a run draws other questions than "
+            "without one, and would meet some twice"
+        )
     if config.growth[: len(parent.config.growth)] != parent.config.growth or config.num_steps <= parent.step:
         raise ValueError(f"run {parent.path} cannot be grown: the config leaves out its growths or its {parent.step} steps")

@@ -10,7 +10,7 @@ import torch
 
 from neuromas import reinforce
 from neuromas.backbone import Backbone
-from neuromas.budget import MOST, Ledger, Pace
+from neuromas.budget import Ledger, Pace
 from neuromas.checkpoint import RunDirectory, State
 from neuromas.config import TrainConfig
 from neuromas.evaluate import Evaluation, evaluate
@@ -36,8 +36,20 @@ class Setup:
 
 def set_up(config: TrainConfig) -> Setup:
     """Build task, backbone and network; ValueError names the flag that is wrong."""
+    task, sets = set_up_task(config)
+    network = build_network(config)
+    if growths := config.growths():
+        # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
+        for example in (example for examples in sets.values() for example in examples):
+            network.check_length(example, *(growth.grown for growth in growths))
+    return Setup(config, task, network, sets)
+
+
+def set_up_task(config: TrainConfig) -> tuple[Task, dict[str, list[Example]]]:
+    """Return the task and its evaluation sets: all of a set-up that needs no weights. ValueError as of `set_up`."""
     config.check()
     task = from_config(config.task)
+    task.check_ready()
     split = config.task.split
     if split == "train" and not config.task.train_on_evaluation:
         raise ValueError("--task.split train would score what is trained on; say --task.train-on-evaluation if that is meant")
@@ -48,12 +60,12 @@ def set_up(config: TrainConfig) -> Setup:
         task.held_out = frozenset(example.id for example in sets[name])
     # A task with nothing to train on says so now, not after the first evaluation.
     task.training_batch(config.seed, 0, 1)
-    network = build_network(config)
-    if growths := config.growths():
-        # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
-        for example in (example for examples in sets.values() for example in examples):
-            network.check_length(example, *(growth.grown for growth in growths))
-    return Setup(config, task, network, sets)
+    return task, sets
+
+
+def find_run(config: TrainConfig, *, resume: bool) -> RunDirectory:
+    """Return the run to start or to go on with; nothing is written. ValueError if it can't be."""
+    return RunDirectory.resume(config) if resume else RunDirectory.create(config)
 
 
 def build_network(config: TrainConfig) -> Network:
@@ -84,16 +96,16 @@ def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | N
     stops it, after saving.
     """
     config.check()
-    run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+    run = find_run(config, resume=resume)
     if parent:
         check_descends(parent, config)
     setup = set_up(config)
     if parent:
-        check_backbone(parent, setup.network)
+        parent.check_backbone(None, setup.network.backbone.checksum())
     with run.locked():
         if parent:
             run.adopt(parent)
-        run.initialise()
+        run.initialise(setup.task.held_out)
         trainer = Trainer(setup, run)
         with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
             trainer.tell = progress.note
@@ -110,16 +122,6 @@ def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | N
     return scores
 
 
-def check_backbone(run: RunDirectory, network: Network) -> None:
-    """Raise ValueError if the backbone has other weights than the one that the run was trained on."""
-    found, stored = network.backbone.checksum(), run.backbone_checksum
-    if found != stored:
-        raise ValueError(
-            f"--backbone {run.config.backbone} has other weights now (checksum {found}) than run {run.path} was trained on "
-            f"({stored}); restore the backbone that the run had"
-        )
-
-
 class Trainer:
     """A run in progress: one optimizer over the adapters of all nodes."""
 
@@ -133,11 +135,8 @@ class Trainer:
         self.stages.restore(run.step)
         self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=setup.config.lr, weight_decay=0.0)
         state = run.load(self.bank, self.optimizer)
-        if state and state.backbone_checksum != self.checksum:
-            raise ValueError(
-                f"--backbone {self.config.backbone} has other weights (checksum {self.checksum}) than run {run.path} was "
-                f"trained on ({state.backbone_checksum}); give the same backbone"
-            )
+        if state:
+            run.check_backbone(state, self.checksum)
         self.step = state.step if state else 0
         self.running_mean = state.running_mean if state else 0.0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
@@ -191,7 +190,7 @@ class Trainer:
         calls = self.stages.expected_calls() * config.group_size
         count = self.pace.questions(config.step_tokens, config.examples_per_step, calls)
         # Always as many are drawn: what a step draws is then a function of the step alone.
-        return self.task.training_batch(config.seed, step, MOST * config.examples_per_step)[:count]
+        return self.task.training_batch(config.seed, step, config.drawn_per_step)[:count]
 
     def _shape(self, step: int, examples: list[Example]) -> dict[str, float]:
         metrics: dict[str, float] = {"questions/sum": float(len(examples))}

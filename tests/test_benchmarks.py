@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
 import random
 import re
+import socket
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -149,6 +152,32 @@ def test_splits_and_training_are_disjoint(name: str) -> None:
     assert trained.isdisjoint(set().union(*(found for split, found in ids.items() if split != "train")))
 
 
+@pytest.mark.parametrize("has_splits", [True, False])
+@pytest.mark.parametrize("verifier", ["exact", "python"])
+def test_splits_of_a_file_of_ones_own_are_disjoint(verifier: str, has_splits: bool, tmp_path: Path) -> None:
+    # Half of the questions stand twice; with splits of their own, mostly in two of them.
+    numbers = [*range(60), *range(30)]
+    lines = [
+        {"question": f"q{n}", "answer": f"assert f(1) == {n}"}
+        | ({"split": ("train", "validation", "test")[k % 7 % 3]} if has_splits else {})
+        for k, n in enumerate(numbers)
+    ]
+    task = own(tmp_path / "a.jsonl", *lines, verifier=verifier)
+    splits = {split: {e.id for e in task.examples(split, 100)} for split in ("train", "validation", "test")}
+    assert all(splits.values())
+    assert sum(map(len, splits.values())) == len(set().union(*splits.values())) == 60
+    assert {e.id for step in range(20) for e in task.training_batch(0, step, 8)} == splits["train"]
+
+
+def test_splits_of_a_task_of_reasoning_gym_are_disjoint() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = get_task("reasoning_gym:basic_arithmetic")
+    splits = {split: {e.id for e in task.examples(split, 30)} for split in ("validation", "test")}
+    splits["train"] = {e.id for step in range(10) for e in task.training_batch(0, step, 16)}
+    assert sum(map(len, splits.values())) == len(set().union(*splits.values()))
+    assert len(splits["train"]) > 100
+
+
 @needs_data
 def test_the_page_of_tasks_holds_the_table_that_the_command_prints() -> None:
     page = (ROOT / "docs" / "tasks.md").read_text()
@@ -267,6 +296,22 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match=message) as caught:
         get_task("mbpp").examples("test", 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_takes_the_call_and_stays_silent_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+        command = [sys.executable, "-m", "neuromas.cli", "train", "--task", "gsm8k", "--run-dir", str(tmp_path / "run")]
+        # Most of it is the start of Python with torch; without an end of its own the hub's silence would last for ever.
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    message = (
+        r"error: task gsm8k: openai/gsm8k cannot be had from the Hugging Face hub \(.*\); give its files instead: --task.data"
+    )
+    assert re.match(message, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

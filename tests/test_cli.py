@@ -5,18 +5,24 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from neuromas import Backbone, cli
+from neuromas.sandbox import choose_isolation
+from neuromas.tasks import code, get_task
 
 FLAGS = [
     "--widths", "1", "1", "--num-steps", "1", "--examples-per-step", "1", "--group-size", "2", "--max-new-tokens", "4",
     "--eval-size", "2", "--eval-every", "0", "--device", "cpu",
 ]  # fmt: skip
+
+
+CHAIN = ["--widths", "1", "1", "1"]
+"""Back to the default: explicit edges take the place of widths."""
 
 
 class Outcome(NamedTuple):
@@ -105,9 +111,19 @@ def test_a_toml_that_is_not_there(call: Call, command: str) -> None:
     [
         (["--widths", "1", "2"], r"topology\.widths must end in 1 \(one output node\), got \[1, 2\]"),
         (["--widths", "0", "1"], r"topology\.widths must be positive"),
-        (["--topology.edges", "1", "2", "2", "3", "3", "2"], r"must not form a cycle; nodes \[2, 3\] wait for each other"),
-        (["--topology.edges", "1", "2", "2", "4"], r"leaves node 3 unreachable; add an edge or renumber the nodes"),
-        (["--topology.edges", "1", "2", "1", "3"], r"must lead to one output node, got 2 nodes that send to nobody: \[2, 3\]"),
+        (
+            [*CHAIN, "--topology.edges", "1", "2", "2", "3", "3", "2"],
+            r"must not form a cycle; nodes \[2, 3\] wait for each other",
+        ),
+        ([*CHAIN, "--topology.edges", "1", "2", "2", "4"], r"leaves node 3 unreachable; add an edge or renumber the nodes"),
+        (
+            ["--topology.edges", "1", "2"],
+            r"takes the place of widths and skip, got it and topology\.widths \[1, 1\]; leave one",
+        ),
+        (
+            [*CHAIN, "--topology.edges", "1", "2", "1", "3"],
+            r"must lead to one output node, got 2 nodes that send to nobody: \[2, 3\]",
+        ),
         (["--lr", "0"], r"--lr must be above 0, got 0\.0"),
         (["--group-size", "1"], r"--group-size must be at least 2 with --centring leave_one_out, got 1"),
         (["--adapter.rank", "1", "--adapter.budget", "9"], r"adapter\.rank and adapter\.budget exclude each other"),
@@ -119,8 +135,45 @@ def test_a_flag_that_makes_no_sense_leaves_no_run_behind(
     call: Call, tmp_path: Path, tiny_folder: Path, flags: list[str], message: str
 ) -> None:
     run = tmp_path / "run"
-    assert_refused(call("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", run, *flags), message)
+    for more in ([], ["--dry-run"]):
+        assert_refused(call("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", run, *flags, *more), message)
     assert not run.exists()
+
+
+def test_a_dry_run_refuses_a_run_that_is_there(call: Call, tiny_folder: Path, trained: Path) -> None:
+    planned = call("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", trained, "--dry-run")
+    assert_refused(planned, "exists already; continue it with --resume or name another --run-dir")
+
+
+@pytest.fixture
+def no_isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine with neither sandlock nor bubblewrap."""
+    monkeypatch.setitem(sys.modules, "sandlock", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for found in (choose_isolation, code._sandbox):
+        found.cache_clear()
+    yield
+    choose_isolation.cache_clear()
+
+
+@pytest.mark.usefixtures("no_isolation")
+def test_a_code_task_without_a_sandbox_says_so_before_anything_is_loaded(call: Call, tmp_path: Path, trained: Path) -> None:
+    tests, run = tmp_path / "tests.jsonl", tmp_path / "run"
+    tests.write_text('{"question": "q", "answer": "assert f(1) == 1"}\n')
+    message = (
+        r"error: untrusted programs are not run without isolation, .*: install sandlock \(pip install sandlock; .*\) or bubb"
+    )
+    for task in (["humaneval"], ["humaneval_plus"], ["mbpp"], [f"jsonl:{tests}", "--task.verifier", "python"]):
+        # Neither the data nor the backbone is there to be read.
+        flags = [*FLAGS, "--backbone", "none", "--task.data", "none", "--run-dir", run, "--task", *task]
+        for more in ([], ["--dry-run"]):
+            assert_refused(call("train", *flags, *more), message)
+        shutil.copytree(trained, run, symlinks=True)
+        config = json.loads((run / "config.json").read_text())
+        config["task"] |= {"name": task[0], "verifier": "python"}
+        (run / "config.json").write_text(json.dumps({**config, "backbone": "none"}))
+        assert_refused(call("eval", run), message)
+        shutil.rmtree(run)
 
 
 def test_a_task_file_that_cannot_be_read_names_the_line(call: Call, tmp_path: Path, tiny_folder: Path, trained: Path) -> None:
@@ -130,6 +183,11 @@ def test_a_task_file_that_cannot_be_read_names_the_line(call: Call, tmp_path: Pa
     assert_refused(call("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", run, "--task.file", path), message)
     assert not run.exists()
     assert_refused(call("eval", trained, "--file", path), message)
+    # Before the backbone is read.
+    shutil.copytree(trained, run, symlinks=True)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "backbone": "none"}))
+    assert_refused(call("eval", run, "--file", path), message)
 
 
 # Models
@@ -244,7 +302,8 @@ def test_a_backbone_that_has_changed_since(call: Call, tmp_path: Path, trained: 
     other.tokenizer.save_pretrained(folder)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "backbone": str(folder)}))
-    assert_refused(call("ask", run, "Where?"), r"--backbone .*/other has other weights now \(checksum \w+\) than run ")
+    for command in (["ask", run, "Where?"], ["train", "--resume", "--run-dir", run]):
+        assert_refused(call(*command), r"--backbone .*/other has other weights now \(checksum \w+\) than run ")
 
 
 @pytest.mark.parametrize(
@@ -325,6 +384,59 @@ def test_eval_json(call: Call, trained: Path, tmp_path: Path) -> None:
         scored
     )
     assert (scored["n"], scored["floor"], scored["floor_answer"], scored["calls_per_answer"]) == (3, 2 / 3, "No", 2.0)
+
+
+def test_eval_on_a_file_counts_what_training_has_drawn(call: Call, trained: Path, tmp_path: Path) -> None:
+    path, task = tmp_path / "items.jsonl", get_task("navigate")
+    items = [*task.training_batch(0, 0, 1), *task.training_batch(0, 1, 1), *task.examples("test", 1)]
+    path.write_text("".join(json.dumps({"question": e.question, "answer": e.answer}) + "\n" for e in items))
+    # The run has made one step of one question.
+    score, count, others = call("eval", trained, "--file", path).out.splitlines()
+    assert "(n 3, " in score
+    assert count == "items.jsonl: 1 of 3 items were drawn in training"
+    assert re.match(r"the other 2: [0-9.]+% \(n 2, ", others)
+    report = one_object(call("eval", trained, "--file", path, "--json"))
+    assert (report["n"], report["drawn_in_training"]) == (3, 1)
+    assert isinstance(report["not_drawn"], dict)
+    assert report["not_drawn"]["n"] == 2
+    untrained = call("eval", trained, "--file", path, "--untrained").out.splitlines()
+    assert untrained[1:] == ["items.jsonl: 0 of 3 items were drawn in training"]
+
+
+def test_items_held_out_are_counted_as_such_and_stay_the_same(
+    call: Call, tiny_folder: Path, trained: Path, tmp_path: Path
+) -> None:
+    path, moved, run = tmp_path / "items.jsonl", tmp_path / "moved.jsonl", tmp_path / "run"
+    lines = [
+        json.dumps({"question": e.question, "answer": e.answer}) + "\n" for e in get_task("navigate").training_batch(0, 0, 1)
+    ]
+    path.write_text(lines[0])
+    flags = ["train", *FLAGS, "--backbone", tiny_folder, "--run-dir", run]
+    assert call(*flags, "--task.file", path).status == 0
+    path.rename(moved)
+    # It was in the way of the generator, and the run knows so without the file; a run without it has drawn it.
+    assert "moved.jsonl: 0 of 1 items were drawn" in call("eval", run, "--file", moved).out
+    assert "moved.jsonl: 1 of 1 items were drawn" in call("eval", trained, "--file", moved).out
+    # The file may lie elsewhere when a run goes on, but has to hold what it held.
+    assert call(*flags, "--resume", "--task.file", moved).status == 0
+    moved.write_text('{"question": "Another?", "answer": "Yes"}\n')
+    message = r"--run-dir .*/run was started with other items in --task\.file \(.*\); resume with the same items or name"
+    refused = call(*flags, "--resume", "--task.file", moved)
+    assert (refused.status, refused.out) == (2, "")
+    assert re.search(message, refused.err)
+
+
+def test_data_that_is_gone_leaves_the_count_open(call: Call, trained: Path, tmp_path: Path) -> None:
+    path, run = tmp_path / "items.jsonl", tmp_path / "run"
+    path.write_text('{"question": "a?", "answer": "#### 5"}\n')
+    shutil.copytree(trained, run, symlinks=True)
+    config = json.loads((run / "config.json").read_text())
+    config["task"] |= {"name": "gsm8k", "data": "none"}
+    (run / "config.json").write_text(json.dumps(config))
+    score, count = call("eval", run, "--file", path).out.splitlines()
+    assert "(n 1, " in score
+    assert re.search(r"how many of its items were drawn in training cannot be told: task\.data none is not there", count)
+    assert one_object(call("eval", run, "--file", path, "--json"))["drawn_in_training"] is None
 
 
 def test_eval_prints_a_score_with_all_that_belongs_to_it(call: Call, trained: Path) -> None:

@@ -148,6 +148,14 @@ NAN = float("nan")
         ),
         ({"topology": TopologyConfig(widths=(1, 2))}, "topology.widths must end in 1 (one output node), got [1, 2]"),
         (
+            {"topology": TopologyConfig(edges=((1, 2),), widths=(2, 1))},
+            "topology.edges takes the place of widths and skip, got it and topology.widths [2, 1]; leave one of them out",
+        ),
+        (
+            {"topology": TopologyConfig(edges=((1, 2),), skip=True)},
+            "topology.edges takes the place of widths and skip, got it and topology.skip; leave one of them out",
+        ),
+        (
             {"topology": TopologyConfig(edges=((1, 2), (2, 1)))},
             "topology.edges must not form a cycle; nodes [1, 2] wait for each other",
         ),
@@ -175,7 +183,7 @@ def test_check_lets_the_smallest_sensible_values_pass(settings: dict[str, Any]) 
 
 
 def test_edges_take_the_place_of_widths() -> None:
-    topology = TopologyConfig(widths=(1, 1), edges=((1, 3), (2, 3))).build()
+    topology = TopologyConfig(edges=((1, 3), (2, 3))).build()
     assert (topology.nodes, topology.edges) == ((1, 2, 3), ((1, 3), (2, 3)))
 
 
@@ -184,7 +192,7 @@ def test_edges_take_the_place_of_widths() -> None:
     [
         TrainConfig(),
         TrainConfig(
-            topology=TopologyConfig(edges=((1, 2), (2, 3)), skip=True),
+            topology=TopologyConfig(edges=((1, 2), (2, 3))),
             task=TaskConfig(file=Path("a/b.json")),
             adapter=AdapterConfig(budget=10**6, alpha=16.0, scope="suffix"),
             run_dir=Path("runs/x"),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from neuromas.config import TaskConfig, TrainConfig
 from neuromas.tasks import SPLITS, TASKS, GeneratedTask, Problem, get_family, split_of
 from neuromas.tasks import compare_families as compare
 from neuromas.tasks.boolean_expressions import Expression, count_expressions, draw_words
@@ -26,6 +27,7 @@ from neuromas.tasks.multistep_arithmetic_two import Arithmetic
 from neuromas.tasks.navigate import Walk
 from neuromas.tasks.tracking_shuffled_objects import STORIES, Shuffle
 from neuromas.tasks.web_of_lies import Web
+from neuromas.train import set_up_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "bbh"
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
@@ -559,11 +561,33 @@ def test_complete_sequences_have_the_shapes_that_their_grammar_gives() -> None:
         assert abs(count - ours[shape]) < 110
 
 
-def test_a_comparison_prints_three_tables(
+@pytest.mark.parametrize("name", NAMES)
+def test_training_meets_published_items_unless_they_are_held_out(name: str) -> None:
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is not here")
+    files = {path: {item["input"] for item in json.loads(path.read_text())["examples"]} for path in sorted(DATA.glob("*.json"))}
+    assert len(files) == 24
+    published, own = set().union(*files.values()), FAMILIES[name].file
+    tasks = {"plain": TaskConfig(name=name)}
+    if own:
+        tasks |= {"file": TaskConfig(name=name, file=DATA / own), "benchmark": TaskConfig(name=f"bbh:{name}", data=DATA)}
+    met: dict[str, int] = {}
+    for way, config in tasks.items():
+        task, _ = set_up_task(TrainConfig(task=config, eval_size=1))
+        drawn = [e.question for step in range(30) for e in task.training_batch(0, step, 16)]
+        assert len(drawn) == 480
+        met[way] = sum(question in published for question in drawn)
+    # Counted once: short problems meet published ones.
+    expected = {"boolean_expressions": 16, "dyck_languages": 21, "navigate": 2, THREE: 1}
+    assert met == dict.fromkeys(tasks, 0) | {"plain": expected.get(name, 0)}
+
+
+def test_a_comparison_prints_four_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compare, "DRAWN", 40)
     monkeypatch.setattr(compare, "COMPARED", 30)
+    monkeypatch.setattr(compare, "STEPS", 1)
     problem = get_family("web_of_lies").generate(random.Random(compare.SEED))
     unlike = "Question: Zoe lies. Does Zoe tell the truth?"
     items = [{"input": problem.question, "target": problem.answer}, {"input": unlike, "target": "No"}]
@@ -578,6 +602,8 @@ def test_a_comparison_prints_three_tables(
     assert rows["navigate", "40"] == "| navigate | 40 | - | - |"
     assert rows["boolean_expressions, difficulty 8", "words"].endswith("| - | 8.00 (8 to 8) |")
     assert "Of 40 generated problems." in printed
+    assert "among the 16 training questions of 1 steps." in printed
+    assert "| web_of_lies | 0 | 0 | 0 |" in printed
 
 
 def test_a_comparison_asks_for_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def make_config(speaker: Path, run_dir: Path, **changes: Any) -> TrainConfig:
 def start(config: TrainConfig, *, resume: bool = False) -> Trainer:
     run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
     setup = set_up(config)
-    run.initialise()
+    run.initialise(setup.task.held_out)
     return Trainer(setup, run)
 
 
@@ -391,6 +391,7 @@ def test_killed_while_it_is_made_a_child_is_no_run_and_is_made_again(
             ["--to", 2, 2, 1, "--opening", "annealed", "--open-steps", 9, "--steps", 3],
             r"growth\.open_steps must be such that it is open by step 5, got 9$",
         ),
+        (["--to", 2, 2, 1, "--step-tokens", 100], r"--step-tokens: run .* has 0; with a budget a run draws other questions"),
         (["--to", 2, 2, 1, "--steps", 0], r"--steps must be at least 1, got 0$"),
         (["--to", 2, 2, 1, "--task", "web_of_lies"], r"another task, backbone .* it has task\.name = 'navigate' \(got "),
         (["--to", 2, 2, 1, "--backbone", "bundled"], r"another task, .* it has backbone = '.*' \(got 'bundled'\)$"),

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
@@ -27,6 +28,12 @@ RIGHT = [
     ("number", "1,200.50", "Answer: 1200.5"),
     ("number", "-3", "Answer: \u22123 degrees."),
     ("number", "18", "3 * 6 = 18, so Answer: 18 eggs"),
+    ("number", "5", "The answer is 5: **five** eggs, 5 \u20ac each."),
+    ("number", "5", "Answer: **5** - five \U0001f95a"),
+    ("number", "5", "Answer: 5\n#### 5"),
+    ("choice", "B", "Answer: B) Paris"),
+    ("choice", "B", "Answer: (B): Paris"),
+    ("words", "Yes", "Answer: Yes\u2014they do!"),
     ("exact", "barn damp greene", "Sorted now.\nAnswer: barn  damp greene"),
     ("exact", "Paris", "Paris"),
     ("regex", "colou?r", "Answer: color"),
@@ -47,6 +54,12 @@ TRICKY = [
     ("two answers", "words", "Yes", "Answer: Yes. No."),
     ("two answers", "number", "5", "Answer: 5 or 6"),
     ("two answers", "number", "5", "Answer: 5-6"),
+    ("two answers", "number", "5", "Answer: 5 5"),
+    ("two answers", "number", "5", "Answer: 5 to 5"),
+    ("two answers", "choice", "A", "Answer: A/F"),
+    ("two answers", "choice", "A", "Answer: A, F"),
+    ("two answers", "choice", "A", "Answer: (A)~(F)"),
+    ("two answers", "words", "Yes", "Answer: Yes/Maybe"),
     ("two answers", "exact", "Paris", "Answer: Paris or Rome"),
     ("two answers", "exact", "Paris", "Answer: Rome\nAnswer: Paris"),
     ("two answers", "regex", "5", "Answer: 5 or 6"),
@@ -72,12 +85,24 @@ TRICKY = [
     ("look-alike", "math", "5", "Answer: \u0665"),
     ("another number", "number", "5", "Answer: 5 million"),
     ("another number", "number", "5", "Answer: 5 x"),
+    ("another number", "number", "5", "Answer: 5 A5"),
     ("another number", "math", "5", r"Answer: 5\pi"),
     ("another number", "math", "5", "Answer: 5.000001"),
     ("a calculation", "number", "18", "Answer: 9 * 2"),
     ("a calculation", "math", "18", r"\boxed{9 \cdot 2}"),
     ("a calculation", "math", "18", r"Answer: \frac{36}{2}"),
     ("a calculation", "math", "5", r"Answer: \sqrt{25}"),
+    ("a calculation", "number", "5", "Answer: 5:+"),
+    ("a calculation", "number", "5", "Answer: 5/"),
+    ("a calculation", "number", "5", "Answer: 5 plus one"),
+    ("a calculation", "number", "5", "Answer: 5!"),
+    ("a calculation", "math", "x^2+x", "Answer: x^2++x"),
+    ("a range", "number", "5", "Answer: 5~6"),
+    ("a range", "number", "5", "Answer: 5..7"),
+    ("a range", "number", "5", "Answer: 5\u2013"),
+    ("a range", "choice", "A", "Answer: A-F"),
+    ("cut off", "number", "0.3", "Answer: 0.3..."),
+    ("cut off", "math", "0.3", "Answer: 0.3..."),
     ("10,000 digits", "number", "5", "Answer: " + "5" * 10_000),
     ("10,000 digits", "math", "5", "Answer: 5." + "0" * 10_000 + "1"),
     ("LaTeX bomb", "math", FRACTION, r"\boxed{9^{9^{9^{9^{9}}}}}"),
@@ -113,6 +138,10 @@ def tricky_table() -> str:
         for kind, name, gold, text in TRICKY
     ]
     return "\n".join(["| kind | verifier | gold | text |", "| --- | --- | --- | --- |", *rows])
+
+
+def test_the_page_of_tasks_holds_the_table_of_tricky_answers() -> None:
+    assert tricky_table() in (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
 
 
 def test_all_verifiers_have_a_name() -> None:
@@ -166,31 +195,63 @@ def test_a_judge_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 
 # fmt: off
 PIECES = st.sampled_from([
-    "Answer:", "answer is", "(A)", "(B)", "A", "B", "Yes", "No", "5", "6", "5.0", "-5", "5,000", " or ", " not ", " and ", "?",
-    ".", "\n", " ", ",", "$", "**", r"\boxed{", "}", r"\frac{1}{2}", r"\frac", "{", "^", "x", "+", "=", "%", r"\pi", r"\pm",
-    "```", "Paris", "Rome", "\u0410", "\uff15", "\u2212", "\u200b", "1/2", "0.5", "million", "\ud800", "\x00", "n't",
+    "Answer:", "answer is", "(A)", "(B)", "A", "B", "F", "Yes", "No", "5", "6", "5.0", "-5", "5,000", " or ", " not ", " and ",
+    "?", ".", "..", "\n", " ", ",", "$", "**", r"\boxed{", "}", r"\frac{1}{2}", r"\frac", "{", "^", "x", "+", "=", "%", r"\pi",
+    r"\pm", "```", "Paris", "Rome", "\u0410", "\uff15", "\u2212", "\u200b", "1/2", "0.5", "million", "\ud800", "\x00", "n't",
+    ":", "/", "-", "~", "<", "|", "&", "!", "*", "(", ")", "\u2013", "\u2026", "\u00b2", " to ", " plus ", " eggs",
 ])
 # fmt: on
 TEXTS = st.one_of(st.lists(PIECES, max_size=8).map("".join), st.text(max_size=40))
 STARTS = st.sampled_from(["", "Answer: ", "the answer is **", "hm. Answer:\n"])
 GOLDS = {"choice": "(A)", "words": "Yes", "number": "5", "exact": "Paris", "math": "5"}
-OTHERS = {
-    "choice": ("(B)", "(C)", "(D)"),
-    "words": (),
-    "number": ("6", "-5"),
-    "exact": ("Rome", " or ", " and "),
-    "math": ("6", "-5"),
+SPELLINGS = {
+    "choice": {"a", "(a)"},
+    "words": {"yes"},
+    "number": {"5", "+5", "5.0"},
+    "exact": {"paris"},
+    "math": {"5", "+5", "5.0", "\\boxed{5}", "\\boxed{5.0}"},
 }
+OTHERS = {
+    "choice": r"\([b-z]\)|(?<![^\W_])[b-e](?![\w'-])",
+    "words": r"\bno\b",
+    "number": r"[0-9]",
+    "exact": r"[^\s*`\"'$.]",
+    "math": r"[0-9]",
+}
+DOUBT = r"\b(or|nor|not|never)\b|n't|\?"
+PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
+WRAPPED = "*`\"'$ \t\r\n"
 
 
 def refused_by_care(name: str, text: str) -> bool:
-    """What nobody would reward, said in another way than the verifiers do: after the last "answer", another one or a doubt."""
-    # An "answer:" with nothing behind it gives none.
-    said = re.sub(r"(?:\banswer(?: is\b|:)?\W*)+$", "", text.lower())
-    tail = re.split(r"\banswer(?: is\b|:)", said)[-1]
-    if name == "words" and re.search(r"\bno\b", tail):
+    """What nobody would reward, said in another way than the verifiers do, word by word: the answer that is claimed first has
+    to be a spelling of the gold one, between spaces, stops and wrapping alone, with no other answer and no doubt after it.
+    """
+    # A percent sign is free in mathematics, and a box says "answer:".
+    text = text.lower()
+    if name == "math":
+        text = re.sub(r"\s*(\\?%|\bpercent\b)", "", text.replace("\\$", "$"))
+        text = re.sub(r"\\boxed\{([^{}]*)\}", r" answer: \1 ", text)
+    claims = [part.strip(WRAPPED + ":=") for part in re.split(r"\banswer(?: is\b)?", text)]
+    claims = [claim for claim in (claims[1:] or claims) if claim.strip(WRAPPED + ":=.")]
+    given = [claim for claim in claims if _first_word(claim) in SPELLINGS[name]]
+    if not given:
         return True
-    return any(other.lower() in tail for other in (*OTHERS[name], " not ", "?")) or GOLDS[name].strip("()").lower() not in tail
+    after = " ".join(claims[claims.index(given[0]) :])
+    rest = after[after.index(_first_word(after)) + len(_first_word(after)) :]
+    if name in ("number", "math"):
+        rest = re.sub(r"(?<![\w.,\u2212-])\+?0*5(\.0+)?(?![\w])", " ", rest)  # the same number once more
+    return re.search(OTHERS[name], rest) is not None or re.search(DOUBT, rest) is not None
+
+
+def _first_word(claim: str) -> str:
+    """Return the first word without its wrapping and stops: of "**5**, eggs" it is 5, of "5:+" all of it."""
+    word = claim.split()[0].strip(WRAPPED + "_")
+    while word and (
+        word[-1] in ".,;:!_\u2014" + WRAPPED or any(word[-1] == b and word.count(a) < word.count(b) for a, b in PAIRS)
+    ):
+        word = word[:-1]
+    return word
 
 
 def fuzz(name: str, count: int) -> None:

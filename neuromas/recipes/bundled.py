@@ -3,8 +3,8 @@
     python -m neuromas.recipes.bundled --out neuromas/bundled
 
 A training row is one question followed by several nodes' turns, each of which sees the question and itself only, so the
-question is computed once for all of them; what is left of the row is filled with single-step cards. Only what nodes write
-is learned.
+question is computed once for all of them; what is left of the row is filled with single-step cards of all families. Only what
+nodes write is learned.
 """
 
 import math
@@ -20,10 +20,9 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from neuromas.recipes import skills
+from neuromas.recipes import skills, traces
 from neuromas.recipes.card import write_card
 from neuromas.tasks import get_task
-from neuromas.tasks.navigate import Walk
 from neuromas.types import Example
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -32,6 +31,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CARDS = -1
+STEP_EXAMPLES = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Recipe:
 
     out: Path
     """Folder that gets the model, the tokenizer and the card."""
-    steps: int = 3000
+    steps: int = 6000
     """Optimizer steps."""
     rows: int = 16
     """Rows of a step."""
@@ -48,7 +48,7 @@ class Recipe:
     """Tokens of a row."""
     lr: float = 2e-3
     """Peak learning rate; warms up over 200 steps, then falls along a cosine to a hundredth."""
-    vocab_size: int = 512
+    vocab_size: int = 1024
     hidden: int = 128
     layers: int = 4
     heads: int = 4
@@ -79,9 +79,10 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     rng = random.Random(f"tokenizer/{seed}")
 
     def texts() -> Iterator[str]:
-        for _ in range(3000):
-            walk, example = skills.draw_question(rng)
-            turn = skills.draw_turn(rng, walk, example)
+        for _ in range(6000):
+            trace = skills.draw_problem(rng)
+            example = trace.example()
+            turn = skills.draw_turn(rng, trace, example)
             yield "\n\n".join((example.question, turn.prompt, "".join(piece.text for piece in turn.pieces)))
 
     tokenizer.train_from_iterator(texts(), trainer)
@@ -144,10 +145,12 @@ class Row:
 
 
 def draw_row(rng: random.Random, tokenizer: PreTrainedTokenizerFast, length: int) -> Row:
-    walk, example = skills.draw_question(rng)
+    trace = skills.draw_problem(rng)
+    example = trace.example()
     row = Row(tokenizer, length, example)
-    # A quarter of the row is left to the cards.
-    while len(row.ids) < 0.6 * length and row.add_turn(skills.draw_turn(rng, walk, example)):
+    # A long question gets turns nevertheless; at least a fifth of the row is left to the cards.
+    end = min(0.8 * length, 0.55 * length + row.prefix / 2)
+    while len(row.ids) < end and row.add_turn(skills.draw_turn(rng, trace, example)):
         pass
     row.fill_with_cards(rng)
     return row
@@ -194,30 +197,31 @@ def logits(model: Qwen3ForCausalLM, batch: PackedBatch) -> torch.Tensor:
         return model.lm_head(hidden[batch.targets >= 0]).float()
 
 
-def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, length: int, count: int = 300) -> float:
-    """Share of single steps (instruction restated, result right) that are greedily right, given what came before.
+def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, length: int, count: int) -> dict[str, float]:
+    """Return the share of single steps (restated, result right) that are greedily right, given what came before, by task.
 
-    Measured on the task's validation problems, from the start and from the middle of walks.
+    Measured on the tasks' validation problems, from the start and from the middle of each.
     """
-    rng = random.Random("step accuracy")
     device = str(model.device)
-    right = total = 0
-    for example in get_task("navigate").examples("validation", count):
-        walk = Walk.parse(example.question)
-        row = Row(tokenizer, length, example)
-        for done in (0, len(walk.instructions) // 2):
-            heard = skills.Heard(done, walk.states()[done]) if done else None
-            row.add_turn(skills.work_turn(rng, walk, example, heard))
-        batch = pack([row], length, device)
-        with torch.no_grad():
-            hits = torch.zeros(batch.ids.shape, dtype=torch.bool, device=device)
-            hits[batch.targets >= 0] = logits(model, batch).argmax(-1) == batch.targets[batch.targets >= 0]
-        hit = hits[0].tolist()
-        # A turn's last piece is its stop token. A step's last token says whether the walk goes on: a choice, not a result.
-        steps = [piece[:-1] for piece in row.pieces if len(piece) > 1]
-        right += sum(all(hit[k - 1] for k in piece) for piece in steps)
-        total += len(steps)
-    return right / total
+    accuracy = {}
+    for family, name in traces.TASKS:
+        right = total = 0
+        for example in get_task(name).examples("validation", count):
+            trace = family.parse(example.question)
+            row = Row(tokenizer, length, example)
+            for done in {0, (len(trace.states()) - 1) // 2}:
+                row.add_turn(skills.work_turn(trace, done))
+            batch = pack([row], length, device)
+            with torch.no_grad():
+                hits = torch.zeros(batch.ids.shape, dtype=torch.bool, device=device)
+                hits[batch.targets >= 0] = logits(model, batch).argmax(-1) == batch.targets[batch.targets >= 0]
+            hit = hits[0].tolist()
+            # A turn's last piece is its stop token. A step's last token says whether the work goes on: a choice, not a result.
+            steps = [piece[:-1] for piece in row.pieces if len(piece) > 1]
+            right += sum(all(hit[k - 1] for k in piece) for piece in steps)
+            total += len(steps)
+        accuracy[name] = right / total
+    return accuracy
 
 
 def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -254,7 +258,8 @@ def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
             elapsed = time.monotonic() - started
             line = f"step {step + 1}/{recipe.steps}  loss {loss_sum / 100:.4f}  {elapsed:.0f} s"
             if (step + 1) % 500 == 0:
-                line += f"  single steps {step_accuracy(model, tokenizer, recipe.row_tokens, 100):.4f}"
+                accuracy = step_accuracy(model, tokenizer, recipe.row_tokens, 50)
+                line += f"  single steps {' '.join(f'{name} {share:.3f}' for name, share in accuracy.items())}"
             print(f"{line}  about {elapsed / (step + 1) * (recipe.steps - step - 1):.0f} s left", flush=True)
             loss_sum = 0.0
     return model.eval()
@@ -274,7 +279,8 @@ def main() -> None:
         model.save_pretrained(recipe.out)
         print(f"made in {(time.monotonic() - started) / 60:.0f} minutes")
     tokens = recipe.steps * recipe.rows * recipe.row_tokens / 1e6
-    print(write_card(recipe.out, step_accuracy(model, tokenizer, recipe.row_tokens), tokens))
+    accuracy = step_accuracy(model, tokenizer, recipe.row_tokens, STEP_EXAMPLES)
+    print(write_card(recipe.out, accuracy, STEP_EXAMPLES, tokens))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from collections import Counter
 from pathlib import Path
 
 from neuromas.backbone import Backbone
-from neuromas.evaluate import Evaluation, evaluate
+from neuromas.evaluate import evaluate
 from neuromas.network import Network
-from neuromas.recipes.skills import LARGEST_NUMBER, MAX_STEPS_PER_MESSAGE
+from neuromas.recipes.skills import CHATTER, GUESSES
+from neuromas.recipes.traces import FAMILIES, TASKS
 from neuromas.tasks import get_task
 from neuromas.topology import Topology
 
 EXAMPLES = 500
+SAMPLED_EXAMPLES = 200
+KINDS = ("work", "guess", "restate", "chatter")
 
 CARD = """---
 license: apache-2.0
@@ -24,62 +27,76 @@ A Qwen3 of {parameters:,} parameters with a byte-level BPE tokenizer of {vocab} 
 
     python -m neuromas.recipes.bundled --out neuromas/bundled --compile
 
-It is made to behave as a small general model would towards Navigate: it knows the message format, restates an instruction
-and gives its result, goes on from where another message stopped, and also guesses, restates and chatters. A message in its
-training text holds at most {max_steps} steps of a walk, so a problem of more steps needs several messages. It shows the
+It is made to behave as a small general model would towards the procedural families: it knows the message format, takes single
+steps of a problem, goes on from where another message stopped, and also guesses, restates and chatters. A message in its
+training text holds at most {max_steps} steps, by family, so a problem of more steps needs several messages. It shows the
 mechanism of a network at work; it says nothing about what another model would gain.
 
-No benchmark item is in its training text: every question there holds a number from 11 to {largest}, which no Navigate item
-of BIG-Bench-Hard and no problem of the task's generator has.
+No benchmark item is in its training text: every question there bears a mark that no item of BIG-Bench-Hard and no problem of
+the task's generator has (a number above the task's largest, an unknown name, people out of order, brackets of another kind; see
+`neuromas/recipes/trace.py`). What is left of a Boolean expression after a few steps may equal a published expression, since
+there are few short ones.
 
-| measured on validation problems of the Navigate generator | |
-| --- | --- |
-| single steps right (instruction restated and result, greedy, given what came before) | {steps:.2%} |
-| untrained [1,1,1], greedy | {untrained} |
-| untrained [1,1,1], sampled at temperature 1 | {sampled} |
-| untrained [1], greedy | {single} |
+## What it can do, and what it scores before it is trained
 
-What the untrained network's nodes do at temperature 1, n = {n} texts each:
+Steps right: single steps, restated and with the right result, greedy, given what came before, on {step_examples} validation
+problems. Scores: the untrained networks, greedy, on {n} validation problems, with the 95% interval. The floor is the best
+constant answer on exactly these problems.
 
-| behaviour | first node | output node |
+| task | steps right | floor | untrained [1,1,1] | untrained [1] | most steps in a message | fits in one message |
+| --- | --- | --- | --- | --- | --- | --- |
+{tasks}
+
+## What its nodes do
+
+The untrained [1,1,1] at temperature 1, {sampled} problems: share of texts that work, guess, restate or chatter.
+
+| task | first node | output node |
 | --- | --- | --- |
 {behaviours}
 """
 
+_GUESS = re.compile("|".join(re.escape(guess).replace(r"\{\}", ".*") for guess in GUESSES) + "|Answer: .*")
+
 
 def behaviour(text: str) -> str:
-    """Name what a text does; `walk` and `guess` as in `skills`."""
+    """Name what a text does, as in `skills`."""
     body = re.sub(r"^TO node \d+:", "", text.strip()).strip()
-    if re.match(r"(start|from) \(", body):
-        return "walk"
-    if re.search(r"\b(Yes|No)\b\.?$", body):
+    if re.match(r"(start|from) ", body):
+        return "work"
+    if _GUESS.fullmatch(body):
         return "guess"
-    if re.match(r"(Take|Turn) ", body):
-        return "restate"
-    return "chatter"
+    return "chatter" if body in CHATTER else "restate"
 
 
-def write_card(folder: Path, step_accuracy: float, tokens_in_millions: float) -> str:
+def write_card(folder: Path, step_accuracy: dict[str, float], step_examples: int, tokens_in_millions: float) -> str:
     """Measure the backbone in a folder, write its README.md, return the text."""
-    task = get_task("navigate")
-    examples = task.examples("validation", EXAMPLES)
-
-    def measured(widths: list[int], temperature: float) -> tuple[Evaluation, Network, list[Counter[str]]]:
-        network = Network(Topology.layered(widths), Backbone.load(str(folder.resolve())))
-        result, groups = evaluate(network, task, examples, temperature=temperature)
-        counts = [Counter(behaviour(group[0].completions[k].sample.text) for group in groups) for k in (0, -1)]
-        return result, network, counts
-
-    greedy, network, _ = measured([1, 1, 1], 0.0)
-    sampled, _, (first, output) = measured([1, 1, 1], 1.0)
-    single, _, _ = measured([1], 0.0)
-    rows = [f"| {name} | {first[name] / EXAMPLES:.1%} | {output[name] / EXAMPLES:.1%} |"
-            for name in ("walk", "guess", "restate", "chatter")]  # fmt: skip
+    network = Network(Topology.layered([1, 1, 1]), Backbone.load(str(folder.resolve())))
+    single = Network(Topology.layered([1]), Backbone.load(str(folder.resolve())))
+    rows, behaviours = [], []
+    for family, name in TASKS:
+        task = get_task(name)
+        examples = task.examples("validation", EXAMPLES)
+        three, one = (evaluate(net, task, examples)[0] for net in (network, single))
+        _, groups = evaluate(network, task, examples[:SAMPLED_EXAMPLES], temperature=1.0)
+        fits = sum(len(family.parse(example.question).states()) - 1 <= family.max_steps for example in examples) / EXAMPLES
+        scores = [f"{score.accuracy:.1%} ({score.low:.1%} to {score.high:.1%})" for score in (three, one)]
+        rows.append(
+            f"| `{name}` | {step_accuracy[name]:.2%} | {three.floor:.1%} | {scores[0]} | {scores[1]} "
+            f"| {family.max_steps} | {fits:.0%} |"
+        )
+        shares = []
+        for place in (0, -1):
+            counts = Counter(behaviour(group[0].completions[place].sample.text) for group in groups)
+            shares.append(
+                ", ".join(f"{kind} {counts[kind] / len(groups):.0%}" for kind in ("work", "guess", "restate", "chatter"))
+            )
+        behaviours.append(f"| `{name}` | {shares[0]} | {shares[1]} |")
     text = CARD.format(
         parameters=sum(p.numel() for p in network.backbone.model.parameters()) - network.adapters.trainable_parameters,
-        vocab=len(network.backbone.tokenizer), tokens=tokens_in_millions, max_steps=MAX_STEPS_PER_MESSAGE,
-        largest=LARGEST_NUMBER, steps=step_accuracy, untrained=greedy, sampled=sampled, single=single, n=EXAMPLES,
-        behaviours="\n".join(rows),
+        vocab=len(network.backbone.tokenizer), tokens=tokens_in_millions, n=EXAMPLES, sampled=SAMPLED_EXAMPLES,
+        max_steps=max(family.max_steps for family in FAMILIES), step_examples=step_examples,
+        tasks="\n".join(rows), behaviours="\n".join(behaviours),
     )  # fmt: skip
     (folder / "README.md").write_text(text)
     return text

@@ -1,26 +1,22 @@
 """Generated conversations from which the bundled backbone learns to behave as a small general model.
 
-It learns the message format, single steps of a Navigate walk, to go on from where a message stopped, and also to guess,
-restate and chatter. A message holds at most `MAX_STEPS_PER_MESSAGE` steps of a walk, and guessing is likelier than walking,
-so what is useful is left for reinforcement to find.
-
-Every question holds a number above 10, which no Navigate item of BIG-Bench-Hard and no item of the task's generator has:
-the training text is disjoint from both by construction.
+It learns the message format, single steps of the problems in `trace`, to go on from where a message stopped, and also to
+guess, restate and chatter. A message holds a few steps at most (`Trace.max_steps`), and guessing is likelier than working, so
+what is useful is left for reinforcement to find.
 """
 
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from neuromas import messages
-from neuromas.tasks.navigate import MAX_STEPS, Instruction, Navigate, State, Walk, draw_walk
+from neuromas.recipes.trace import Trace
+from neuromas.recipes.traces import FAMILIES
 from neuromas.topology import Topology
 from neuromas.types import Example, Message, MessageStatus
 
-MAX_STEPS_PER_MESSAGE = 4
-LARGEST_NUMBER = 15
-
-# Shares of behaviours, by what the inbox offers. "work" walks on, "guess" names an answer, the others leave it open.
+# Shares of behaviours, by what the inbox offers. "work" goes on, "guess" names an answer, the others leave it open.
 HIDDEN_SHARES = {"work": 0.25, "guess": 0.35, "restate": 0.2, "chatter": 0.2}
 OUTPUT_SHARES = {"work": 0.25, "guess": 0.45, "restate": 0.15, "chatter": 0.15}
 NATURAL_SHARE = 0.35
@@ -36,6 +32,7 @@ CHATTER = (
     "We have to find out what happens.",
     "Good luck to all of us.",
 )
+_GUESSED = re.compile(r"(?:I think|My guess is|Maybe|It could be) ([^;]{1,24})\.$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,78 +53,65 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """The most advanced walk in an inbox: the steps it has done and the state that it names."""
+    """The most advanced work in an inbox: the steps it has done and the state that it names."""
 
     steps: int
-    state: State
+    state: str
 
 
-def draw_question(rng: random.Random) -> tuple[Walk, Example]:
-    while True:
-        returns = rng.random() < 0.5
-        walk = draw_walk(rng, returns=returns, max_steps=LARGEST_NUMBER)
-        if max(i.steps for i in walk.instructions) > MAX_STEPS:
-            return walk, Example("", walk.question, "Yes" if returns else "No", Navigate.answer_format)
+def draw_problem(rng: random.Random) -> Trace:
+    """Draw a family by its share, then a problem of it."""
+    return rng.choices(FAMILIES, weights=[family.share for family in FAMILIES])[0].draw(rng)
 
 
-def state_text(state: State) -> str:
-    return f"({state.x},{state.y})" + (f" {state.heading}" if state.heading else "")
+def work_text(rng: random.Random, trace: Trace, heard: Heard | None) -> tuple[str, Heard]:
+    """Go a few steps on from what was heard; return the text and where it ends."""
+    done, state = (heard.steps, heard.state) if heard else (0, trace.start)
+    parts = [f"{'from' if done else 'start'} {state}"]
+    counts = range(1, trace.max_steps + 1)
+    for _ in range(rng.choices(counts, weights=counts)[0]):
+        if trace.finished(done, state):
+            break
+        what, state = trace.step(done, state)
+        parts.append(f"{what} {state}")
+        done += 1
+    return f"{';'.join(parts)}. {'Done' if trace.finished(done, state) else 'More'}", Heard(done, state)
 
 
-def step_text(number: int, instruction: Instruction, after: State) -> str:
-    """Restate an instruction, then its result: naming states alone is learned badly."""
-    what = f"{instruction.steps} {instruction.direction or 'steps'}" if instruction.steps else f"turn {instruction.direction}"
-    return f"{number}:{what} {state_text(after)}"
-
-
-def work_text(rng: random.Random, walk: Walk, heard: Heard | None) -> tuple[str, Heard]:
-    """Walk up to four steps on from what was heard; return the text and where it ends."""
-    done, state = (heard.steps, heard.state) if heard else (0, walk.start)
-    parts = [f"{'from' if done else 'start'} {state_text(state)}"]
-    count = rng.choices((1, 2, 3, 4), weights=(1, 2, 3, 4))[0]
-    stop = min(done + count, len(walk.instructions))
-    for number in range(done, stop):
-        state = walk.instructions[number].apply(state)
-        parts.append(step_text(number + 1, walk.instructions[number], state))
-    end = "Done" if stop == len(walk.instructions) else "More"
-    return ";".join(parts) + f". {end}", Heard(stop, state)
-
-
-def draw_heard(rng: random.Random, walk: Walk) -> Heard | None:
+def draw_heard(rng: random.Random, trace: Trace) -> Heard | None:
     """Draw where an earlier message stopped; now and then at a wrong place, which a reader has to take as it is."""
-    done = rng.randrange(len(walk.instructions))
+    states = trace.states()
+    done = rng.randrange(len(states) - 1)
     if not done or rng.random() < 0.35:
         return None
-    state = walk.states()[done]
-    if rng.random() < 0.3:
-        state = replace(state, x=state.x + rng.randint(-12, 12), y=state.y + rng.randint(-12, 12))
-    return Heard(done, state)
+    return Heard(done, trace.wrong(rng, states[done]) if rng.random() < 0.3 else states[done])
 
 
 def draw_behaviour(rng: random.Random, shares: dict[str, float]) -> str:
     return rng.choices(list(shares), weights=list(shares.values()))[0]
 
 
-def other_text(rng: random.Random, walk: Walk, behaviour: str) -> str:
+def other_text(rng: random.Random, trace: Trace, behaviour: str) -> str:
     if behaviour == "guess":
-        return rng.choice(GUESSES).format(rng.choice(("Yes", "No")))
+        return rng.choice(GUESSES).format(trace.guess(rng))
     if behaviour == "restate":
-        first = rng.randrange(len(walk.instructions))
-        return ". ".join(map(str, walk.instructions[first : first + rng.randint(1, 3)])) + "."
+        sentences = trace.sentences()
+        first = rng.randrange(len(sentences))
+        return " ".join(sentences[first : first + rng.randint(1, 3)])
     return rng.choice(CHATTER)
 
 
-def draw_inbox_text(rng: random.Random, walk: Walk) -> tuple[str, Heard | None]:
+def draw_inbox_text(rng: random.Random, trace: Trace) -> tuple[str, Heard | None]:
     """Draw what a sender wrote, and what can be heard in it."""
     if rng.random() < 0.4:
-        return other_text(rng, walk, draw_behaviour(rng, {k: v for k, v in HIDDEN_SHARES.items() if k != "work"})), None
-    text, heard = work_text(rng, walk, draw_heard(rng, walk))
+        return other_text(rng, trace, draw_behaviour(rng, {k: v for k, v in HIDDEN_SHARES.items() if k != "work"})), None
+    text, heard = work_text(rng, trace, draw_heard(rng, trace))
     if rng.random() < 0.05:
-        return text + rng.choice((". I think {}.", ". Maybe {}.")).format(rng.choice(("Yes", "No"))), heard
+        return text + rng.choice((". I think {}.", ". Maybe {}.")).format(trace.guess(rng)), heard
     return text, heard
 
 
-def draw_turn(rng: random.Random, walk: Walk, example: Example) -> Turn:
+def draw_turn(rng: random.Random, trace: Trace, example: Example) -> Turn:
     """Draw a node somewhere in some network, its inbox, and what it writes."""
     widths = [*rng.choices((1, 2, 3), weights=(7, 3, 1), k=rng.choices((0, 1, 2, 3, 4), weights=(1, 2, 4, 2, 1))[0]), 1]
     topology = Topology.layered(widths)
@@ -135,17 +119,17 @@ def draw_turn(rng: random.Random, walk: Walk, example: Example) -> Turn:
     heard: Heard | None = None
     inbox = []
     for sender in topology.senders(node):
-        text, said = draw_inbox_text(rng, walk)
+        text, said = draw_inbox_text(rng, trace)
         inbox.append(Message(sender, node, text, MessageStatus.OK))
         if said and (heard is None or said.steps > heard.steps):
             heard = said
     prompt = messages.render(topology, node, example, inbox)
     if node == topology.output_node:
-        return Turn(prompt, tuple(output_pieces(rng, walk, heard, inbox)))
+        return Turn(prompt, tuple(output_pieces(rng, trace, heard, inbox)))
     pieces: list[Piece] = []
     for recipient in topology.recipients(node):
         pieces.append(Piece(f"{' ' if pieces else ''}TO node {recipient}:", True))
-        pieces += message_pieces(rng, walk, heard)
+        pieces += message_pieces(rng, trace, heard)
     return Turn(prompt, tuple(pieces))
 
 
@@ -154,63 +138,50 @@ def _work_pieces(text: str, natural: bool) -> list[Piece]:
     return [Piece(f" {choice}", natural), Piece(f" {rest}", True)]
 
 
-def message_pieces(rng: random.Random, walk: Walk, heard: Heard | None) -> list[Piece]:
+def message_pieces(rng: random.Random, trace: Trace, heard: Heard | None) -> list[Piece]:
     natural = rng.random() < NATURAL_SHARE
     behaviour = draw_behaviour(rng, HIDDEN_SHARES) if natural else "work"
     if behaviour == "work":
-        return _work_pieces(work_text(rng, walk, heard)[0], natural)
-    return [Piece(f" {other_text(rng, walk, behaviour)}", True)]
+        return _work_pieces(work_text(rng, trace, heard)[0], natural)
+    return [Piece(f" {other_text(rng, trace, behaviour)}", True)]
 
 
-def output_pieces(rng: random.Random, walk: Walk, heard: Heard | None, inbox: Sequence[Message]) -> list[Piece]:
+def output_pieces(rng: random.Random, trace: Trace, heard: Heard | None, inbox: Sequence[Message]) -> list[Piece]:
     natural = rng.random() < NATURAL_SHARE
     behaviour = draw_behaviour(rng, OUTPUT_SHARES) if natural else "work"
     if behaviour == "work":
-        text, reached = work_text(rng, walk, heard)
-        pieces = _work_pieces(text, natural)
-        if reached.steps == len(walk.instructions):
-            answer = "Yes" if (reached.state.x, reached.state.y) == (0, 0) else "No"
-        else:
-            answer = rng.choice(("Yes", "No"))
-        return [*pieces, Piece(f". Answer: {answer}", True)]
+        text, reached = work_text(rng, trace, heard)
+        answer = trace.answer(reached.state) if trace.finished(reached.steps, reached.state) else trace.guess(rng)
+        return [*_work_pieces(text, natural), Piece(f". Answer: {answer}", True)]
     if behaviour == "guess":
-        heard_guesses = [word for message in inbox for word in ("Yes", "No") if message.text.endswith(f" {word}.")]
-        answer = rng.choice(heard_guesses) if heard_guesses and rng.random() < 0.5 else rng.choice(("Yes", "No"))
+        guesses = [match[1] for message in inbox if (match := _GUESSED.search(message.text))]
+        answer = rng.choice(guesses) if guesses and rng.random() < 0.5 else trace.guess(rng)
         return [Piece(f" Answer: {answer}", True)]
-    return [Piece(f" {other_text(rng, walk, behaviour)}", True)]
+    return [Piece(f" {other_text(rng, trace, behaviour)}", True)]
 
 
-def work_turn(rng: random.Random, walk: Walk, example: Example, heard: Heard | None) -> Turn:
-    """Node 2's turn that walks four steps on from what node 1 said; each step is a piece of its own."""
+def work_turn(trace: Trace, done: int) -> Turn:
+    """A hidden node's turn after `done` steps that takes as many as a message may hold; each step is a piece of its own."""
     topology = Topology.layered([1, 1, 1])
-    said = f"from {state_text(walk.start)}. More"
-    if heard:
-        steps = [
-            step_text(k + 1, walk.instructions[k], walk.states()[k + 1]) for k in range(max(0, heard.steps - 3), heard.steps)
+    states = trace.states()
+    inbox = []
+    if done:
+        first = max(0, done - trace.max_steps)
+        steps = [" ".join(trace.step(k, states[k])) for k in range(first, done)]
+        inbox = [
+            Message(1, 2, ";".join([f"{'from' if first else 'start'} {states[first]}", *steps]) + ". More", MessageStatus.OK)
         ]
-        said = ";".join([f"from {state_text(walk.states()[max(0, heard.steps - 3)])}", *steps]) + ". More"
-    inbox = [Message(1, 2, said, MessageStatus.OK)] if heard else []
-    done, state = (heard.steps, heard.state) if heard else (0, walk.start)
-    pieces = [Piece(f"TO node 3: {'from' if heard else 'start'} {state_text(state)};", False)]
-    stop = min(done + MAX_STEPS_PER_MESSAGE, len(walk.instructions))
+    node = 2 if done else 1
+    prompt = messages.render(topology, node, trace.example(), inbox)
+    pieces = [Piece(f"TO node {node + 1}: {'from' if done else 'start'} {states[done]};", False)]
+    stop = min(done + trace.max_steps, len(states) - 1)
     for k in range(done, stop):
-        state = walk.instructions[k].apply(state)
         # The mark that follows belongs to the piece: tokens merge a bracket with what comes after it.
-        pieces.append(Piece(step_text(k + 1, walk.instructions[k], state) + (";" if k + 1 < stop else "."), True))
-    return Turn(messages.render(topology, 2 if heard else 1, example, inbox).replace("node 2:", "node 3:"), tuple(pieces))
+        pieces.append(Piece(" ".join(trace.step(k, states[k])) + (";" if k + 1 < stop else "."), True))
+    return Turn(prompt, tuple(pieces))
 
 
 def draw_card(rng: random.Random) -> tuple[Piece, Piece]:
-    """Draw one step from anywhere: dense practice of what a walk is made of."""
-    sidestep = rng.random() < 0.6
-    reach = rng.choice((6, 15, 40))
-    heading = None if sidestep else rng.choice(("north", "east", "south", "west"))
-    before = State(rng.randint(-reach, reach), rng.randint(-reach, reach), heading)
-    if not sidestep and rng.random() < 0.4:
-        instruction = Instruction(0, rng.choice(("left", "right", "around")))
-    else:
-        direction = rng.choice(("forward", "backward", "left", "right")) if sidestep else None
-        instruction = Instruction(rng.randint(1, LARGEST_NUMBER), direction)
-    after = state_text(instruction.apply(before))
-    step = step_text(rng.randint(1, 10), instruction, instruction.apply(before)).removesuffix(f" {after}")
-    return Piece(f"from {state_text(before)};{step}", False), Piece(f" {after}.\n", True)
+    """Draw one step from anywhere: dense practice of what a trace is made of."""
+    card = rng.choices(FAMILIES, weights=[family.share for family in FAMILIES])[0].card(rng)
+    return Piece(card.given, False), Piece(f"{card.learned}.\n", True)

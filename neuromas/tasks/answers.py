@@ -5,8 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _MARKER = re.compile(r"\banswer\b(?:\s+is\b)?[\s:=*`\"'$]*", re.IGNORECASE)
-_HEDGE = re.compile(r"\b(?:or|nor|not|never|neither|maybe|perhaps|possibly|wrong|incorrect)\b|n['\u2019]t\b|\?", re.IGNORECASE)
+_HEDGE = re.compile(r"\b(?:or|nor|not|never|neither|maybe|perhaps|possibly|wrong|incorrect)\b|n['\u2019]t|\?", re.IGNORECASE)
 _WRAPPING = " \t\r\n*`\"'$"
+_CLOSERS = r"[.,;!)\]}*_`\"'$\u00b0\u20ac\u00a3]*"
+_SIGNS = r"+/^=<>~|&%#@\\:\-\u00b0-\u00b7\u00d7\u00f7\u2010-\u2015\u2026\u2044\u2190-\u22ff"
+# What may follow an answer: its wrapping, then the end, a new line, or words, also behind a colon or dash. All else makes
+# another thing of it, a ratio, a range, a term of a calculation: 5:+, 5~6, 5/, A|F are no answers.
+_ENDED = re.compile(
+    rf"{_CLOSERS}(?:\s*$|[ \t\r]*\n|[ \t]++(?![{_SIGNS}])"
+    r"|(?::|[ \t]+[\u2013\u2014-])\s+(?=[*_\"'(]*[^\W\d_]{2})|\u2014(?=[^\W\d_]{2})|\s*\\(?:text|mathrm|[ ,;!]))"
+)
 
 # Longer numbers are no answer of any family, and Python refuses to read them from 4,300 digits on.
 _MAX_DIGITS = 100
@@ -25,11 +33,12 @@ class AnswerForm:
         """Return the answer in normal form; None if the text gives none, or several.
 
         Either the text is an answer and nothing else, or it says "Answer: ..." or "the answer is ...". Then all that looks like
-        an answer from there to the end has to be that same answer, and no word such as "or" or "not" may follow: "Answer: (A)
-        or (B)", "Answer: not (A)" and two different answers are none. What comes before is free.
+        an answer from there to the end has to be that same answer, ended as an answer is, and no word such as "or" or "not" may
+        follow: "Answer: (A) or (B)", "Answer: not (A)", "Answer: 5:+" and two different answers are none. What comes before is
+        free.
         """
-        # A stop may follow an answer, not lead it: .5 is not 5.
-        bare = text.lstrip(_WRAPPING).rstrip(_WRAPPING + ".")
+        # A stop may follow an answer, not lead it: .5 is not 5. An ellipsis is no stop: 0.3... is not 0.3.
+        bare = text.strip(_WRAPPING).removesuffix(".").rstrip(_WRAPPING)
         if self.pattern.fullmatch(bare):
             return self.normal(bare)
         markers = list(_MARKER.finditer(text))
@@ -44,6 +53,8 @@ class AnswerForm:
             is_label = re.search(r":|\bis\b", marker.group(), re.IGNORECASE) and marker.start() >= matches[first].end()
             if is_label and marker.end() not in found and text[marker.end() :].strip(_WRAPPING + "."):
                 return None
+        if not all(_ENDED.match(text, match.end()) for match in matches[first:]):
+            return None
         named = {self.normal(match.group()) for match in matches[first:]}
         return named.pop() if len(named) == 1 else None
 
@@ -57,9 +68,11 @@ def words_form(*answers: str) -> AnswerForm:
 def option_form(letters: str) -> AnswerForm:
     """Answers are a letter in parentheses, or a capital letter alone where it is not the article of "A red ball".
 
-    The pattern finds all letters in parentheses, so that an option that does not exist spoils an answer.
+    The pattern finds all letters in parentheses, and a letter joined to an option, so that an option that does not exist spoils
+    an answer.
     """
-    pattern = re.compile(rf"\([a-zA-Z]\)|\b[{letters}](?![\w'-])(?!(?<=A)\s+[a-z])")
+    another = r"(?:(?:,[ \t]*|[ \t]+and[ \t]+)[A-HJ-Z](?![\w'-]))?"
+    pattern = re.compile(rf"(?:\([a-zA-Z]\)|\b[{letters}](?![\w'-])(?!(?<=A)\s+[a-z])){another}")
 
     def normal(found: str) -> str | None:
         letter = found.strip("()").upper()
@@ -71,11 +84,14 @@ def option_form(letters: str) -> AnswerForm:
 def number_form(*, decimals: bool = False) -> AnswerForm:
     """Answers are whole numbers, or decimal ones too, with or without commas between thousands; a calculation is none."""
     # The last part finds the start of a calculation, so that 5 * 5 is not twice the number 5, and what makes another number of
-    # it: 5 million, 5x, 5 \\pi.
-    more = r"hundred|thousand|million|billion|trillion|dozen|percent|pi|squared|cubed|[b-z](?![\w'\u2019])"
+    # it: 5 million, 5x, 5 \\pi, A5.
+    more = (
+        r"hundred|thousand|million|billion|trillion|dozen|percent|pi|squared|cubed|plus|minus|divided|point|(?:and a )?half"
+        r"|(?:times|over|to|and)(?=\W*[0-9])|[b-z](?![\w'\u2019])"
+    )
     pattern = re.compile(
-        r"[-+\u2212]?[0-9](?:[\w.,]*\w)?(?:\s*[+^=]|\s*[-*/:\u2212\u00d7\u00f7](?=\s*[-+(]?[0-9])|\s?%"
-        rf"|\s*[\u221a\u03c0]|\s*\\(?!text|mathrm)[a-zA-Z]+|[ \t]*(?i:{more})\b)?"
+        r"(?:[-+\u2212]|[^\W\d_])?[0-9](?:[\w.,]*\w)?(?:\.\.|\s*[+^=<>~|&]|\s*[-*/:(\u2212\u00d7\u00f7](?=\s*[-+(]?[0-9])|\s?[%!]"
+        rf"|[\s,;]+(?=[0-9])|\s*[\u221a\u03c0]|\s*\\(?!text|mathrm)[a-zA-Z]+|[ \t]*(?i:{more})\b)?"
     )
     allowed = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)" + (r"(?:\.[0-9]+)?" if decimals else ""))
 

@@ -44,6 +44,9 @@ class Task(ABC):
     held_out: frozenset[str] = frozenset()
     """Ids of examples that training never draws: a generator now and then meets an item of a file to be scored on."""
 
+    def check_ready(self) -> None:  # noqa: B027  # most tasks need nothing
+        """Raise ValueError if something that rewards need is missing on this machine: asked before any long work."""
+
     @abstractmethod
     def parse_answer(self, text: str) -> str | None:
         """Return the answer that a text gives in normal form, None if it gives none or several."""

@@ -37,6 +37,9 @@ class CodeTask(DatasetTask):
     programs: dict[str, Callable[[str], Program]]
     """What makes a program with its tests of an answer, by the id of the example: filled as examples are read."""
 
+    def check_ready(self) -> None:
+        _sandbox(self.limits)
+
     def parse_answer(self, text: str) -> str | None:
         return PYTHON.read(text)
 

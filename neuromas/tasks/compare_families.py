@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuromas.tasks import Problem, Task, floor, get_family
+from neuromas.tasks import Problem, Task, floor, get_family, get_task
 from neuromas.tasks.dyck_languages import CLOSERS, Brackets
 from neuromas.tasks.tracking_shuffled_objects import LETTERS, Shuffle
 from neuromas.tasks.web_of_lies import Web
@@ -20,6 +20,8 @@ from neuromas.tasks.web_of_lies import Web
 SEED = 0
 COMPARED = 2_000
 DRAWN = 20_000
+STEPS = 1_000
+BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +147,25 @@ def _table(title: str, header: str, rows: list[tuple[str, ...]]) -> str:
     return "\n".join([f"{title}\n", *(f"| {line} |" for line in lines)])
 
 
+def training_draws(name: str, folder: Path, steps: int) -> tuple[int, int, int]:
+    """Count published items among the training questions of a family: as it is, with the file held out, and as `bbh:NAME`."""
+    plain, clean, benchmark = get_family(name), get_family(name), get_task(f"bbh:{name}", data=folder)
+    ids = frozenset(plain.example(problem).id for problem in read_published(folder, plain))
+    clean.held_out = ids
+    batches = [
+        [e for step in range(steps) for e in task.training_batch(SEED, step, BATCH)] for task in (plain, clean, benchmark)
+    ]
+    as_it_is, held_out, as_benchmark = (sum(e.id in ids for e in drawn) for drawn in batches)
+    return as_it_is, held_out, as_benchmark
+
+
 def tables(folder: Path) -> str:
-    """Return the three tables as Markdown."""
-    structure, answers, repeats = [], [], []
+    """Return the four tables as Markdown."""
+    structure, answers, repeats, training = [], [], [], []
     for name, look in LOOKS.items():
         published = read_published(folder, get_family(name))
+        counts = [f"{count:,}" for count in training_draws(name, folder, STEPS)] if published else ["-"] * 3
+        training.append((name, *counts))
         for difficulty in look.difficulties:
             task = get_family(name, difficulty)
             family = name if difficulty is None else f"{name}, difficulty {difficulty}"
@@ -182,6 +198,11 @@ def tables(folder: Path) -> str:
                 f"Of {DRAWN:,} generated problems.",
                 "family | distinct | equal to a published item | published items met",
                 repeats,
+            ),
+            _table(
+                f"Published items among the {STEPS * BATCH:,} training questions of {STEPS:,} steps.",
+                "family | `--task FAMILY` | and `--task.file FILE` | `--task bbh:FAMILY`",
+                training,
             ),
         ]
     )

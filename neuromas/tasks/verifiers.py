@@ -86,6 +86,7 @@ _COMMANDS = frozenset((
 ))
 # fmt: on
 _MATH = re.compile(r"[0-9a-zA-Z\\{}()\[\]^_+\-*/.,!|% ]+")
+_TWO_SIGNS = re.compile(r"[-+*/^]\s*[+*/^]|-\s*-")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _FRACTION = re.compile(r"-?(?:[0-9]+/[0-9]+|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})")
 
@@ -108,7 +109,7 @@ class Math(Verifier):
         if number is not None:
             return number
         answer = read_open(text)
-        answer = answer.strip("$ .") if answer else ""
+        answer = answer.strip("$ ").removesuffix(".").rstrip("$ ") if answer else ""
         is_short = 0 < len(answer) <= MAX_ANSWER and answer.isascii()
         # Whether its commands are those of an answer, the gold one will tell.
         commands = {word for word in _COMMAND.findall(answer) if word.startswith("\\")}
@@ -156,7 +157,8 @@ def _is_mathematical(answer: str, own: Iterable[str] = ()) -> bool:
 
 def _is_expression(answer: str, gold: str) -> bool:
     signs = set(gold) - set("0123456789")
-    known = all(char in signs or (char != "," and _MATH.fullmatch(char)) for char in answer)
+    # Sympy reads what nobody would write, as x++y.
+    known = not _TWO_SIGNS.search(answer) and all(char in signs or (char != "," and _MATH.fullmatch(char)) for char in answer)
     return known and _is_mathematical(answer, _COMMAND.findall(gold))
 
 
