@@ -2,11 +2,14 @@
 
 LoRA (Hu et al. 2022, arXiv 2106.09685): y = W x + (alpha / r) B A x, with W frozen, A of shape (r, in), B of shape (out, r).
 The bank holds A as (N, r, in) and B as (N, out, r) for each target module. Files are PEFT's, one folder per node.
+
+Nodes that join when a network grows are stacks of their own, so that an optimizer's moments and step count of the nodes that
+were there before stay as they are, bit for bit, and those of the new nodes start fresh.
 """
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -19,7 +22,13 @@ from torch import Tensor, nn
 from neuromas.config import AdapterConfig
 
 DEFAULT_TOTAL_RANK = 24
+HALVES = ("lora_A", "lora_B")
 _PEFT_PREFIX = "base_model.model."
+
+
+def _of_generation(half: str, generation: int) -> str:
+    """Return the name of a stack: the nodes that a network starts with have the plain one."""
+    return half if generation == 0 else f"{half}_{generation}"
 
 
 class AdaptedLinear(nn.Module):
@@ -30,11 +39,30 @@ class AdaptedLinear(nn.Module):
         self.base = base
         # A tuple hides the bank from nn.Module: it already owns these parameters through the model.
         self._bank = (bank,)
-        nodes = len(bank.nodes)
-        like = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.zeros(nodes, rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(nodes, base.out_features, rank, **like))
+        self._rank = rank
+        self.lora_A, self.lora_B = self._zeros(len(bank.nodes))
         self._gathered: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _zeros(self, nodes: int) -> tuple[nn.Parameter, nn.Parameter]:
+        like = {"device": self.base.weight.device, "dtype": torch.float32}
+        return (
+            nn.Parameter(torch.zeros(nodes, self._rank, self.base.in_features, **like)),
+            nn.Parameter(torch.zeros(nodes, self.base.out_features, self._rank, **like)),
+        )
+
+    def add_generation(self, generation: int, nodes: int) -> None:
+        """Make room for nodes that join; the tensors of those before are not touched."""
+        for half, parameter in zip(HALVES, self._zeros(nodes), strict=True):
+            self.register_parameter(_of_generation(half, generation), parameter)
+        self._gathered = None
+
+    def stack(self, half: str, generation: int) -> nn.Parameter:
+        """Return `lora_A`, (nodes, r, in), or `lora_B`, (nodes, out, r), of the nodes that joined together."""
+        return self.get_parameter(_of_generation(half, generation))
+
+    def _all(self, half: str) -> Tensor:
+        stacks: list[Tensor] = [self.stack(half, generation) for generation in range(len(self._bank[0].generations))]
+        return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
 
     def forward(self, x: Float[Tensor, "rows tokens in"]) -> Float[Tensor, "rows tokens out"]:
         bank = self._bank[0]
@@ -52,8 +80,8 @@ class AdaptedLinear(nn.Module):
         """
         if self._gathered and self._gathered[0] is route and torch.is_inference_mode_enabled():
             return self._gathered[1:]
-        a = self.lora_A.to(dtype)[route].mT
-        b = (self._bank[0].scaling * self.lora_B).to(dtype)[route].mT
+        a = self._all("lora_A").to(dtype)[route].mT
+        b = (self._bank[0].scaling * self._all("lora_B")).to(dtype)[route].mT
         self._gathered = (route, a, b) if torch.is_inference_mode_enabled() else None
         return a, b
 
@@ -69,7 +97,8 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, nodes: Sequence[int], config: AdapterConfig, seed: int) -> None:
-        self.nodes = tuple(nodes)
+        self.generations = [tuple(nodes)]
+        """Nodes that joined together: those of the start, then those of each growth."""
         self.version = 0
         """Counts optimizer steps; a completion carries the version that wrote it."""
         self.route: Tensor | None = None
@@ -84,18 +113,54 @@ class AdapterBank:
             parent, _, child = name.rpartition(".")
             self.modules[name] = AdaptedLinear(linear, self, self.rank)
             setattr(model.get_submodule(parent), child, self.modules[name])
-        for index, node in enumerate(self.nodes):
-            self._initialise(index, node, seed)
+        self._seed = seed
+        for node in self.nodes:
+            self._initialise(node)
 
-    def _initialise(self, index: int, node: int, seed: int) -> None:
+    def _initialise(self, node: int) -> None:
         for name, module in self.modules.items():
-            digest = blake2b(f"{seed}/{node}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
             bound = 1 / math.sqrt(module.base.in_features)
-            drawn = torch.empty(module.lora_A.shape[1:]).uniform_(-bound, bound, generator=generator)
-            with torch.no_grad():
-                module.lora_A[index] = drawn.to(module.lora_A.device)
-                module.lora_B[index] = 0
+            row = self._row(module, "lora_A", node)
+            row.copy_(torch.empty(row.shape).uniform_(-bound, bound, generator=self._generator(f"{node}/{name}")))
+            self._row(module, "lora_B", node).zero_()
+
+    def _generator(self, what: str) -> torch.Generator:
+        digest = blake2b(f"{self._seed}/{what}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+    def _row(self, module: AdaptedLinear, half: str, node: int) -> Tensor:
+        """Return a node's tensor, a view that writes through."""
+        generation, place = next((g, nodes.index(node)) for g, nodes in enumerate(self.generations) if node in nodes)
+        return module.stack(half, generation).data[place]
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Nodes in the order of the indices that `routed` takes: by generation."""
+        return tuple(node for generation in self.generations for node in generation)
+
+    def add_nodes(self, copies: Mapping[int, int | None], *, noise: float = 0.0) -> list[nn.Parameter]:
+        """Add nodes as a new generation and return its parameters, for an optimizer to take up; no old tensor is touched.
+
+        A node starts as every node does, B at zero, or as a copy of the node given, with normal noise whose standard deviation
+        is `noise` times the root mean square of the copied tensor. The rank is that of the nodes before.
+        """
+        self.generations.append(tuple(copies))
+        for module in self.modules.values():
+            module.add_generation(len(self.generations) - 1, len(copies))
+        for node, source in copies.items():
+            self._initialise(node)
+            if source is not None:
+                self._copy(source, node, noise)
+        return list(self.parameters(len(self.generations) - 1).values())
+
+    def _copy(self, source: int, node: int, noise: float) -> None:
+        for name, module in self.modules.items():
+            for half in HALVES:
+                copied, row = self._row(module, half, source), self._row(module, half, node)
+                row.copy_(copied)
+                if noise:
+                    drawn = torch.randn(row.shape, generator=self._generator(f"{node}/{name}/{half}/noise")).to(row.device)
+                    row.add_(drawn * (noise * copied.square().mean().sqrt()))
 
     @contextmanager
     def routed(self, rows: Int[Tensor, " rows"] | None) -> Iterator[None]:
@@ -110,12 +175,22 @@ class AdapterBank:
     def index(self, node: int) -> int:
         return self.nodes.index(node)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Return every trainable tensor by name."""
-        named: dict[str, nn.Parameter] = {}
-        for name, module in self.modules.items():
-            named |= {f"{name}.lora_A": module.lora_A, f"{name}.lora_B": module.lora_B}
-        return named
+    def parameters(self, generation: int | None = None) -> dict[str, nn.Parameter]:
+        """Return every trainable tensor by name, or those of one generation."""
+        wanted = range(len(self.generations)) if generation is None else [generation]
+        return {
+            f"{name}.{_of_generation(half, number)}": module.stack(half, number)
+            for number in wanted
+            for name, module in self.modules.items()
+            for half in HALVES
+        }
+
+    def drop_gradients(self, learning: Collection[int]) -> None:
+        """Forget the gradients of generations without a node in `learning`: an optimizer then leaves all of theirs alone."""
+        for number, nodes in enumerate(self.generations):
+            if not set(nodes) & set(learning):
+                for parameter in self.parameters(number).values():
+                    parameter.grad = None
 
     @property
     def trainable_parameters(self) -> int:
@@ -123,23 +198,26 @@ class AdapterBank:
 
     def clip_grad_norms(self, max_norm: float) -> dict[int, float]:
         """Scale each node's gradient to at most `max_norm` (0: leave it) and return the norms from before, by node."""
-        grads = [p.grad for p in self.parameters().values() if p.grad is not None]
-        if not grads:
-            return dict.fromkeys(self.nodes, 0.0)
-        norms_N = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
-        if max_norm > 0:
-            scale_N = (max_norm / (norms_N + 1e-6)).clamp(max=1.0)
-            for grad in grads:
-                grad.mul_(scale_N.view(-1, *[1] * (grad.dim() - 1)))
-        return dict(zip(self.nodes, norms_N.tolist(), strict=True))
+        found: dict[int, float] = {}
+        for number, nodes in enumerate(self.generations):
+            grads = [p.grad for p in self.parameters(number).values() if p.grad is not None]
+            if not grads:
+                found |= dict.fromkeys(nodes, 0.0)
+                continue
+            norms_N = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
+            if max_norm > 0:
+                scale_N = (max_norm / (norms_N + 1e-6)).clamp(max=1.0)
+                for grad in grads:
+                    grad.mul_(scale_N.view(-1, *[1] * (grad.dim() - 1)))
+            found |= dict(zip(nodes, norms_N.tolist(), strict=True))
+        return found
 
     def peft_files(self, node: int, base_model: str) -> dict[str, bytes]:
         """Return a node's adapter as PEFT's two files, by name."""
-        index = self.index(node)
         tensors = {
-            f"{_PEFT_PREFIX}{name}.{half}.weight": getattr(module, half).detach()[index].cpu().contiguous()
+            f"{_PEFT_PREFIX}{name}.{half}.weight": self._row(module, half, node).cpu().contiguous()
             for name, module in self.modules.items()
-            for half in ("lora_A", "lora_B")
+            for half in HALVES
         }
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
@@ -154,11 +232,10 @@ class AdapterBank:
     def load_peft(self, node: int, folder: Path) -> None:
         """Read a node's adapter from a PEFT folder; ValueError if its shapes are not this bank's."""
         tensors = load((folder / "adapter_model.safetensors").read_bytes())
-        index = self.index(node)
         for name, module in self.modules.items():
-            for half in ("lora_A", "lora_B"):
+            for half in HALVES:
                 stored = tensors.get(f"{_PEFT_PREFIX}{name}.{half}.weight")
-                target = getattr(module, half).data[index]
+                target = self._row(module, half, node)
                 if stored is None or stored.shape != target.shape:
                     got = "nothing" if stored is None else tuple(stored.shape)
                     raise ValueError(f"adapter {folder} holds {got} for {name}.{half}, expected {tuple(target.shape)}")

@@ -1,8 +1,10 @@
 """The ledger: what a run has spent, counted where it is spent."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from neuromas.config import MOST
 from neuromas.types import Group
 
 
@@ -11,6 +13,7 @@ class Ledger:
     """Counts of a run's training. Evaluation is not in it: it is reported per answer, beside each score."""
 
     trainable_parameters: int
+    """Of the network as it is last, which is its largest."""
     optimizer_steps: int = 0
     rollouts: int = 0
     calls: int = 0
@@ -19,17 +22,29 @@ class Ledger:
     """Tokens that nodes read, shared prefixes counted for every reader."""
     sampled_tokens: int = 0
     """Tokens that nodes wrote, stop tokens included."""
+    phases: list[dict[str, int]] = field(default_factory=list)
+    """The same counts before the first growth and from each growth to the next; they add up to the totals. Empty where
+    nothing has grown."""
+
+    def begin_phase(self, trainable_parameters: int) -> None:
+        """Count what follows, a growth, as a phase of its own."""
+        if not self.phases:
+            self.phases.append(self._counts())
+        self.trainable_parameters = trainable_parameters
+        self.phases.append({**dict.fromkeys(self._counts(), 0), "trainable_parameters": trainable_parameters})
+
+    def _counts(self) -> dict[str, int]:
+        return {name: value for name, value in asdict(self).items() if name != "phases"}
 
     def record(self, groups: Sequence[Group]) -> None:
         """Add one training step."""
-        spent = spending(groups)
-        self.optimizer_steps += 1
-        self.rollouts += sum(map(len, groups))
-        self.calls += spent.calls
-        self.prompt_tokens += spent.prompt_tokens
-        self.sampled_tokens += spent.sampled_tokens
+        added = {"optimizer_steps": 1, "rollouts": sum(map(len, groups)), **asdict(spending(groups))}
+        for name, count in added.items():
+            setattr(self, name, getattr(self, name) + count)
+            if self.phases:
+                self.phases[-1][name] += count
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -49,3 +64,38 @@ def spending(groups: Sequence[Group]) -> Spending:
         sum(len(c.prompt.prefix_ids) + len(c.prompt.suffix_ids) for c in completions),
         sum(len(c.sample.token_ids) for c in completions),
     )
+
+
+@dataclass(slots=True)
+class Pace:
+    """How many questions a step gets so that every step costs about `step_tokens` sampled tokens, whatever the network's size.
+
+    What a step spends too much or too little, the next one makes up for; so a run's total stays within about one step of its
+    number of steps times `step_tokens`. A step aims at half to twice of that, and asks at most `MOST` times the first step's
+    questions.
+    """
+
+    owed: int = 0
+    """Tokens that the steps so far should have spent and have not; below 0 where they have spent too many."""
+    tokens_per_call: float = 0.0
+    """Mean length of a completion in the last step; 0 before the first."""
+
+    def questions(self, step_tokens: int, first: int, calls_per_question: float) -> int:
+        """Return the number of questions of the next step, at least 1; `first` if nothing has been sampled yet.
+
+        `calls_per_question` is the expected number of completions of one group.
+
+        >>> Pace(owed=200, tokens_per_call=10.0).questions(1000, 16, 8 * 3)  # 1200 tokens at 240 a question
+        5
+        """
+        if not self.tokens_per_call:
+            return first
+        wanted = min(max(step_tokens + self.owed, step_tokens / 2), 2 * step_tokens)
+        return min(max(1, round(wanted / (self.tokens_per_call * calls_per_question))), MOST * first)
+
+    def settle(self, step_tokens: int, groups: Sequence[Group]) -> None:
+        """Note what a step has spent."""
+        spent = spending(groups)
+        # Without a budget nothing is owed: a run that grows from this one may have one.
+        self.owed += step_tokens - spent.sampled_tokens if step_tokens else 0
+        self.tokens_per_call = spent.sampled_tokens / spent.calls

@@ -1,6 +1,7 @@
 """The run directory: config, topology, metrics and rollouts as they come, and checkpoints that are whole or not there.
 
     RUN/config.json  topology.json  held_out.json  metrics.jsonl  rollouts.jsonl  evaluation.json  curve.png
+    RUN/growth.json  parent.json (where it has grown)
     RUN/checkpoints/step-000040/    adapters/<node>/ (PEFT)  optimizer.safetensors  ledger.json  state.json
     RUN/adapters -> checkpoints/<newest>/adapters
 
@@ -16,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ import torch
 from safetensors.torch import load, save
 
 from neuromas.adapters import AdapterBank
-from neuromas.budget import Ledger
+from neuromas.budget import Ledger, Pace
 from neuromas.config import TrainConfig, differences, from_json, to_json
 from neuromas.metrics import check_names
 from neuromas.topology import Topology
 
 KEPT_CHECKPOINTS = 2
-MADE_FIRST = {
-    "lock", "checkpoints", "topology.json", "topology.json.new", "held_out.json", "held_out.json.new", "config.json.new",
-}  # fmt: skip
+MADE_FIRST = {"lock", "checkpoints"} | {
+    f"{name}.json{end}" for name in ("config", "topology", "held_out", "parent", "evaluation", "growth") for end in ("", ".new")
+} - {"config.json"}
 """What a run that is killed while its folder is being made may leave; it can be made again over them."""
 
 
@@ -46,6 +47,9 @@ class State:
     """Mean reward for `--centring ema`."""
     backbone_checksum: str
     ledger: Ledger
+    pace: Pace = field(default_factory=Pace)
+    topology: Topology | None = None
+    """Of the network whose adapters these are; None: that of the run."""
 
 
 class RunDirectory:
@@ -86,16 +90,44 @@ class RunDirectory:
         except OSError as error:
             raise ValueError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
 
+    def adopt(self, parent: "RunDirectory") -> None:
+        """Make this new run, before `initialise`, the continuation of another one, which stays as it is.
+
+        Its newest checkpoint, scores after training and growths are copied; `parent.json` says where they come from.
+        """
+        folder = parent.checkpoints()[-1]
+        _verified_state(folder, older=None)
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        origin = {
+            "run": str(parent.path.resolve()),
+            "checkpoint": folder.name,
+            # state.json lists the checksums of all other files.
+            "checksum": hashlib.blake2b(files[Path("state.json")], digest_size=16).hexdigest(),
+        }
+        with self._writing("checkpoints"):
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+            partial = self.path / "checkpoints" / f"{folder.name}.partial"
+            for name, data in files.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                _write(partial / name, data)
+            partial.rename(partial.with_suffix(""))
+            _sync_folder(partial.parent)
+        scores = parent.read_json("evaluation.json") or {}
+        self.write_json("evaluation.json", {"before": scores["after"]} if "after" in scores else {})
+        self.write_json("growth.json", parent.read_json("growth.json") or [])
+        self.write_json("parent.json", origin)
+
     def held_out(self) -> frozenset[str]:
         """Return the ids of the examples that training never draws."""
         return frozenset(self.read_json("held_out.json") or ())
 
-    def check_backbone(self, state: State, checksum: str) -> None:
-        """Raise ValueError if a backbone is not the one that a checkpoint was trained on."""
-        if checksum != state.backbone_checksum:
+    def check_backbone(self, state: State | None, checksum: str) -> None:
+        """Raise ValueError if a backbone is not the one that a checkpoint, None: the newest, was trained on."""
+        stored = state.backbone_checksum if state else self.backbone_checksum
+        if checksum != stored:
             raise ValueError(
                 f"--backbone {self.config.backbone} has other weights now (checksum {checksum}) than run {self.path} was "
-                f"trained on ({state.backbone_checksum}); restore the backbone that the run had"
+                f"trained on ({stored}); restore the backbone that the run had"
             )
 
     @contextmanager
@@ -139,6 +171,20 @@ class RunDirectory:
             )
         return run
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done by the newest checkpoint, 0 if there is none."""
+        folders = self.checkpoints()
+        return int(folders[-1].name.removeprefix("step-")) if folders else 0
+
+    @property
+    def backbone_checksum(self) -> str:
+        """That of the backbone on which the newest checkpoint was trained; ValueError if there is none or it is damaged."""
+        folders = self.checkpoints()
+        if not folders:
+            raise ValueError(f"{self.path} holds no checkpoint yet; train it first")
+        return _verified_state(folders[-1], older=folders[-2] if len(folders) > 1 else None)["backbone_checksum"]
+
     def checkpoints(self) -> list[Path]:
         """Return complete checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob(f"step-{'[0-9]' * 6}"))
@@ -177,13 +223,20 @@ class RunDirectory:
             return None
         folder = folders[-1]
         state = _verified_state(folder, older=folders[-2] if len(folders) > 1 else None)
+        topology = Topology.from_json(state["topology"]) if state.get("topology") else None
+        if topology and set(topology.nodes) != set(bank.nodes):
+            raise ValueError(
+                f"checkpoint {folder} holds nodes {sorted(topology.nodes)}, by the run's config it has {sorted(bank.nodes)} at "
+                "that step; restore config.json"
+            )
         for node in bank.nodes:
             bank.load_peft(node, folder / "adapters" / str(node))
         bank.version = state["step"]
         if optimizer is not None:
             _load_optimizer(optimizer, bank, load((folder / "optimizer.safetensors").read_bytes()))
         ledger = Ledger(**json.loads((folder / "ledger.json").read_text()))
-        return State(state["step"], state["running_mean"], state["backbone_checksum"], ledger)
+        pace = Pace(**state.get("pace", {}))
+        return State(state["step"], state["running_mean"], state["backbone_checksum"], ledger, pace, topology)
 
     def _link_adapters(self, newest: Path) -> None:
         """Point RUN/adapters at the newest adapters: a convenience that a run does without where the disk knows no links."""
@@ -274,7 +327,13 @@ def _files(bank: AdapterBank, optimizer: torch.optim.Optimizer, state: State, ba
     files["optimizer.safetensors"] = save(moments)
     files["ledger.json"] = json.dumps(state.ledger.to_json(), indent=2).encode()
     listing = {name: [len(data), hashlib.blake2b(data, digest_size=16).hexdigest()] for name, data in files.items()}
-    head = {"step": state.step, "running_mean": state.running_mean, "backbone_checksum": state.backbone_checksum}
+    head = {
+        "step": state.step,
+        "running_mean": state.running_mean,
+        "backbone_checksum": state.backbone_checksum,
+        "pace": asdict(state.pace),
+        "topology": state.topology.to_json() if state.topology else None,
+    }
     files["state.json"] = json.dumps({**head, "files": listing}, indent=2).encode()
     return files
 
@@ -302,10 +361,9 @@ def _verified_state(folder: Path, older: Path | None) -> dict[str, Any]:
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, bank: AdapterBank, moments: dict[str, torch.Tensor]) -> None:
     # Until some rollout has been right, no step has had a gradient, and there are no moments yet.
-    if not moments:
-        return
     for name, parameter in bank.parameters().items():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        # Nodes that have joined have none of their own until they have learned something.
+        for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.step" in moments else ():
             value = moments[f"{name}.{key}"]
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 

@@ -7,17 +7,18 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from neuromas.config import TaskConfig, TrainConfig, from_json, load_toml
+from neuromas.config import GrowthConfig, TaskConfig, TrainConfig, from_json, load_toml
 
 USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 
   train [CONFIG.toml]   train a network; without arguments a small one on a bundled backbone, in minutes
+  grow RUN --to WIDTHS  add nodes or layers to a trained network and train on, in a new run
   eval RUN              score a trained run on held-out problems or on a file
   ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
   show RUN|CONFIG.toml  draw a network and its budget
@@ -39,6 +40,51 @@ class TrainArguments:
     """Go on from the last checkpoint of --run-dir, with that run's settings; starts it if there is none yet."""
     dry_run: bool = False
     """Print the network, its trainable parameters and the resolved settings, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrowArguments:
+    """Grow a finished run's network and train on, in a new run; the old one stays as it is.
+
+    Old nodes keep ids, adapters and optimizer state. Steps, questions and the ledger count on from the old run's; the learning
+    rate begins anew. Settings not named here are the old run's.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run to grow."""
+    to: tuple[int, ...] = ()
+    """Nodes per layer afterwards, ending in 1, e.g. 2 2 1."""
+    new_layers: tuple[int, ...] = ()
+    """Which layers of --to are new. Empty: the last ones before the output layer that need be."""
+    connect: tuple[tuple[int, int], ...] = ()
+    """Edges to add, e.g. 1 3; they may name new nodes."""
+    edges: tuple[tuple[int, int], ...] = ()
+    """All edges afterwards, in place of --to and --connect; old nodes keep their ids."""
+    start: tuple[str, ...] = ("zero",)
+    """Adapters of new nodes: zero or copy:NODE for all, NEW:zero or NEW:copy:NODE for one."""
+    noise: float = 0.0
+    """Normal noise on copies, as a share of the copied tensor's root mean square."""
+    opening: Literal["immediate", "annealed"] = "immediate"
+    """`immediate`: every question runs through the grown network at once (the paper's). `annealed`: with a probability that
+    rises from 0, at which the network is still its parent, to 1."""
+    open_steps: int = 10
+    """Steps over which an annealed opening rises."""
+    warmup_new: int = 0
+    """Steps in which new nodes alone learn."""
+    steps: int | None = None
+    """Steps to train on. None: as many as the old run had."""
+    lr: float | None = None
+    """Peak learning rate. None: the old run's."""
+    step_tokens: int | None = None
+    """Sampled tokens of a step, see `neuromas train`. None: as the old run."""
+    run_dir: Path | None = None
+    """Folder of the new run. None: RUN-to-WIDTHS."""
+    task: str | None = None
+    """Checked only: a network grows on the task that it has."""
+    backbone: str | None = None
+    """Checked only: a network grows on the backbone that it has."""
+    dry_run: bool = False
+    """Print what would be kept and what new, the grown network and all settings, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,21 +187,53 @@ def run_train(args: Sequence[str]) -> None:
         set_up_task(config)
         print(show.plan(config))
         return
+    _train(config, resume=parsed.resume)
+
+
+def _train(config: TrainConfig, *, resume: bool = False, parent: Path | None = None) -> None:
+    """Train a run, print its scores and draw its curve; exit with 130 if the user stops it."""
     from neuromas.checkpoint import RunDirectory
     from neuromas.plot import plot_run
     from neuromas.stop import Interrupted
     from neuromas.train import train
 
     try:
-        scores = train(config, resume=parsed.resume)
+        scores = train(config, resume=resume, parent=RunDirectory.open(parent) if parent else None)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
+        if parent:
+            print(f"that is: neuromas train --resume --run-dir {config.run_path}", file=sys.stderr)
         sys.exit(130)
     for when, results in scores.items():
         for name, result in results.items():
             print(f"{when} training, {name}: {result}")
     print(f"curve: {plot_run(RunDirectory.open(config.run_path))}")
     print(f"look into it: neuromas show {config.run_path}")
+
+
+def run_grow(args: Sequence[str]) -> None:
+    parsed = _parse(GrowArguments, args, "grow")
+    if not (parsed.to or parsed.connect or parsed.edges):
+        raise ValueError("grow needs --to, --connect or --edges: what to grow to, e.g. --to 2 2 1")
+    entry = GrowthConfig(
+        widths=parsed.to, new_layers=parsed.new_layers, connect=parsed.connect, edges=parsed.edges, start=parsed.start,
+        noise=parsed.noise, opening=parsed.opening, open_steps=parsed.open_steps, warmup_new=parsed.warmup_new,
+    )  # fmt: skip
+    from neuromas import show
+    from neuromas.checkpoint import RunDirectory
+    from neuromas.stages import grown_config
+
+    parent = RunDirectory.open(parsed.run)
+    changes = {
+        name: value for name in ("lr", "step_tokens", "run_dir", "backbone") if (value := getattr(parsed, name)) is not None
+    }
+    if parsed.task is not None:
+        changes["task"] = replace(parent.config.task, name=parsed.task)
+    config = grown_config(parent, entry, steps=parsed.steps, **changes)
+    if parsed.dry_run:
+        print(show.plan(config))
+        return
+    _train(config, parent=parsed.run)
 
 
 def run_eval(args: Sequence[str]) -> None:
@@ -242,7 +320,7 @@ def run_tasks(args: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": run_train, "eval": run_eval, "ask": run_ask, "show": run_show, "tasks": run_tasks,
+    "train": run_train, "grow": run_grow, "eval": run_eval, "ask": run_ask, "show": run_show, "tasks": run_tasks,
 }  # fmt: skip
 
 

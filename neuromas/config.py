@@ -15,11 +15,17 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
+from neuromas import growth as growing
+from neuromas.growth import Growth, Opening
 from neuromas.topology import Topology
 
 C = TypeVar("C")
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+MOST = 4
+"""With a budget of tokens: times the first step's questions that a step asks at most."""
 
 
 def _require(ok: bool, flag: str, expected: str, got: object) -> None:
@@ -94,12 +100,63 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GrowthConfig:
+    """One growth in the course of a run: an entry `[[growth]]` of a TOML file, with `widths`, `connect` or both, or `edges`."""
+
+    at_step: int = 0
+    """Optimizer steps done before it."""
+    widths: tuple[int, ...] = ()
+    """Nodes per layer afterwards. Empty: as before."""
+    new_layers: tuple[int, ...] = ()
+    """Which layers of `widths` are new. Empty: the last ones before the output layer that need be."""
+    connect: tuple[tuple[int, int], ...] = ()
+    """Edges to add between nodes, new ones included."""
+    edges: tuple[tuple[int, int], ...] = ()
+    """All edges afterwards, in place of `widths` and `connect`; old nodes keep their ids."""
+    start: tuple[str, ...] = ("zero",)
+    """Adapters of new nodes: zero or copy:NODE for all, NEW:zero or NEW:copy:NODE for one."""
+    noise: float = 0.0
+    """Normal noise on copies, as a share of the copied tensor's root mean square."""
+    opening: Opening = "immediate"
+    """`immediate`: every group runs through the grown network at once (the paper's). `annealed`: with a probability that rises
+    from 0, at which the network is still its parent, to 1."""
+    open_steps: int = 10
+    """Steps over which an annealed opening rises."""
+    warmup_new: int = 0
+    """Steps in which new nodes alone learn."""
+    restart_lr: bool = False
+    """Begin a new warm-up and cosine of the learning rate here, to the next such growth or the end."""
+
+    def build(self, parent: Topology, *, skip: bool) -> Growth:
+        """Return the growth of this parent; ValueError says what makes it none."""
+        _require(self.noise >= 0, "growth.noise", "at least 0", self.noise)
+        _require(self.warmup_new >= 0, "growth.warmup_new", "at least 0", self.warmup_new)
+        _require(self.opening != "annealed" or self.open_steps >= 1, "growth.open_steps", "at least 1", self.open_steps)
+        if self.edges and (self.widths or self.connect or self.new_layers):
+            raise ValueError("growth.edges and growth.widths, new_layers, connect exclude each other; give one or the other")
+        if self.new_layers and not self.widths:
+            raise ValueError("growth.new_layers names layers of growth.widths; give both")
+        grown = Topology.from_edges(self.edges) if self.edges else parent
+        if self.widths:
+            grown = growing.plan(parent, self.widths, new_layers=self.new_layers, skip=skip)
+        for sender, recipient in self.connect:
+            grown = growing.connect(grown, sender, recipient)
+        growing.check(parent, grown)
+        return Growth(
+            parent, grown, growing.parse_copies(self.start, parent, grown), at_step=self.at_step, opening=self.opening,
+            open_steps=self.open_steps, warmup_new=self.warmup_new, noise=self.noise,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Train a network of language-model nodes on one task by joint REINFORCE."""
 
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    growth: Annotated[tuple[GrowthConfig, ...], tyro.conf.Suppress] = ()
+    """Growths in the course of the run, in order; written in a TOML file, or by `neuromas grow`."""
 
     backbone: str = "bundled"
     """Frozen language model shared by all nodes: `bundled`, a folder, or a Hugging Face id such as Qwen/Qwen3-0.6B."""
@@ -112,6 +169,10 @@ class TrainConfig:
     """Optimizer steps."""
     examples_per_step: int = 16
     """Questions in a step (P)."""
+    step_tokens: int = 0
+    """Sampled tokens of a step: the number of questions then follows from what the steps before have spent, so that networks
+    of unlike size cost equally much in equally many steps; `examples_per_step` is that of the first step, and at most 4 times
+    as many are asked. 0: always `examples_per_step`."""
     group_size: int = 8
     """Rollouts of each question (G)."""
     max_new_tokens: int = 64
@@ -160,7 +221,7 @@ class TrainConfig:
             "save_every",
         ):
             _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed"):
+        for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens"):
             _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         _require(0 < self.temperature < math.inf, "--temperature", "above 0 (training samples)", self.temperature)
         _require(0 < self.lr < math.inf, "--lr", "above 0", self.lr)
@@ -172,13 +233,34 @@ class TrainConfig:
             f"at least {needed} with --centring {self.centring}",
             self.group_size,
         )
+        self.growths()
         return self
+
+    @property
+    def drawn_per_step(self) -> int:
+        """Questions drawn for a step; with a budget of tokens, a step asks the first of them."""
+        return self.examples_per_step * (MOST if self.step_tokens else 1)
+
+    def growths(self) -> tuple[Growth, ...]:
+        """Return the growths of the run; ValueError if one is impossible or begins before the one before it is open."""
+        topology, free, built = self.topology.build(), 0, []
+        for entry in self.growth:
+            _require(free <= entry.at_step < self.num_steps, "growth.at_step",
+                     f"{free} (when the network before it is open) to {self.num_steps - 1}", entry.at_step)  # fmt: skip
+            built.append(entry.build(topology, skip=self.topology.skip and not self.topology.edges))
+            topology, free = built[-1].grown, max(built[-1].opened_by, entry.at_step + 1)
+            _require(
+                free <= self.num_steps, "growth.open_steps", f"such that it is open by step {self.num_steps}", entry.open_steps
+            )
+        return tuple(built)
 
     @property
     def run_path(self) -> Path:
         if self.run_dir is not None:
             return self.run_dir
         shape = "edges" if self.topology.edges else "-".join(map(str, self.topology.widths))
+        for growth in self.growths():
+            shape += f"-to-{'-'.join(map(str, growing.widths_of(growth.grown)))}"
         # A name may hold colons and slashes: jsonl:data/mine.jsonl.
         name = re.sub(r"[^\w.-]+", "-", self.task.name)
         return Path("runs") / f"{name}-{shape}-seed{self.seed}"
@@ -225,6 +307,12 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         _require(isinstance(value, list | tuple), where, "a list", value)
         kinds = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
         _require(len(kinds) == len(value), where, f"a list of {len(kinds)}", value)
+        if dataclasses.is_dataclass(options[0]) and isinstance(options[0], type):
+            tables = []
+            for place, table in enumerate(value):
+                _require(isinstance(table, dict), f"{where}[{place}]", "a table", table)
+                tables.append(from_dict(options[0], table, where=f"{where}[{place}]"))
+            return tuple(tables)
         return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
     accepted = {float: (int, float), Path: (str, Path)}.get(kind, (kind,))
     is_right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))

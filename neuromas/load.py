@@ -7,6 +7,7 @@ from pathlib import Path
 
 from neuromas.checkpoint import RunDirectory
 from neuromas.network import Network
+from neuromas.stages import Stages
 from neuromas.tasks import Task, from_config
 from neuromas.train import build_network
 from neuromas.types import Example
@@ -47,6 +48,7 @@ def load_network(run: RunDirectory, *, untrained: bool = False) -> tuple[Network
     network = build_network(dataclasses.replace(run.config, device="auto"))
     if untrained:
         return network, 0
+    Stages(network, run.config.growths()).restore(run.step)
     state = run.load(network.adapters)
     assert state is not None
     run.check_backbone(state, network.backbone.checksum())
@@ -62,5 +64,5 @@ def drawn_in_training(run: RunDirectory, steps: int, examples: Iterable[Example]
     task = from_config(config.task)
     task.held_out = run.held_out()
     for step in range(steps):
-        drawn |= wanted & {example.id for example in task.training_batch(config.seed, step, config.examples_per_step)}
+        drawn |= wanted & {example.id for example in task.training_batch(config.seed, step, config.drawn_per_step)}
     return drawn

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch.nn import Parameter
+
 from neuromas import messages
 from neuromas.adapters import AdapterBank
 from neuromas.backbone import Backbone
 from neuromas.config import AdapterConfig
-from neuromas.engines.base import Engine
+from neuromas.engines.base import Engine, uniforms
 from neuromas.engines.torch_engine import TorchEngine
+from neuromas.growth import Growth
 from neuromas.topology import Topology
 from neuromas.types import Completion, Example, Group, Message, Request, Rollout, Sample
 
@@ -30,6 +33,10 @@ class Network:
         seed: int = 0,
     ) -> None:
         self.topology = topology
+        self.parent: Topology | None = None
+        """The topology before the last growth."""
+        self.open_probability = 1.0
+        """Probability that a group runs through `topology` and not through `parent`."""
         self.backbone = backbone
         self.adapters: AdapterBank = backbone.add_adapters(topology.nodes, adapter or AdapterConfig(), seed)
         self.engine: Engine = engine or TorchEngine(backbone)
@@ -40,21 +47,43 @@ class Network:
     ) -> list[Group]:
         """Pass every example through the network `group_size` times and return one group per example, in order.
 
-        A draw depends on (seed, example, rollout, node) alone, so batches and other nodes change nothing.
+        A draw depends on (seed, example, rollout, node) alone, so batches and other nodes change nothing. While a growth is not
+        fully open, a group runs as a whole through the parent's topology or through the grown one; that draw depends on
+        (seed, example). A closed group is what the parent itself would have written, token by token.
         """
         for example in examples:
-            self._check_length(example)
-        sweep = _Sweep(self, examples, group_size, tuple(seed))
+            self.check_length(example)
+        sweep = _Sweep(self.backbone, [(e, self.topology_of(e, seed)) for e in examples], group_size, tuple(seed))
         self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
         return sweep.groups()
 
-    def _check_length(self, example: Example) -> None:
-        """Raise ValueError if a node's prompt and text may grow beyond what the backbone can read."""
+    def topology_of(self, example: Example, seed: Sequence[int | str]) -> Topology:
+        """Return the topology that the group of this example runs through."""
+        if self.parent is None or self.open_probability >= 1:
+            return self.topology
+        is_open = uniforms((*seed, example.id, "open"), 1)[0] < self.open_probability
+        return self.topology if is_open else self.parent
+
+    def grow(self, growth: Growth) -> list[Parameter]:
+        """Take on a growth, closed, and return the new nodes' parameters; `open_probability` opens it.
+
+        Raises ValueError if the network is not the growth's parent, or an earlier growth is not fully open yet.
+        """
+        if self.open_probability < 1:
+            raise ValueError(f"the growth before is open with probability {self.open_probability:g} only; open it fully first")
+        if growth.parent != self.topology:
+            raise ValueError("this growth is of another network: its parent has other nodes or edges")
+        self.parent, self.topology, self.open_probability = growth.parent, growth.grown, 0.0
+        return self.adapters.add_nodes(dict(growth.copies), noise=growth.noise) if growth.new else []
+
+    def check_length(self, example: Example, *later: Topology) -> None:
+        """Raise ValueError if a node's prompt and text may grow beyond what the backbone reads, in `later` topologies too."""
         limit = getattr(self.backbone.model.config, "max_position_embeddings", None)
         if limit is None:
             return
         question = len(self.backbone.prompt(example.question, "").prefix_ids)
-        most_senders = max(len(self.topology.senders(node)) for node in self.topology.nodes)
+        shapes = [self.topology, *([self.parent] if self.parent else []), *later]
+        most_senders = max(len(shape.senders(node)) for shape in shapes for node in shape.nodes)
         # A message comes with a line of its own, and the node's own part of the prompt is a few dozen tokens.
         texts = (most_senders + 1) * (self.max_new_tokens + 16) + 64
         if question + texts > limit:
@@ -70,12 +99,27 @@ class Network:
         return self.rollout([example], 1, seed=("ask", seed), temperature=0.0)[0][0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Routes:
+    """Who speaks to whom in one topology, looked up once."""
+
+    topology: Topology
+    senders: dict[int, tuple[int, ...]]
+    recipients: dict[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, topology: Topology) -> "_Routes":
+        nodes = topology.nodes
+        return cls(topology, {n: topology.senders(n) for n in nodes}, {n: topology.recipients(n) for n in nodes})
+
+
 @dataclass(slots=True)
 class _Pass:
     """One rollout on its way: what has been written so far."""
 
     example: Example
     index: int
+    routes: _Routes
     completions: dict[int, Completion] = field(default_factory=dict)
     requests: dict[int, Request] = field(default_factory=dict)
 
@@ -83,39 +127,49 @@ class _Pass:
 class _Sweep:
     """Carries messages along the edges: a node's request is made as soon as its last sender has written."""
 
-    def __init__(self, network: Network, examples: Sequence[Example], group_size: int, seed: tuple[int | str, ...]) -> None:
-        self.topology, self.backbone, self.seed = network.topology, network.backbone, seed
-        self.passes = [_Pass(example, index) for example in examples for index in range(group_size)]
-        self.group_size = group_size
-        self.num_nodes = len(self.topology.nodes)
-        self.place = {node: place for place, node in enumerate(self.topology.nodes)}
-        self.senders = {node: self.topology.senders(node) for node in self.topology.nodes}
-        self.recipients = {node: self.topology.recipients(node) for node in self.topology.nodes}
+    def __init__(
+        self, backbone: Backbone, examples: Sequence[tuple[Example, Topology]], group_size: int, seed: tuple[int | str, ...]
+    ) -> None:
+        self.backbone, self.seed, self.group_size = backbone, seed, group_size
+        routes = {topology: _Routes.of(topology) for topology in dict.fromkeys(topology for _, topology in examples)}
+        self.routes = list(routes.values())
+        self.passes = [_Pass(example, i, routes[topology]) for example, topology in examples for i in range(group_size)]
+        self.keys: list[tuple[int, int]] = []
+        """(pass, node) of each request."""
 
     def start(self) -> list[tuple[int, Request]]:
-        sources = [node for node in self.topology.nodes if not self.senders[node]]
-        return [self._request(which, node) for node in sources for which in range(len(self.passes))]
+        return [
+            self._request(which, node)
+            for routes in self.routes
+            for node in routes.topology.nodes
+            if not routes.senders[node]
+            for which, running in enumerate(self.passes)
+            if running.routes is routes
+        ]
 
     def _request(self, which: int, node: int) -> tuple[int, Request]:
         running = self.passes[which]
-        inbox = [m for sender in self.senders[node] for m in running.completions[sender].messages if m.recipient == node]
-        text = messages.render(self.topology, node, running.example, inbox)
+        senders = running.routes.senders[node]
+        inbox = [m for sender in senders for m in running.completions[sender].messages if m.recipient == node]
+        text = messages.render(running.routes.topology, node, running.example, inbox)
         prompt = self.backbone.prompt(running.example.question, text)
         request = Request(node, prompt, (*self.seed, running.example.id, running.index, node))
         running.requests[node] = request
-        return which * self.num_nodes + self.place[node], request
+        self.keys.append((which, node))
+        return len(self.keys) - 1, request
 
     def receive(self, key: int, sample: Sample) -> list[tuple[int, Request]]:
-        which, place = divmod(key, self.num_nodes)
-        node, running = self.topology.nodes[place], self.passes[which]
-        sent: tuple[Message, ...] = messages.parse(sample.text, node, self.recipients[node])
+        which, node = self.keys[key]
+        running = self.passes[which]
+        routes = running.routes
+        sent: tuple[Message, ...] = messages.parse(sample.text, node, routes.recipients[node])
         running.completions[node] = Completion(node, running.requests[node].prompt, sample, sent)
         return [
             self._request(which, recipient)
-            for recipient in self.recipients[node]
-            if all(sender in running.completions for sender in self.senders[recipient])
+            for recipient in routes.recipients[node]
+            if all(sender in running.completions for sender in routes.senders[recipient])
         ]
 
     def groups(self) -> list[Group]:
-        rollouts = [Rollout(p.example, p.index, tuple(p.completions[n] for n in self.topology.nodes)) for p in self.passes]
+        rollouts = [Rollout(p.example, p.index, tuple(p.completions[n] for n in p.routes.topology.nodes)) for p in self.passes]
         return [tuple(rollouts[i : i + self.group_size]) for i in range(0, len(rollouts), self.group_size)]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from neuromas.checkpoint import RunDirectory
+from neuromas.growth import widths_of
 
 SMOOTHING_STEPS = 10
 
@@ -31,7 +32,10 @@ def plot_run(run: RunDirectory) -> Path:
             label="validation accuracy, greedy, 95% interval",
         )  # fmt: skip
     scores = run.read_json("evaluation.json") or {}
-    for when, at in (("before", 0), ("after", run.config.num_steps)):
+    for growth in run.config.growth:
+        axes.axvline(growth.at_step, color="tab:gray", linestyle=":", linewidth=1)
+    first = records[0]["step"] if records else 0
+    for when, at in (("before", first), ("after", run.config.num_steps)):
         for name, color in zip(scores.get(when, {}), ("tab:green", "tab:red"), strict=False):
             s = scores[when][name]
             axes.errorbar(
@@ -40,7 +44,8 @@ def plot_run(run: RunDirectory) -> Path:
             )  # fmt: skip
             if when == "after":
                 axes.axhline(s["floor"], color=color, linestyle="--", linewidth=1, label=f"floor of {name}")
-    widths = "-".join(map(str, run.config.topology.widths))
+    shapes = [run.topology, *(growth.grown for growth in run.config.growths())]
+    widths = " to ".join("-".join(map(str, widths_of(shape))) for shape in shapes)
     axes.set(
         xlabel="step",
         ylabel="share right",

@@ -1,5 +1,6 @@
 """Networks and rollouts, drawn in the terminal and described as JSON."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from neuromas.backbone import config_of
 from neuromas.checkpoint import RunDirectory
 from neuromas.config import TrainConfig, load_toml, to_json
 from neuromas.evaluate import Evaluation
+from neuromas.growth import Growth
+from neuromas.growth import describe as describe_growth
 from neuromas.tasks import Task, from_config
 from neuromas.topology import Topology
 from neuromas.types import Rollout
@@ -24,33 +27,49 @@ def plan(config: TrainConfig) -> str:
     """Return what a run of this config would be, as text: the drawing, the budget, the resolved settings."""
     console = Console(width=100, highlight=False, markup=False)
     with console.capture() as capture:
-        print_description(_description(config, config.topology.build()), console)
+        print_description(_planned(config), console)
     return f"{capture.get()}{to_json(config)}"
 
 
 def describe(what: Path) -> dict[str, Any]:
     """Describe a run folder or a TOML config; ValueError if it is neither."""
     if what.suffix == ".toml":
-        config = load_toml(what).check()
-        return _description(config, config.topology.build())
+        return _planned(load_toml(what).check())
     run = RunDirectory.open(what)
-    description = _description(run.config, run.topology) | {
+    done, growths = run.step, run.config.growths()
+    taken = [growth for growth in growths if growth.at_step < done]
+    description = _description(run.config, taken[-1].grown if taken else run.topology, taken, done) | {
         "run": str(what),
         "evaluation": run.read_json("evaluation.json"),
     }
+    if growths:
+        records = run.read_json("growth.json") or []
+        description["growth"] = records[: len(taken)] + [growth.record() for growth in growths[len(taken) :]]
+        description["parent"] = run.read_json("parent.json")
     if folders := run.checkpoints():
         description["checkpoint"] = folders[-1].name
         description["ledger"] = run.read_json(f"checkpoints/{folders[-1].name}/ledger.json")
     return description
 
 
-def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
+def _planned(config: TrainConfig) -> dict[str, Any]:
+    """Describe a run to be: the network that it ends with, and how it grows to that."""
+    growths = config.growths()
+    description = _description(config, growths[-1].grown if growths else config.topology.build(), growths, config.num_steps)
+    return description | {"growth": [growth.record() for growth in growths]} if growths else description
+
+
+def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth], step: int) -> dict[str, Any]:
+    """Describe a network that has taken these growths on and done so many steps."""
     with torch.device("meta"):
         # Shapes alone: counting parameters needs no weights.
         model = AutoModelForCausalLM.from_config(config_of(config.backbone))
     targets = find_targets(model, config.adapter.target_modules)
     per_rank = sum(linear.in_features + linear.out_features for linear in targets.values())
-    rank = resolve_rank(config.adapter, len(topology.nodes), per_rank)
+    # Nodes that join get the rank of those that were there first.
+    rank = resolve_rank(config.adapter, len(config.topology.build().nodes), per_rank)
+    new = taken[-1].new if taken else ()
+    probability = taken[-1].open_probability(step) if taken else 1.0
     return {
         "task": from_config(config.task).name,
         "backbone": config.backbone,
@@ -62,9 +81,11 @@ def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
                 "reads": list(topology.senders(node)),
                 "writes_to": list(topology.recipients(node)),
             }
+            | ({"state": "kept" if node not in new else "new" if probability >= 1 else "opening"} if taken else {})
             for node in topology.nodes
         ],
         "output_node": topology.output_node,
+        "open_probability": probability,
         "calls_per_answer": len(topology.nodes),
         "rank": rank,
         "trainable_parameters_per_node": rank * per_rank,
@@ -72,7 +93,7 @@ def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
         "adapter_scope": config.adapter.scope,
         "max_tokens_per_answer": config.max_new_tokens * len(topology.nodes),
         "training_rollouts": config.num_steps * config.examples_per_step * config.group_size,
-    }
+    } | ({"training_sampled_tokens": config.num_steps * config.step_tokens} if config.step_tokens else {})
 
 
 def print_description(description: dict[str, Any], console: Console | None = None) -> None:
@@ -80,25 +101,53 @@ def print_description(description: dict[str, Any], console: Console | None = Non
     console.print(_drawing(description))
     edges = "  ".join(f"{node['id']}─▶{recipient}" for node in description["nodes"] for recipient in node["writes_to"])
     console.print(f"messages: {edges or 'none'}; every node reads the question as well")
+    for record in description.get("growth") or []:
+        console.print(describe_growth(record), soft_wrap=True)
+    if description.get("growth"):
+        console.print(_opening(description))
+    if origin := description.get("parent"):
+        console.print(f"grown from: {origin['run']}, {origin['checkpoint']}, checksum {origin['checksum']}", soft_wrap=True)
     for key in ("task", "backbone", "backbone_parameters", "trainable_parameters", "trainable_parameters_per_node", "rank",
-                "adapter_scope", "calls_per_answer", "max_tokens_per_answer", "training_rollouts", "checkpoint"):  # fmt: skip
+                "adapter_scope", "calls_per_answer", "max_tokens_per_answer", "training_rollouts", "training_sampled_tokens",
+                "checkpoint"):  # fmt: skip
         if key in description:
             value = description[key]
             console.print(
                 f"{key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')}: {value}"
             )
-    for key, value in (description.get("ledger") or {}).items():
+    ledger = dict(description.get("ledger") or {})
+    phases = ledger.pop("phases", [])
+    for key, value in ledger.items():
         console.print(f"spent in training, {key.replace('_', ' ')}: {value:,}")
+    for number, phase in enumerate(phases, start=1):
+        counts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in phase.items())
+        console.print(f"of that in phase {number}: {counts}", soft_wrap=True)
     for when, results in (description.get("evaluation") or {}).items():
         for name, result in results.items():
             console.print(Text(f"{when} training, {name}: {Evaluation(**result)}"), soft_wrap=True)
+
+
+_MARKS = {"kept": "({})", "new": "[{}]", "opening": "<{}>"}
+
+
+def _opening(description: dict[str, Any]) -> str:
+    """Say how to read the drawing of a grown network: what was kept, what is new, what is open."""
+    if description["open_probability"] >= 1:
+        return "drawing: (k) kept, [k] new in the last growth; all open"
+    share = f"{description['open_probability']:.0%}"
+    return (
+        f"drawing: (k) kept, <k> new in the last growth, open for {share} of the questions; the others run through its parent"
+    )
 
 
 def _drawing(description: dict[str, Any]) -> Table:
     """Draw one column per layer, its nodes below each other; the edges are listed beneath."""
     nodes = description["nodes"]
     depth = max(node["layer"] for node in nodes)
-    layers = [[f"({node['id']})" for node in nodes if node["layer"] == layer] for layer in range(1, depth + 1)]
+    layers = [
+        [_MARKS[node.get("state", "kept")].format(node["id"]) for node in nodes if node["layer"] == layer]
+        for layer in range(1, depth + 1)
+    ]
     columns = [["question"], *layers, ["answer"]]
     table = Table.grid(padding=(0, 1))
     cells = []

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 
 from neuromas import reinforce
 from neuromas.backbone import Backbone
-from neuromas.budget import Ledger
+from neuromas.budget import Ledger, Pace
 from neuromas.checkpoint import RunDirectory, State
 from neuromas.config import TrainConfig
 from neuromas.evaluate import Evaluation, evaluate
+from neuromas.growth import Growth, describe
 from neuromas.metrics import rollout_metrics
 from neuromas.network import Network
 from neuromas.progress import Progress
+from neuromas.stages import Stages, changed_answers, check_descends
 from neuromas.stop import Stop, stop_signals
 from neuromas.tasks import Task, from_config
 from neuromas.types import Example, Group
@@ -34,7 +37,12 @@ class Setup:
 def set_up(config: TrainConfig) -> Setup:
     """Build task, backbone and network; ValueError names the flag that is wrong."""
     task, sets = set_up_task(config)
-    return Setup(config, task, build_network(config), sets)
+    network = build_network(config)
+    if growths := config.growths():
+        # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
+        for example in (example for examples in sets.values() for example in examples):
+            network.check_length(example, *(growth.grown for growth in growths))
+    return Setup(config, task, network, sets)
 
 
 def set_up_task(config: TrainConfig) -> tuple[Task, dict[str, list[Example]]]:
@@ -68,26 +76,39 @@ def build_network(config: TrainConfig) -> Network:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine from the peak to `final_lr` of it at the last step."""
+    """Linear warm-up, then a cosine from the peak to `final_lr` of it at the last step; a growth may begin both anew."""
+    restarts = [entry.at_step for entry in config.growth if entry.restart_lr]
+    first = max((at for at in restarts if at <= step), default=0)
+    end = min((at for at in restarts if at > step), default=config.num_steps)
+    step -= first
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    done = (step - config.warmup_steps) / max(1, end - first - config.warmup_steps)
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> dict[str, dict[str, Evaluation]]:
+def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None) -> dict[str, dict[str, Evaluation]]:
     """Train a run to its end and return its scores, `before` and `after`, by set of examples.
+
+    With a `parent`, a new run goes on from that run's newest checkpoint.
 
     Raises ValueError for a mistake in the config or the run directory before any long work, and `Interrupted` if the user
     stops it, after saving.
     """
     config.check()
     run = find_run(config, resume=resume)
+    if parent:
+        check_descends(parent, config)
     setup = set_up(config)
+    if parent:
+        parent.check_backbone(None, setup.network.backbone.checksum())
     with run.locked():
+        if parent:
+            run.adopt(parent)
         run.initialise(setup.task.held_out)
         trainer = Trainer(setup, run)
         with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
+            trainer.tell = progress.note
             progress.note(f"run {run.path}: {setup.network.adapters.trainable_parameters:,} trainable parameters")
             scores = {"before": trainer.evaluate_once("before", progress, stop)}
             for step in range(trainer.step, config.num_steps):
@@ -108,14 +129,18 @@ class Trainer:
         self.config, self.task, self.network, self.run = setup.config, setup.task, setup.network, run
         self.sets = setup.evaluation_sets
         self.bank, self.backbone = setup.network.adapters, setup.network.backbone
-        self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=setup.config.lr, weight_decay=0.0)
+        self.tell: Callable[[str], None] = lambda text: None
         self.checksum = self.backbone.checksum()
+        self.stages = Stages(setup.network, setup.config.growths())
+        self.stages.restore(run.step)
+        self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=setup.config.lr, weight_decay=0.0)
         state = run.load(self.bank, self.optimizer)
         if state:
             run.check_backbone(state, self.checksum)
         self.step = state.step if state else 0
         self.running_mean = state.running_mean if state else 0.0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
+        self.pace = state.pace if state else Pace()
         run.forget_after(self.step)
         self.looks = self.config.eval_every > 0 and self.task.has("validation")
         if self.looks:
@@ -123,13 +148,17 @@ class Trainer:
 
     def train_step(self, step: int) -> dict[str, float]:
         """Do one step of the straight line; log it and return its metrics."""
+        while growth := self.stages.due(step):
+            self._grow(growth)
+        self.stages.open(step)
         config, started = self.config, time.perf_counter()
-        examples = self.task.training_batch(config.seed, step, config.examples_per_step)
+        examples = self._questions(step)
         groups = self.network.rollout(
             examples, config.group_size, seed=(config.seed, step), temperature=config.temperature
         )  # fmt: skip
         rollout_seconds = time.perf_counter() - started
         self.ledger.record(groups)
+        self.pace.settle(config.step_tokens, groups)
 
         rewards = self.task.rewards([(r.example, r.answer) for group in groups for r in group])
         rewards_PG = torch.tensor(rewards).view(len(groups), config.group_size)
@@ -138,7 +167,7 @@ class Trainer:
         )
         self.running_mean += (rewards_PG.mean().item() - self.running_mean) * (0.1 if step else 1.0)
         metrics = rollout_metrics(self.task, groups, rewards_PG, advantages_PG)
-        metrics |= self._update(step, groups, advantages_PG)
+        metrics |= self._shape(step, examples) | self._update(step, groups, advantages_PG)
 
         seconds = time.perf_counter() - started
         metrics["seconds/rollout/sum"] = rollout_seconds
@@ -147,11 +176,46 @@ class Trainer:
             sum(len(c.sample.token_ids) for group in groups for r in group for c in r.completions) / seconds
         )
         self.step = step + 1
+        self.stages.open(self.step)
         if self.looks and self.step % config.eval_every == 0:
             metrics |= self._look()
         self.run.log_metrics(step, metrics)
         self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
         return metrics
+
+    def _questions(self, step: int) -> list[Example]:
+        config = self.config
+        if not config.step_tokens:
+            return self.task.training_batch(config.seed, step, config.examples_per_step)
+        calls = self.stages.expected_calls() * config.group_size
+        count = self.pace.questions(config.step_tokens, config.examples_per_step, calls)
+        # Always as many are drawn: what a step draws is then a function of the step alone.
+        return self.task.training_batch(config.seed, step, config.drawn_per_step)[:count]
+
+    def _shape(self, step: int, examples: list[Example]) -> dict[str, float]:
+        metrics: dict[str, float] = {"questions/sum": float(len(examples))}
+        if self.config.growth:
+            grown = [self.network.topology_of(e, (self.config.seed, step)) == self.network.topology for e in examples]
+            metrics["open_groups/frac"] = sum(grown) / len(grown)
+            metrics["open_probability/value"] = self.network.open_probability
+        return metrics
+
+    def _grow(self, growth: Growth) -> None:
+        """Take on a growth: old adapters and their optimizer state are not touched. What was done is told and stored."""
+        record = growth.record()
+        measured = growth.opening == "immediate" and self.task.has("validation")
+        examples = self.task.examples("validation", self.config.validation_size) if measured else []
+        before = evaluate(self.network, self.task, examples) if measured else None
+        if parameters := self.network.grow(growth):
+            self.optimizer.add_param_group({"params": parameters})
+        self.stages.taken += 1
+        self.stages.open(growth.at_step)
+        self.ledger.begin_phase(self.bank.trainable_parameters)
+        if before:
+            record["changed_answers"] = changed_answers(before, self.network, self.task, examples)
+        records = (self.run.read_json("growth.json") or [])[: self.stages.taken - 1]
+        self.run.write_json("growth.json", [*records, record])
+        self.tell(describe(record))
 
     def _update(self, step: int, groups: list[Group], advantages_PG: torch.Tensor) -> dict[str, float]:
         config, bank = self.config, self.bank
@@ -166,6 +230,7 @@ class Trainer:
             loss.backward()
             loss_sum += loss.item()
             gap = max(gap, (logprobs_BC.detach() - micro_batch.sampled_logprobs_BC).abs().max().item())
+        bank.drop_gradients(self.stages.learning(step, groups))
         grad_norms = bank.clip_grad_norms(config.max_grad_norm)
         lr = learning_rate(config, step)
         for group in self.optimizer.param_groups:
@@ -207,7 +272,8 @@ class Trainer:
         return results
 
     def save(self) -> None:
-        self.run.save(self.bank, self.optimizer, State(self.step, self.running_mean, self.checksum, self.ledger))
+        state = State(self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology)
+        self.run.save(self.bank, self.optimizer, state)
 
     def check_frozen(self) -> None:
         """Raise RuntimeError if a weight of the backbone is not what it was."""
