@@ -30,6 +30,12 @@ def spell(amount: float) -> str:
     return f"{amount:,.0f}" if amount >= 1000 or float(amount).is_integer() else f"{amount:,.3g}"
 
 
+def shorten(text: str, length: int = 30) -> str:
+    """Write an answer in one short line: it may be a whole program."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def compare_amounts(name: str, first: float, second: float) -> str:
     """Describe one quantity of two methods, e.g. `calls per answer 3 against 1`."""
     return f"{QUANTITIES[name]} {spell(first)} against {spell(second)}"
