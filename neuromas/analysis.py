@@ -146,12 +146,12 @@ def amounts_of(spec: CellSpec, result: CellResult, answers: Sequence[Answer]) ->
 def compare(grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: Sequence[str] = ()) -> Comparison:
     """Score what was found of a grid's cells, and compare its pairs."""
     runs: dict[Problem, dict[str, list[Run]]] = {}
-    lost: dict[tuple[str, str], dict[str, list[str]]] = {}
+    lost: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
     for spec, stored in found:
         problem = problem_of(spec)
         if stored is None or stored.result is None:
             reason = "not run yet" if stored is None else f"died: {stored.error}"
-            lost.setdefault(problem, {}).setdefault(spec.method, []).append(f"seed {spec.config.seed} {reason}")
+            lost.setdefault(problem, {}).setdefault(spec.method, {}).setdefault(reason, []).append(str(spec.config.seed))
             continue
         for which, answers in stored.result.answers.items():
             run = Run(spec.config.seed, answers, amounts_of(spec, stored.result, answers), stored.result)
@@ -166,14 +166,16 @@ def compare(grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: 
         table, of_pairs = _table(grid, problem, runs[problem], lost.get(problem[:2], {}))
         tables.append(table)
         estimates.append(of_pairs)
-    tables = _adjusted(tables)
-    overall = [_overall(pair, [row[i] for row in estimates], tables) for i, pair in enumerate(grid.pairs)]
+    # One correction for all tasks and pairs, another for the means over the tasks.
+    adjusted = iter(_adjusted([found for table in tables for found in table.differences]))
+    tables = [replace(table, differences=[next(adjusted) for _ in table.differences]) for table in tables]
+    overall = [_overall(pair, [row[i] for row in estimates], tables, i) for i, pair in enumerate(grid.pairs)]
     floorless = [
         f"{spell_problem(table.problem)}: no floor, since no two questions have the same answer; scores stand against 0%"
         for table in tables
         if table.scores and all(score.floor is None for score in table.scores.values())
     ]
-    return Comparison(grid, tables, overall, [*notes, *floorless])
+    return Comparison(grid, tables, _adjusted(overall), [*notes, *floorless])
 
 
 def spell_problem(problem: Problem) -> str:
@@ -183,12 +185,12 @@ def spell_problem(problem: Problem) -> str:
 
 
 def _table(
-    grid: Grid, problem: Problem, runs: Mapping[str, list[Run]], lost: Mapping[str, list[str]]
+    grid: Grid, problem: Problem, runs: Mapping[str, list[Run]], lost: Mapping[str, dict[str, list[str]]]
 ) -> tuple[Table, list[statistics.Estimate | None]]:
     scores, missing = {}, {}
     for method in grid.methods:
         own = runs.get(method, [])
-        reasons = list(lost.get(method, ()))
+        reasons = [f"seed {', '.join(seeds)} {reason}" for reason, seeds in lost.get(method, {}).items()]
         if not own and not reasons:
             reasons = [f"has no answers to {problem[2]}"]
         if own and any(run.questions != own[0].questions for run in own):
@@ -294,24 +296,19 @@ def _unmatched(pair: Pair, first: Sequence[Amounts], second: Sequence[Amounts]) 
     return texts
 
 
-def _adjusted(tables: Sequence[Table]) -> list[Table]:
-    """Put Holm's p-values into all differences of all tables."""
-    p_values = [d.p for table in tables for d in table.differences if d.p is not None]
-    adjusted = iter(statistics.holm(p_values))
-    return [
-        Table(
-            t.problem, t.scores, t.missing, [replace(d, p_holm=next(adjusted)) if d.p is not None else d for d in t.differences]
-        )
-        for t in tables
-    ]
+def _adjusted(differences: Sequence[Difference]) -> list[Difference]:
+    """Put Holm's p-values into the differences of one table."""
+    adjusted = iter(statistics.holm([found.p for found in differences if found.p is not None]))
+    return [replace(found, p_holm=next(adjusted)) if found.p is not None else found for found in differences]
 
 
-def _overall(pair: Pair, estimates: Sequence[statistics.Estimate | None], tables: Sequence[Table]) -> Difference:
+def _overall(pair: Pair, estimates: Sequence[statistics.Estimate | None], tables: Sequence[Table], index: int) -> Difference:
     """Return the mean difference of a pair over all problems; refused if any of them is."""
-    refused = [spell_problem(t.problem) for t, e in zip(tables, estimates, strict=True) if e is None]
+    refused = [(spell_problem(t.problem), reason) for t in tables if (reason := t.differences[index].refused)]
     known = [estimate for estimate in estimates if estimate is not None]
-    if refused or not known:
-        return Difference(refused=f"no mean over all: not compared on {', '.join(refused) or 'anything'}")
+    if refused:
+        where, reason = refused[0]
+        return Difference(refused=f"refused on {len(refused)} of {len(tables)} tasks: {where}: {reason}")
     mean = statistics.mean_of(known)
     low, high = mean.interval()
     return Difference(

@@ -51,6 +51,8 @@ def scores_picture(data: Data) -> str:
 
 def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
     """Draw mean accuracy against what it takes, with the line of what nothing cheaper surpasses."""
+    from matplotlib.ticker import MaxNLocator
+
     methods = [method for method in data["methods"] if all(method in problem["scores"] for problem in problems)]
     figure, axes = _figure(3, 3, (WIDTH, 4.1), sharey=True)
     for panel, (key, label) in zip(axes, AXES.items(), strict=True):
@@ -62,6 +64,8 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
         amounts = [x for x, _ in points.values()]
         if min(amounts) > 0 and max(amounts) / min(amounts) > 12:
             panel.set_xscale("log")
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         panel.set_xlabel(label)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.0f}")
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -100,7 +104,7 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
         panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e5 else f"{value:,.0f}")
         panel.grid(alpha=0.25)
     figure.supxlabel(label, fontsize=9)
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return _svg(figure)
 
 
