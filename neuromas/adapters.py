@@ -69,7 +69,8 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, nodes: Sequence[int], config: AdapterConfig, seed: int) -> None:
-        self.nodes = tuple(nodes)
+        self.nodes = tuple(nodes[:1] if config.shared else nodes)
+        """Whose adapters these are; a single one serves whoever speaks."""
         self.version = 0
         """Counts optimizer steps; a completion carries the version that wrote it."""
         self.route: Tensor | None = None
@@ -108,7 +109,7 @@ class AdapterBank:
             self.route = before
 
     def index(self, node: int) -> int:
-        return self.nodes.index(node)
+        return self.nodes.index(node) if len(self.nodes) > 1 else 0
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return every trainable tensor by name."""

@@ -1,7 +1,7 @@
 """The network: a topology whose nodes speak through one backbone, each with its own adapter."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from neuromas import messages
 from neuromas.adapters import AdapterBank
@@ -11,12 +11,14 @@ from neuromas.engines.base import Engine
 from neuromas.engines.torch_engine import TorchEngine
 from neuromas.topology import Topology
 from neuromas.types import Completion, Example, Group, Message, Request, Rollout, Sample
+from neuromas.votes import elect
 
 
 class Network:
     """A language system that is called, trained and grown as one neural network (arXiv 2605.16757).
 
-    Puts adapters for the topology's nodes on the backbone. `max_new_tokens` bounds what a node writes in one rollout.
+    Puts adapters for the topology's nodes on the backbone. `max_new_tokens` bounds what a node writes in one rollout. `read`
+    finds the answer in a text, where several nodes answer and their answers are put to the vote.
     """
 
     def __init__(
@@ -28,25 +30,43 @@ class Network:
         engine: Engine | None = None,
         max_new_tokens: int = 64,
         seed: int = 0,
+        read: Callable[[str], str | None] | None = None,
     ) -> None:
         self.topology = topology
+        self.read = read
         self.backbone = backbone
         self.adapters: AdapterBank = backbone.add_adapters(topology.nodes, adapter or AdapterConfig(), seed)
         self.engine: Engine = engine or TorchEngine(backbone)
         self.max_new_tokens = max_new_tokens
 
     def rollout(
-        self, examples: Sequence[Example], group_size: int, *, seed: Sequence[int | str], temperature: float = 1.0
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        *,
+        seed: Sequence[int | str],
+        temperature: float = 1.0,
+        branches: int = 1,
     ) -> list[Group]:
         """Pass every example through the network `group_size` times and return one group per example, in order.
 
-        A draw depends on (seed, example, rollout, node) alone, so batches and other nodes change nothing.
+        A draw depends on (seed, example, rollout, node) alone, so batches and other nodes change nothing. With `branches`,
+        rollouts draw alike as far as they have the way through the tree in common, and so hold the same texts there.
         """
         for example in examples:
             self._check_length(example)
-        sweep = _Sweep(self, examples, group_size, tuple(seed))
+        sweep = _Sweep(self, examples, group_size, tuple(seed), branches)
         self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
-        return sweep.groups()
+        return [tuple(map(self._elect, group)) for group in sweep.groups()]
+
+    def _elect(self, rollout: Rollout) -> Rollout:
+        """Put the answers to the vote, if the rollout has several."""
+        answering = [place for place, completion in enumerate(rollout.completions) if not completion.messages]
+        if len(answering) == 1:
+            return rollout
+        assert self.read is not None, "a network in which several nodes answer is built with `read`"
+        winner = elect([rollout.completions[place].sample.text for place in answering], self.read)
+        return replace(rollout, elected=answering[winner])
 
     def _check_length(self, example: Example) -> None:
         """Raise ValueError if a node's prompt and text may grow beyond what the backbone can read."""
@@ -83,7 +103,9 @@ class _Pass:
 class _Sweep:
     """Carries messages along the edges: a node's request is made as soon as its last sender has written."""
 
-    def __init__(self, network: Network, examples: Sequence[Example], group_size: int, seed: tuple[int | str, ...]) -> None:
+    def __init__(
+        self, network: Network, examples: Sequence[Example], group_size: int, seed: tuple[int | str, ...], branches: int
+    ) -> None:
         self.topology, self.backbone, self.seed = network.topology, network.backbone, seed
         self.passes = [_Pass(example, index) for example in examples for index in range(group_size)]
         self.group_size = group_size
@@ -91,6 +113,7 @@ class _Sweep:
         self.place = {node: place for place, node in enumerate(self.topology.nodes)}
         self.senders = {node: self.topology.senders(node) for node in self.topology.nodes}
         self.recipients = {node: self.topology.recipients(node) for node in self.topology.nodes}
+        self.branches = branches
 
     def start(self) -> list[tuple[int, Request]]:
         sources = [node for node in self.topology.nodes if not self.senders[node]]
@@ -101,7 +124,9 @@ class _Sweep:
         inbox = [m for sender in self.senders[node] for m in running.completions[sender].messages if m.recipient == node]
         text = messages.render(self.topology, node, running.example, inbox)
         prompt = self.backbone.prompt(running.example.question, text)
-        request = Request(node, prompt, (*self.seed, running.example.id, running.index, node))
+        # Rollouts that come from one text of this node.
+        leaves = self.branches ** (self.topology.depth - self.topology.layer(node)) if self.branches > 1 else 1
+        request = Request(node, prompt, (*self.seed, running.example.id, running.index // leaves, node))
         running.requests[node] = request
         return which * self.num_nodes + self.place[node], request
 

@@ -3,18 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM
 
-from neuromas.adapters import find_targets, resolve_rank
-from neuromas.backbone import config_of
 from neuromas.checkpoint import RunDirectory
 from neuromas.config import TrainConfig, load_toml, to_json
 from neuromas.evaluate import Evaluation
+from neuromas.sizes import sizes
 from neuromas.tasks import Task, from_config
 from neuromas.topology import Topology
 from neuromas.types import Rollout
@@ -45,16 +42,11 @@ def describe(what: Path) -> dict[str, Any]:
 
 
 def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
-    with torch.device("meta"):
-        # Shapes alone: counting parameters needs no weights.
-        model = AutoModelForCausalLM.from_config(config_of(config.backbone))
-    targets = find_targets(model, config.adapter.target_modules)
-    per_rank = sum(linear.in_features + linear.out_features for linear in targets.values())
-    rank = resolve_rank(config.adapter, len(topology.nodes), per_rank)
+    count = sizes(config)
     return {
         "task": from_config(config.task).name,
         "backbone": config.backbone,
-        "backbone_parameters": sum(p.numel() for p in model.parameters()),
+        "backbone_parameters": count.backbone,
         "nodes": [
             {
                 "id": node,
@@ -66,9 +58,9 @@ def _description(config: TrainConfig, topology: Topology) -> dict[str, Any]:
         ],
         "output_node": topology.output_node,
         "calls_per_answer": len(topology.nodes),
-        "rank": rank,
-        "trainable_parameters_per_node": rank * per_rank,
-        "trainable_parameters": rank * per_rank * len(topology.nodes),
+        "rank": count.rank,
+        "trainable_parameters_per_node": count.per_adapter,
+        "trainable_parameters": count.trainable,
         "adapter_scope": config.adapter.scope,
         "max_tokens_per_answer": config.max_new_tokens * len(topology.nodes),
         "training_rollouts": config.num_steps * config.examples_per_step * config.group_size,

@@ -66,7 +66,8 @@ def test_an_unknown_key_lists_the_known_ones(toml: Path) -> None:
 
 def test_an_unknown_key_of_a_table_lists_the_known_ones_of_that_table(toml: Path) -> None:
     toml.write_text("[topology]\nwidth = [1]\n")
-    message = f"config {toml}: unknown key 'topology.width'; known are topology.edges, topology.skip, topology.widths"
+    known = "topology.edges, topology.roles, topology.skip, topology.vote, topology.widths"
+    message = f"config {toml}: unknown key 'topology.width'; known are {known}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_toml(toml)
 

@@ -33,8 +33,8 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class CellSpec:
-    """One cell: a method on a task with a seed. `config` holds task, seed, backbone, budgets and evaluation sizes for all methods
-    alike; a method changes in it what makes it this method (topology, adapter) and nothing else."""
+    """One cell: a method on a task with a seed. `config` holds task, seed, backbone, budgets and evaluation sizes for all
+    methods alike; a method changes in it what makes it this method (topology, adapter) and nothing else."""
 
     method: str
     config: TrainConfig
