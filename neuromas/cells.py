@@ -9,6 +9,7 @@ whatever ends it costs one cell.
 """
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -18,15 +19,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint, Method
@@ -47,12 +47,10 @@ class Cell:
 
     spec: CellSpec
     path: Path
+    run: Path
+    """Folder of the training behind it; methods that train alike share one, and are made one after the other."""
     code: str
     """Version of the code that would make it now."""
-
-    @property
-    def run(self) -> Path:
-        return self.path.parent.parent / "runs" / f"{self.path.stem}-{self.code}"
 
     @property
     def log(self) -> Path:
@@ -71,24 +69,39 @@ class Stored:
 
 def cell(spec: CellSpec, out: Path, checksum: str) -> Cell:
     """Return where a cell is kept, given the checksum of its backbone's weights."""
+    method = find_method(spec.method)
     settings = {key: value for key, value in json.loads(to_json(spec.config)).items() if key not in MAY_DIFFER}
-    key = _digest(json.dumps([spec.method, settings, checksum], sort_keys=True).encode())
-    parts = (find_method(spec.method).name, spec.config.task.name, spec.config.backbone, f"seed{spec.config.seed}", key)
-    name = re.sub(r"[^\w.-]+", "_", "-".join(parts))
-    return Cell(spec, out / "cells" / f"{name}.json", code_version(find_method(spec.method)))
+
+    def name(of: str) -> str:
+        key = _digest(json.dumps([of, settings, checksum], sort_keys=True).encode())
+        return re.sub(r"[^\w.-]+", "_", f"{of}-{spec.config.task.name}-{spec.config.backbone}-seed{spec.config.seed}-{key}")
+
+    sources = _sources_of(method)
+    run = f"{name(getattr(method, 'trains_as', method.name))}-{_digest(sources)}"
+    return Cell(spec, out / "cells" / f"{name(method.name)}.json", out / "runs" / run, code_version(method))
 
 
 def code_version(method: Method) -> str:
-    """Hash the source of a method and of every module of the package that it imports, in turn.
+    """Hash a method's own fields, its source, and that of every module of the package that it imports, in turn.
 
-    A change of the report or of another method leaves it as it is. A method's own fields count: one class may make several.
+    A change of the report or of another method leaves it as it is.
     """
-    file = Path(inspect.getfile(type(method)))
+    # What shows as an address in memory is another one in every process; its source counts all the same.
+    fields = [text for name, value in _fields(method) if " at 0x" not in (text := f"{name}={value!r}")]
+    return _digest(b"\0".join([type(method).__name__.encode(), *(text.encode() for text in fields), _sources_of(method)]))
+
+
+def _fields(method: Method) -> list[tuple[str, Any]]:
     names = [field.name for field in dataclasses.fields(method)] if dataclasses.is_dataclass(method) else sorted(vars(method))
-    # What shows as an address in memory is another one in every process.
-    fields = [text for name in names if " at 0x" not in (text := f"{name}={getattr(method, name)!r}")]
-    sources = [path.read_bytes() for path in sorted(_imported(file.resolve()))]
-    return _digest(b"\0".join([type(method).__name__.encode(), *(text.encode() for text in fields), *sources]))
+    return [(name, getattr(method, name)) for name in names]
+
+
+def _sources_of(method: Method) -> bytes:
+    """Return the source of a method, of the functions that are its fields, and of all that these import."""
+    functions = [value for _, value in _fields(method) if inspect.isfunction(value)]
+    files = {Path(inspect.getfile(kind)).resolve() for kind in (*type(method).__mro__[:-1], *functions)}
+    imported = frozenset().union(*(_imported(file) for file in files if file.suffix == ".py"))
+    return b"\0".join(path.read_bytes() for path in sorted(imported))
 
 
 @cache
@@ -200,31 +213,29 @@ def make_all(cells: Sequence[Cell], jobs: int, done: Callable[[Cell, Stored], No
 
     On Ctrl-C cells that train save their step before this ends.
     """
-    free: SimpleQueue[Worker] = SimpleQueue()
-    workers = [Worker(max(1, len(os.sched_getaffinity(0)) // jobs), keep) for _ in range(min(jobs, len(cells)))]
-    for worker in workers:
-        free.put(worker)
-
-    def one(place: Cell) -> tuple[Cell, Stored]:
-        worker = free.get()
-        try:
-            return place, worker.make(place)
-        finally:
-            free.put(worker)
-
-    pool = ThreadPoolExecutor(max(1, len(workers)))
-    futures: set[Future[tuple[Cell, Stored]]] = {pool.submit(one, place) for place in cells}
+    # Two cells of one run would be in each other's way: they go one after the other.
+    chains: dict[Path, list[Cell]] = {}
+    for place in cells:
+        chains.setdefault(place.run, []).append(place)
+    left: SimpleQueue[list[Cell]] = SimpleQueue()
+    for chain in chains.values():
+        left.put(chain)
+    made: SimpleQueue[tuple[Cell, Stored] | Exception] = SimpleQueue()
+    workers = [Worker(max(1, len(os.sched_getaffinity(0)) // jobs), keep) for _ in range(min(jobs, len(chains)))]
+    threads = [threading.Thread(target=worker.make_each, args=(left, made)) for worker in workers]
     try:
-        while futures:
-            finished, futures = wait(futures, return_when=FIRST_COMPLETED)
-            for future in finished:
-                done(*future.result())
+        for thread in threads:
+            thread.start()
+        for _ in cells:
+            outcome = made.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            done(*outcome)
     finally:
-        for future in futures:
-            future.cancel()
         for worker in workers:
             worker.stop()
-        pool.shutdown()
+        for thread in threads:
+            thread.join()
 
 
 class Worker:
@@ -235,13 +246,27 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
 
+    def make_each(self, left: "SimpleQueue[list[Cell]]", made: "SimpleQueue[tuple[Cell, Stored] | Exception]") -> None:
+        """Have cells made, chain by chain, until none is left or this is stopped."""
+        with contextlib.suppress(Empty):
+            while True:
+                for place in left.get_nowait():
+                    if self._stopped:
+                        return
+                    try:
+                        made.put((place, self.make(place)))
+                    except Exception as error:  # for the thread that waits: a full disk, or a mistake of ours
+                        made.put(error)
+                        return
+
     def make(self, place: Cell) -> Stored:
         """Have a cell made; a worker that dies over it is what the cell died of."""
         started = time.monotonic()
         process = self._process if self._process and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        order = {"method": place.spec.method, "config": to_json(place.spec.config), "path": str(place.path), "code": place.code}
+        order = {"method": place.spec.method, "config": to_json(place.spec.config), "path": str(place.path),
+                 "run": str(place.run), "code": place.code}  # fmt: skip
         try:
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
@@ -285,7 +310,7 @@ def _ending(code: int) -> str:
     return f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _printing_to(log: Path) -> Iterator[None]:
     """Send what this process and its children print to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +335,7 @@ def serve() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         spec = CellSpec(order["method"], from_json(order["config"], "order"))
-        place = Cell(spec, Path(order["path"]), order["code"])
+        place = Cell(spec, Path(order["path"]), Path(order["run"]), order["code"])
         with _printing_to(place.log):
             print(f"--- {describe_cell(spec)}", flush=True)
             make(place)

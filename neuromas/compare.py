@@ -4,21 +4,27 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as Grille
+from transformers import PretrainedConfig
 
-from neuromas import baselines
 from neuromas.analysis import Comparison, compare, spell_difference, spell_problem, to_json
-from neuromas.backbone import Backbone
+from neuromas.backbone import Backbone, config_of
 from neuromas.baselines.base import CellSpec
+from neuromas.baselines.paper import qwen3_0_6b
 from neuromas.cells import Cell, Stored, cell, make_all, read
+from neuromas.config import TrainConfig
 from neuromas.grid import Grid, Pair, describe_cell, find_method
 from neuromas.matching import QUANTITIES, spell
 from neuromas.report import write_report
+from neuromas.sizes import sizes
+
+PAPER_BACKBONE = "Qwen/Qwen3-0.6B"
 
 
 def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_only: bool = False) -> Comparison:
@@ -156,11 +162,26 @@ def _of_all(specs: Sequence[CellSpec], what: str) -> str:
 
 def _parameters(specs: Sequence[CellSpec]) -> str:
     """Count trainable parameters from the model's config alone."""
-    count = getattr(baselines, "trainable_parameters", None)
-    if count is None:
-        return "?"
-    counts = {count(spec) for spec in specs}
-    return " to ".join(spell(number) for number in sorted({min(counts), max(counts)}))
+    method = find_method(specs[0].method)
+    change: Callable[[TrainConfig], TrainConfig] | None = getattr(method, "change", None)
+    if not method.trained:
+        return "0"
+    if change is None:
+        return "known when run"
+    networks = {repr((c.backbone, c.topology, c.adapter)): c for c in (change(spec.config) for spec in specs)}
+    counts = sorted({sizes(config, _architecture(config.backbone)).trainable for config in networks.values()})
+    return " to ".join(f"{count:,} ({count / 1e6:.1f}M)" if count >= 1e6 else f"{count:,}" for count in counts)
+
+
+@cache
+def _architecture(backbone: str) -> PretrainedConfig:
+    """Return a backbone's config; the paper's is written down here, for where there is no network."""
+    try:
+        return config_of(backbone)
+    except ValueError:
+        if backbone == PAPER_BACKBONE:
+            return qwen3_0_6b()
+        raise
 
 
 def print_result(comparison: Comparison, out: Path) -> None:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuromas import baselines
-from neuromas.baselines.base import CellSpec, Method
+from neuromas.baselines import METHODS, CellSpec, Method
 from neuromas.config import TrainConfig, from_dict
 from neuromas.matching import QUANTITIES
 from neuromas.tasks import from_config
@@ -71,10 +70,9 @@ def find_method(name: str) -> Method:
     """Return the method of that name, or the one that `class:FILE.py:CLASS` makes; ValueError lists the names there are."""
     if name.startswith("class:"):
         return _load_class(name.removeprefix("class:"))
-    known: Mapping[str, Method] = getattr(baselines, "METHODS", {})
-    if name not in known:
-        raise ValueError(f"method must be one of {', '.join(sorted(known))} or class:FILE.py:CLASS, got {name!r}")
-    return known[name]
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(sorted(METHODS))} or class:FILE.py:CLASS, got {name!r}")
+    return METHODS[name]
 
 
 def _load_class(place: str) -> Method:
