@@ -72,7 +72,7 @@ class Score:
     """How often each answer was given in all runs, the most frequent first."""
     amounts: dict[str, float]
     """Mean over runs of each of QUANTITIES."""
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, int | float]] = field(default_factory=list)
     """Points `seed`, `step`, `sampled_tokens`, `accuracy` of the validation curves."""
     flags: list[str] = field(default_factory=list)
 
@@ -97,7 +97,7 @@ class Difference:
     high_these_runs: float | None = None
     p_these_runs: float | None = None
     """Permutation test over questions, for exactly these runs."""
-    runs: list[dict[str, float]] = field(default_factory=list)
+    runs: list[dict[str, int | float]] = field(default_factory=list)
     """For each seed: its difference, questions that only one got right, McNemar's exact p."""
     unmatched: list[str] = field(default_factory=list)
     """What differs without being declared as matched, in words."""
@@ -129,9 +129,9 @@ class Comparison:
 def amounts_of(spec: CellSpec, result: CellResult, answers: Sequence[Answer]) -> dict[str, float]:
     """Return what a cell spent, one amount for each of QUANTITIES."""
     training, n = result.training or {}, len(answers)
-    return {
+    amounts = {
         "trainable_parameters": result.trainable_parameters,
-        "training_questions": spec.config.num_steps * spec.config.examples_per_step if result.training else 0,
+        "training_questions": spec.config.num_steps * spec.config.examples_per_step if find_method(spec.method).trained else 0,
         "training_rollouts": training.get("rollouts", 0),
         "updates": training.get("optimizer_steps", 0),
         "training_calls": training.get("calls", 0),
@@ -141,6 +141,7 @@ def amounts_of(spec: CellSpec, result: CellResult, answers: Sequence[Answer]) ->
         "tokens_per_answer": sum(answer.sampled_tokens for answer in answers) / n,
         "prompt_tokens_per_answer": sum(answer.prompt_tokens for answer in answers) / n,
     }
+    return {name: float(amount) for name, amount in amounts.items()}
 
 
 def compare(grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: Sequence[str] = ()) -> Comparison:
@@ -159,7 +160,8 @@ def compare(grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: 
     for backbone, task in lost:
         # A problem that nobody has answered is in the report all the same.
         if not any(problem[:2] == (backbone, task) for problem in runs):
-            runs[backbone, task, "test"] = {}
+            split = next(spec.config.task.split for spec in grid.cells if problem_of(spec) == (backbone, task))
+            runs[backbone, task, split] = {}
     order = {(backbone, task): place for place, (backbone, task) in enumerate(dict.fromkeys(map(problem_of, grid.cells)))}
     tables, estimates = [], []
     for problem in sorted(runs, key=lambda problem: order[problem[:2]]):
@@ -215,8 +217,11 @@ def _score(name: str, runs: Sequence[Run]) -> Score:
     given = Counter(UNPARSED if a.given is None else a.given for run in runs for a in run.answers)
     (best, count), *_ = Counter(answer.gold for answer in runs[0].answers).most_common(1)
     floor = count / n if count > 1 else None
-    each = [RunScore(seed=run.seed, accuracy=float(right.mean()), low=interval[0], high=interval[1])
-            for run, right in zip(runs, right_RQ, strict=True) for interval in [statistics.wilson(float(right.sum()), n)]]  # fmt: skip
+    each = [
+        RunScore(seed=run.seed, accuracy=float(right.mean()), low=interval[0], high=interval[1])
+        for run, right in zip(runs, right_RQ, strict=True)
+        for interval in [statistics.wilson(float(right.sum()), n)]
+    ]
     score = Score(
         method=name, title=method.title, trained=method.trained, n=n, accuracy=float(right_RQ.mean()), low=low, high=high,
         runs=each, floor=floor, floor_answer=best if floor else None, parse_rate=1 - given[UNPARSED] / given.total(),
@@ -279,7 +284,7 @@ def _difference(
     return found, estimate
 
 
-def _of_one_run(first: Run, second: Run) -> dict[str, float]:
+def _of_one_run(first: Run, second: Run) -> dict[str, int | float]:
     rewards = first.right, second.right
     only_first, only_second, p = statistics.mcnemar(*([value == 1 for value in side] for side in rewards))
     mean = float(np.mean(rewards[0]) - np.mean(rewards[1]))
@@ -322,7 +327,8 @@ def spell_difference(found: Difference) -> str:
     if found.refused is not None or found.mean is None or found.low is None or found.high is None:
         return f"not compared: {found.refused}"
     apart = f"; not matched: {'; '.join(found.unmatched)}" if found.unmatched else ""
-    return f"{100 * found.mean:+.1f} points (95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}, p {found.p:.2g}){apart}"
+    interval = f"95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    return f"{100 * found.mean:+.1f} points ({interval}, p {found.p:.2g}){apart}"
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

@@ -123,7 +123,8 @@ def _locked(out: Path) -> Iterator[int]:
 
 def print_plan(grid: Grid) -> None:
     """Print what a grid would run: cells, budgets, and what is declared as matched. Loads no weights."""
-    console = Console(highlight=False, soft_wrap=True)
+    # In a file or a pipe there is no width to fit into.
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     table = Grille(box=None, pad_edge=False)
     several = len(grid.backbones) > 1
     for name in ("method", *(["backbone"] if several else []), "trained", "cells", "trainable parameters", "training rollouts",

@@ -86,10 +86,11 @@ def _load_class(place: str) -> Method:
     # Its dataclasses look their module up by name.
     sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
-    method = getattr(module, name, None)
-    if not isinstance(method, type) or not hasattr(method, "run"):
-        raise ValueError(f"method class: {file} must have a class {name!r} with a method `run`")
-    return method()
+    kind = getattr(module, name, None)
+    method = kind() if isinstance(kind, type) else None
+    if not isinstance(method, Method):
+        raise ValueError(f"method class: {file} must have a class {name!r} with name, title, source, trained and run")
+    return method
 
 
 def load_grid(
@@ -104,9 +105,9 @@ def load_grid(
     _check_keys(raw, KEYS, where)
     # What the file names at all: with --quick its tables and pairs may be about what the short lists leave out.
     named = {key: set(_distinct(raw, key, str, where)) for key in ("methods", "tasks")}
+    short = _table(raw, "quick", where)
+    _check_keys(short, (*LISTS, "train", "reference", "tolerance"), where, "quick.")
     if quick:
-        short = _table(raw, "quick", where)
-        _check_keys(short, (*LISTS, "train", "reference", "tolerance"), where, "quick.")
         raw |= {key: value for key, value in short.items() if key != "train"}
     methods, tasks = _distinct(raw, "methods", str, where), _distinct(raw, "tasks", str, where)
     seeds = _distinct(raw, "seeds", int, where)

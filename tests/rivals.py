@@ -36,8 +36,10 @@ class Rival:
             given = self.always or (gold if rng.random() < skill else GOLD[(index + 1) % 2] if rng.random() < 0.9 else None)
             answers.append(Answer(f"q{index}", gold, given, float(given == gold), self.calls, 50 * self.calls, self.tokens))
         rollouts = config.num_steps * config.examples_per_step * config.group_size
-        ledger = {"trainable_parameters": self.parameters, "optimizer_steps": config.num_steps, "rollouts": rollouts,
-                  "calls": rollouts * self.calls, "prompt_tokens": rollouts * 50, "sampled_tokens": rollouts * self.tokens}  # fmt: skip
+        ledger = {
+            "trainable_parameters": self.parameters, "optimizer_steps": config.num_steps, "rollouts": rollouts,
+            "calls": rollouts * self.calls, "prompt_tokens": rollouts * 50, "sampled_tokens": rollouts * self.tokens,
+        }  # fmt: skip
         curve = tuple(
             CurvePoint(step, step * 500 * self.tokens, min(1, 0.5 + (skill - 0.5) * step / config.num_steps))
             for step in range(0, config.num_steps + 1, max(1, config.num_steps // 6))

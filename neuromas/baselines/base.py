@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from neuromas.config import TrainConfig
 
@@ -57,6 +57,7 @@ class CellResult:
     """The resolved settings of this cell."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """A compared method."""
 
