@@ -98,7 +98,7 @@ def _fields(method: Method) -> list[tuple[str, Any]]:
 
 def _sources_of(method: Method) -> bytes:
     """Return the source of a method, of the functions that are its fields, and of all that these import."""
-    functions = [value for _, value in _fields(method) if inspect.isfunction(value)]
+    functions = [inspect.unwrap(value) for _, value in _fields(method) if inspect.isfunction(value)]
     files = {Path(inspect.getfile(kind)).resolve() for kind in (*type(method).__mro__[:-1], *functions)}
     imported = frozenset().union(*(_imported(file) for file in files if file.suffix == ".py"))
     return b"\0".join(path.read_bytes() for path in sorted(imported))
@@ -236,6 +236,8 @@ def make_all(cells: Sequence[Cell], jobs: int, done: Callable[[Cell, Stored], No
             worker.stop()
         for thread in threads:
             thread.join()
+        for worker in workers:
+            worker.close()
 
 
 class Worker:
@@ -282,6 +284,7 @@ class Worker:
         return stored
 
     def _start(self) -> "subprocess.Popen[str]":
+        self.close()
         threads = min(self._threads, int(os.environ.get("OMP_NUM_THREADS", self._threads)))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "neuromas.cells"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -294,13 +297,22 @@ class Worker:
         self._stopped = True
         if self._process is None:
             return
-        if self._process.poll() is None and self._process.stdin:
-            self._process.stdin.close()
+        if self._process.stdin:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def close(self) -> None:
+        """Close the pipes of a process that has ended."""
+        for pipe in (self._process.stdin, self._process.stdout) if self._process else ():
+            # What was meant for a process that has died cannot be sent any more.
+            with contextlib.suppress(OSError):
+                if pipe:
+                    pipe.close()
 
 
 def _ending(code: int) -> str:

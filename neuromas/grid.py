@@ -117,23 +117,31 @@ def load_grid(
     for table, names in (("method", named["methods"] | set(methods)), ("task", named["tasks"] | set(tasks))):
         if unknown := [name for name in _table(raw, table, where) if name not in names]:
             raise ValueError(f"{where}: [{table}.{unknown[0]}] is about none of the {table}s {', '.join(sorted(names))}")
-    for method in methods:
-        try:
-            find_method(method)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+    _check_methods(methods, where)
     given = ({"task": {"data": str(data)}} if data else {}) | ({"device": device} if device else {})
     layers = _Layers(where, raw, quick, given)
+    resolved = {(task, method): layers.resolve(method, task) for task in tasks for method in methods}
     cells = tuple(
-        CellSpec(method, layers.resolve(method, task, backbone, seed))
+        CellSpec(method, dataclasses.replace(config, backbone=backbone, seed=seed))
         for seed in seeds
         for backbone in chosen
-        for task in tasks
-        for method in methods
+        for (_, method), config in resolved.items()
     )
     pairs = _pairs(raw, methods, named["methods"] if quick else set(), where)
     name = path.stem + ("-quick" if quick else "")
     return Grid(name=name, methods=methods, tasks=tasks, seeds=seeds, backbones=chosen, pairs=pairs, cells=cells)
+
+
+def _check_methods(methods: Sequence[str], where: str) -> None:
+    by_name: dict[str, str] = {}
+    for method in methods:
+        try:
+            name = find_method(method).name
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        # Cells are kept by it.
+        if (other := by_name.setdefault(name, method)) != method:
+            raise ValueError(f"{where}: methods {other} and {method} have the same name {name!r}; give one another")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,7 @@ class _Layers:
     quick: bool
     command_line: Mapping[str, Any]
 
-    def resolve(self, method: str, task: str, backbone: str, seed: int) -> TrainConfig:
+    def resolve(self, method: str, task: str) -> TrainConfig:
         quick = self.raw.get("quick", {}).get("train", {}) if self.quick else {}
         config = TrainConfig()
         for table, values in (
@@ -160,7 +168,7 @@ class _Layers:
                 raise ValueError(f"{self.where}: [{table}] may not set {fixed[0]!r}: it is one for all methods")
             config = from_dict(TrainConfig, dict(values), where=self.where, prefix=f"{table}.", base=config)
         named = dataclasses.replace(config.task, name=task)
-        config = dataclasses.replace(config, task=named, backbone=backbone, seed=seed)
+        config = dataclasses.replace(config, task=named)
         try:
             from_config(named)
             return config.check()

@@ -25,7 +25,7 @@ def difference(first: float, second: float) -> float:
     return abs(first - second) / max(first, second) if first != second else 0.0
 
 
-def spell(amount: float) -> str:
+def spell(amount: int | float) -> str:
     """Write an amount: 233,472; 3; 52.7."""
     return f"{amount:,.0f}" if amount >= 1000 or float(amount).is_integer() else f"{amount:,.3g}"
 

@@ -10,7 +10,7 @@ from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint
 GOLD = ("Yes", "No")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rival:
     """Answers right with a given chance; each run has its own luck."""
 
@@ -56,12 +56,18 @@ class Fine(Rival):
     """A method of one's own, by file and class."""
 
 
+@dataclass
 class Dies(Rival):
+    name: str = "dies"
+
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
         raise RuntimeError("out of\n ideas")
 
 
+@dataclass
 class Killed(Rival):
+    name: str = "killed"
+
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
         if spec.config.seed == 1:
             os.kill(os.getpid(), 9)

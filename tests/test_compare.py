@@ -7,6 +7,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def grid_of(tmp_path: Path, text: str = GRID) -> Grid:
 
 
 def run_all(
-    tmp_path: Path, change: dict[tuple[str, int], CellResult | str | None] | None = None, text: str = GRID
+    tmp_path: Path, change: Mapping[tuple[str, int], CellResult | str | None] | None = None, text: str = GRID
 ) -> Comparison:
     """Compare a grid's cells; `change` puts another result, an error, or nothing in the place of (method, seed)."""
     grid, found = grid_of(tmp_path, text), []
@@ -82,10 +83,11 @@ def test_a_matched_pair_is_compared_with_everything_beside_it(rivals: dict[str, 
     comparison = run_all(tmp_path)
     (table,) = comparison.tables
     found, team, single = table.differences[0], table.scores["team"], table.scores["single"]
-    assert found.mean == pytest.approx(team.accuracy - single.accuracy)
+    assert found.mean is not None
     assert found.low is not None
     assert found.high is not None
-    assert 0 < found.low < found.mean < found.high <= 1  # type: ignore[reportOperatorIssue]  # not None, see above
+    assert found.mean == pytest.approx(team.accuracy - single.accuracy)
+    assert 0 < found.low < found.mean < found.high <= 1
     assert found.p == found.p_holm
     assert (team.n, team.floor, team.floor_answer, len(team.runs)) == (40, 0.5, "Yes", 3)
     assert sum(team.answers.values()) == 120

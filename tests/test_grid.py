@@ -11,10 +11,10 @@ PRESETS = ("bundled", "paper_table1", "backbone_sweep")
 HEAD = 'methods = ["direct", "single_rl", "neuromas_3"]\ntasks = ["navigate", "web_of_lies"]\nseeds = [0, 1]\n'
 
 
-def load(tmp_path: Path, text: str, **kwargs: bool) -> Grid:
+def load(tmp_path: Path, text: str, quick: bool = False) -> Grid:
     path = tmp_path / "mine.toml"
     path.write_text(text)
-    return load_grid(path, **kwargs)
+    return load_grid(path, quick=quick)
 
 
 def test_cells_go_seed_by_seed_with_every_method_on_the_same_settings(tmp_path: Path) -> None:
@@ -107,6 +107,12 @@ def test_a_class_that_lacks_something_is_no_method(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("class Empty: ...\n")
     with pytest.raises(ValueError, match=r"own.py must have a class 'Empty' with name, title, source, trained and run"):
         load(tmp_path, HEAD.replace('"direct"', f'"class:{tmp_path}/own.py:Empty"'))
+
+
+def test_two_methods_may_not_have_one_name(tmp_path: Path) -> None:
+    rivals = Path(__file__).parent / "rivals.py"
+    with pytest.raises(ValueError, match=r"methods class:\S+:Rival and class:\S+:Fine have the same name 'rival'"):
+        load(tmp_path, HEAD.replace('"direct"', f'"class:{rivals}:Rival", "class:{rivals}:Fine"'))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
