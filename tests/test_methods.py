@@ -9,8 +9,10 @@
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +29,10 @@ from neuromas.baselines.gptswarm import (
     possible_edges,
     swarm,
 )
+from neuromas.baselines.networks import Trained
 from neuromas.baselines.self_check import read_verdict, split_steps
 from neuromas.baselines.similarity import bleu, most_similar
+from neuromas.config import TrainConfig
 from neuromas.engines.base import Engine, OnSample
 from neuromas.engines.scripted import ScriptedEngine
 from neuromas.tasks import Navigate, Task
@@ -38,6 +42,7 @@ from neuromas.votes import elect
 TASK = Navigate()
 FORMAT = TASK.answer_format
 EXAMPLES = [Example(name, f"Question {name}?", "Yes", FORMAT) for name in ("a", "b")]
+PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 YES, NO, NOTHING = "Answer: Yes", "Answer: No", "hm"
 
 Script = Callable[[str, str], str]
@@ -159,6 +164,17 @@ def test_two_calls_of_one_name_are_our_error(backbone: Backbone) -> None:
 
     with pytest.raises(AssertionError, match="two calls are named 'x': they would draw alike"):
         run([(EXAMPLES[0], twins(EXAMPLES[0], TASK))], backbone, NewestFirst())
+
+
+def test_a_prompt_that_leaves_no_room_is_said(backbone: Backbone) -> None:
+    def long(example: Example, task: Task) -> Conversation:
+        (text,) = yield [Call("long", "x " * backbone.model.config.max_position_embeddings)]
+        return text
+
+    with pytest.raises(
+        ValueError, match=r"call long reads \d+ tokens and may write --max-new-tokens 9, the backbone reads \d+"
+    ):
+        run([(EXAMPLES[0], long(EXAMPLES[0], TASK))], backbone, NewestFirst())
 
 
 def test_an_answer_is_checked_and_put_beside_its_cost() -> None:
@@ -473,6 +489,25 @@ def test_what_answers_was_asked_in_the_answer_format(hold: Hold, name: str) -> N
     key = held.spoken.text.partition(" says ")[0]
     assert held.calls[key].endswith(FORMAT)
     assert TASK.parse_answer(held.spoken.text) == "Yes"
+
+
+def test_the_methods_of_the_page_are_methods(hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for name in ("twice", "wide"):
+        monkeypatch.setitem(METHODS, name, METHODS["direct"])  # taken back afterwards
+    exec(compile(program, "docs/methods.md", "exec"), {})
+    held = hold("twice", in_turn(NO, YES))
+    assert held.calls["second"] == f"Your answer was: {NO}\nThink again.\n{FORMAT}"
+    assert held.spoken.text == YES
+    wide = METHODS["wide"]
+    assert isinstance(wide, Trained)
+    assert wide.change(TrainConfig()).topology.widths == (3, 1)
+
+
+def test_the_page_names_every_method() -> None:
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    named = {f"{re.sub(r'_3$', '', row[0])}{n}" if n.startswith("_") else n for row in rows for n in row}
+    assert set(METHODS) <= named
 
 
 @pytest.mark.parametrize("name", METHODS)
