@@ -18,7 +18,7 @@ class Topology:
     layers: tuple[tuple[int, int], ...]
     edges: tuple[tuple[int, int], ...]
     roles: tuple[str, ...] = ()
-    """A sentence for each of the nodes 1, 2, ... to read; empty for role-free nodes."""
+    """A sentence for each of the nodes 1, 2, ... to read; empty for role-free nodes. The config holds them, not the JSON."""
 
     @classmethod
     def layered(cls, widths: Iterable[int], *, skip: bool = False, vote: bool = False) -> "Topology":
@@ -72,6 +72,7 @@ class Topology:
         return dataclasses.replace(self, roles=tuple(roles))
 
     def role(self, node: int) -> str:
+        """Return the node's sentence, empty if it has none."""
         return self.roles[node - 1] if self.roles else ""
 
     @property

@@ -35,8 +35,9 @@ class _Talk:
 class _Round:
     """All conversations of one call of the engine; each goes on as soon as its own texts are there."""
 
-    def __init__(self, talks: list[_Talk], backbone: Backbone, seed: tuple[int | str, ...]) -> None:
-        self.talks, self.backbone, self.seed = talks, backbone, seed
+    def __init__(self, talks: list[_Talk], backbone: Backbone, seed: tuple[int | str, ...], max_new_tokens: int) -> None:
+        self.talks, self.backbone, self.seed, self.max_new_tokens = talks, backbone, seed, max_new_tokens
+        self.limit = getattr(backbone.model.config, "max_position_embeddings", None)
         self.places: list[tuple[int, int]] = []
         """(conversation, place in its current list) of each request."""
 
@@ -72,8 +73,14 @@ class _Round:
 
     def _request(self, spoken: Spoken, key: str, text: str) -> Request:
         prompt = self.backbone.prompt(spoken.example.question, text)
+        length = len(prompt.prefix_ids) + len(prompt.suffix_ids)
+        if self.limit is not None and length + self.max_new_tokens > self.limit:
+            raise ValueError(
+                f"call {key} reads {length} tokens and may write --max-new-tokens {self.max_new_tokens}, the backbone reads "
+                f"{self.limit}; shorten what is written, or give the method fewer agents or samples"
+            )
         spoken.calls += 1
-        spoken.prompt_tokens += len(prompt.prefix_ids) + len(prompt.suffix_ids)
+        spoken.prompt_tokens += length
         return Request(NOBODY, prompt, (*self.seed, spoken.example.id, key))
 
 
@@ -89,9 +96,10 @@ def converse(
     """Hold all conversations at once, without a barrier between them, and return their answers in order.
 
     The backbone carries no adapters. A draw depends on (seed, example, key of the call) alone.
+    Raises ValueError if a call's prompt leaves no room for its text.
     """
     running = [_Talk(conversation, Spoken(example)) for example, conversation in talks]
-    rounds = _Round(running, backbone, tuple(seed))
+    rounds = _Round(running, backbone, tuple(seed), max_new_tokens)
     engine.generate(rounds.start(), rounds.receive, temperature=temperature, max_new_tokens=max_new_tokens)
     return [talk.spoken for talk in running]
 

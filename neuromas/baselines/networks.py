@@ -100,9 +100,9 @@ def with_roles(config: TrainConfig) -> TrainConfig:
 def magrpo(config: TrainConfig) -> TrainConfig:
     """Agents side by side, one joint reward, minus the mean of the group (MAGRPO: Liu et al. 2025, arXiv 2508.04652).
 
-    The source's agents write parts of one text (a helper and a main function); where one answer is asked for, nothing says how
-    to join theirs, so ours is the majority of what they answer, ties to the first. Its settings are 2 agents, whole models, G of
-    4, one or more turns; ours 3, adapters, the cell's group and one turn, as matched budgets ask.
+    The source's agents write parts of one text (a helper and a main function); where one answer is asked for, nothing says
+    how to join theirs, so ours is the majority of what they answer, ties to the first. Its settings are 2 agents, whole
+    models, G of 4, one or more turns; ours 3, adapters, the cell's group and one turn, as matched budgets ask.
     """
     return replace(config, topology=TopologyConfig(widths=(NODES,), vote=True), centring="group_mean")
 
@@ -115,7 +115,7 @@ MALT_ROLES = (
 
 
 def malt(config: TrainConfig) -> TrainConfig:
-    """Generator, verifier and refiner, with credit by the values of a search tree (MALT: Motwani et al. 2025, arXiv 2412.01928).
+    """Generator, verifier and refiner, with credit by the values of a search tree (Motwani et al. 2025, arXiv 2412.01928).
 
     Rollouts of a question are the leaves of a tree. In the sum over rollouts a text that several of them share weighs with the
     sum of their advantages: the mean reward of its leaves, which is MALT's value of it, against that of all.
@@ -125,9 +125,7 @@ def malt(config: TrainConfig) -> TrainConfig:
     """
     branches = round(config.group_size ** (1 / NODES))
     if branches < 2 or branches**NODES != config.group_size:
-        raise ValueError(
-            f"malt: --group-size must be 8, 27 or another cube (branches at {NODES} layers), got {config.group_size}"
-        )
+        raise ValueError(f"malt: --group-size must be a cube (8, 27, ...): a tree of {NODES} layers, got {config.group_size}")
     return replace(config, topology=TopologyConfig(widths=(1, 1, 1), skip=True, roles=MALT_ROLES), branches=branches)
 
 

@@ -62,9 +62,8 @@ def self_check(
 
 def split_steps(solution: str) -> list[str]:
     """Return the steps of a solution; one that numbers none is a single step."""
-    starts = [match.start() for match in _STEP.finditer(solution)]
-    parts = [solution[a:b].strip() for a, b in zip(starts, [*starts[1:], len(solution)], strict=True)]
-    return [_STEP.sub("", part).strip() for part in parts] or [solution.strip()]
+    # What comes before the first number belongs to no step.
+    return [part.strip() for part in _STEP.split(solution)[1:]] or [solution.strip()]
 
 
 def read_verdict(text: str) -> int:
