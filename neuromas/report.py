@@ -84,7 +84,7 @@ def _difference(found: Data) -> Data:
         "interval": f"{_points(found['low'])} to {_points(found['high'])}",
         "p": _p(found["p"]),
         "p_holm": None if found["p_holm"] is None else _p(found["p_holm"]),
-        "clear": p < SIGNIFICANT,
+        "significant": p < SIGNIFICANT,
         "sign": "up" if found["mean"] > 0 else "down" if found["mean"] < 0 else "even",
         "detectable": f"{100 * found['detectable']:.1f}",
         "these_runs": None if found["p_these_runs"] is None else

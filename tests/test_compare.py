@@ -268,3 +268,13 @@ def test_both_pages_show_the_same_and_need_no_network(rivals: dict[str, Rival], 
 
 def test_the_same_data_make_the_same_page(rivals: dict[str, Rival], tmp_path: Path) -> None:
     assert pages(run_all(tmp_path), tmp_path) == pages(run_all(tmp_path), tmp_path)
+
+
+def test_only_what_is_significant_is_bold(rivals: dict[str, Rival], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page, _ = pages(run_all(tmp_path), tmp_path)
+    assert 'class="number up clear"' in page
+    monkeypatch.setitem(METHODS, "single", replace(rivals["single"], skill=0.95))
+    comparison = run_all(tmp_path)
+    assert (comparison.overall[0].p_holm or 0) > 0.05
+    page, _ = pages(comparison, tmp_path)
+    assert "clear" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
