@@ -97,8 +97,9 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, nodes: Sequence[int], config: AdapterConfig, seed: int) -> None:
-        self.generations = [tuple(nodes)]
-        """Nodes that joined together: those of the start, then those of each growth."""
+        self.generations = [tuple(nodes[:1] if config.shared else nodes)]
+        """Nodes that joined together: those of the start, then those of each growth. A single node's adapter serves whoever
+        speaks."""
         self.version = 0
         """Counts optimizer steps; a completion carries the version that wrote it."""
         self.route: Tensor | None = None
@@ -173,7 +174,7 @@ class AdapterBank:
             self.route = before
 
     def index(self, node: int) -> int:
-        return self.nodes.index(node)
+        return self.nodes.index(node) if len(self.nodes) > 1 else 0
 
     def parameters(self, generation: int | None = None) -> dict[str, nn.Parameter]:
         """Return every trainable tensor by name, or those of one generation."""

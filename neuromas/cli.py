@@ -22,6 +22,7 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
   eval RUN              score a trained run on held-out problems or on a file
   ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
   show RUN|CONFIG.toml  draw a network and its budget
+  compare CONFIG.toml   run methods x tasks x seeds at matched budgets; one report with intervals, floors and tests
   tasks                 list tasks with their splits, floors and verifiers; `tasks show NAME` prints an example
 
 neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
@@ -168,6 +169,32 @@ class TasksShowArguments:
     """Print one JSON object and nothing else."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareArguments:
+    """Run a comparison, methods x tasks x seeds, and write its report. What is there already is not run again."""
+
+    grid: tyro.conf.Positional[Path]
+    """TOML file that names methods, tasks, seeds and pairs."""
+    quick: bool = False
+    """Take the file's [quick] table: smaller, in minutes."""
+    jobs: int = 1
+    """Cells that run at a time, in processes that share the cores."""
+    out: Path | None = None
+    """Folder of cells and report. None: runs/compare-NAME."""
+    dry_run: bool = False
+    """Print cells, budgets and what is matched, and stop."""
+    report_only: bool = False
+    """Write the report of the cells that are there; run nothing."""
+    keep_old: bool = False
+    """Take cells that other code made as they are; they are named in the report."""
+    backbone: tuple[str, ...] = ()
+    """Backbones in place of the file's."""
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
+    """Folder of benchmark files. None: as the file says."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to run. None: as the file says."""
+
+
 def run_train(args: Sequence[str]) -> None:
     base, rest = TrainConfig(), list(args)
     if rest and not rest[0].startswith("-"):
@@ -298,6 +325,23 @@ def run_show(args: Sequence[str]) -> None:
         show.print_description(description)
 
 
+def run_compare(args: Sequence[str]) -> None:
+    parsed = _parse(CompareArguments, args, "compare")
+    if parsed.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {parsed.jobs}")
+    from neuromas.compare import print_plan, print_result, run
+    from neuromas.grid import load_grid
+
+    grid = load_grid(
+        parsed.grid, quick=parsed.quick, backbones=parsed.backbone, data=parsed.data, device=parsed.device
+    )  # fmt: skip
+    if parsed.dry_run:
+        print_plan(grid)
+        return
+    out = parsed.out or Path("runs") / f"compare-{grid.name}"
+    print_result(run(grid, out, jobs=parsed.jobs, keep_old=parsed.keep_old, report_only=parsed.report_only), out)
+
+
 def run_tasks(args: Sequence[str]) -> None:
     from neuromas import catalogue
 
@@ -320,7 +364,8 @@ def run_tasks(args: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": run_train, "grow": run_grow, "eval": run_eval, "ask": run_ask, "show": run_show, "tasks": run_tasks,
+    "train": run_train, "grow": run_grow, "compare": run_compare, "eval": run_eval, "ask": run_ask, "show": run_show,
+    "tasks": run_tasks,
 }  # fmt: skip
 
 

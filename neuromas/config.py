@@ -43,13 +43,23 @@ class TopologyConfig:
     """Connect every node to all later layers, not only to the next."""
     edges: tuple[tuple[int, int], ...] = ()
     """Explicit edges, e.g. 1 2 1 3 2 3, in place of widths; layers follow from them."""
+    vote: bool = False
+    """Let the last layer be wide: each of its nodes answers, and the majority of what the task can read is the answer, ties
+    to the first."""
+    roles: tuple[str, ...] = ()
+    """A sentence for each node, in the order of ids, that it reads behind its id and layer. Empty: nodes have no roles."""
 
     def build(self) -> Topology:
         """Return the topology; ValueError says what makes it no network."""
-        if self.edges and (self.skip or self.widths != TopologyConfig().widths):
-            given = "topology.skip" if self.skip else f"topology.widths {list(self.widths)}"
-            raise ValueError(f"topology.edges takes the place of widths and skip, got it and {given}; leave one of them out")
-        return Topology.from_edges(self.edges) if self.edges else Topology.layered(self.widths, skip=self.skip)
+        if self.edges:
+            if self.skip or self.widths != TopologyConfig().widths:
+                given = "topology.skip" if self.skip else f"topology.widths {list(self.widths)}"
+                raise ValueError(
+                    f"topology.edges takes the place of widths and skip, got it and {given}; leave one of them out"
+                )
+            _require(not self.vote, "topology.vote", "left out with topology.edges", self.vote)
+            return Topology.from_edges(self.edges).with_roles(self.roles)
+        return Topology.layered(self.widths, skip=self.skip, vote=self.vote).with_roles(self.roles)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +96,8 @@ class AdapterConfig:
     """Scale of the update is alpha / rank. None: twice the rank."""
     target_modules: tuple[str, ...] = LINEAR_LAYERS
     """Linear layers that get an adapter, by the last part of their names. The paper's parameter count fits q_proj v_proj."""
+    shared: bool = False
+    """One adapter serves all nodes: of the given rank, or of the whole budget's."""
     scope: Literal["all", "suffix"] = "all"
     """`all`: the adapter acts on every token (plain LoRA, what PEFT and vLLM serve). `suffix`: only after the question, whose
     computation all nodes then share."""
@@ -175,6 +187,9 @@ class TrainConfig:
     as many are asked. 0: always `examples_per_step`."""
     group_size: int = 8
     """Rollouts of each question (G)."""
+    branches: int = 1
+    """Above 1, the rollouts of a question are the leaves of a tree: each text is answered by this many texts of the next layer,
+    and --group-size is this number to the power of the layers. 1: rollouts share nothing."""
     max_new_tokens: int = 64
     """Longest text of a node, stop token included."""
     temperature: float = 1.0
@@ -209,7 +224,7 @@ class TrainConfig:
 
     def check(self) -> "TrainConfig":
         """Return the config if it makes sense; ValueError names the flag that does not."""
-        self.topology.build()
+        depth = self.topology.build().depth
         self.adapter.check()
         for name in (
             "num_steps",
@@ -219,6 +234,7 @@ class TrainConfig:
             "eval_size",
             "validation_size",
             "save_every",
+            "branches",
         ):
             _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
         for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens"):
@@ -233,6 +249,16 @@ class TrainConfig:
             f"at least {needed} with --centring {self.centring}",
             self.group_size,
         )
+        leaves = self.branches**depth
+        _require(
+            self.branches == 1 or self.group_size == leaves,
+            "--group-size",
+            f"{leaves} with --branches {self.branches} and {depth} layers",
+            self.group_size,
+        )
+        fixed = self.adapter.shared or self.topology.vote or self.topology.roles or self.branches > 1
+        if self.growth and fixed:
+            raise ValueError("growth goes with none of --adapter.shared, --topology.vote, --topology.roles and --branches")
         self.growths()
         return self
 

@@ -1,9 +1,9 @@
 """What a node reads and how its text becomes messages. Plain text only: tokens are the backbone's business.
 
 A prompt is the question, the same for every node, then the node's own part: its id and layer, who wrote what to it, and
-to whom it writes. It never mentions a role or the size of the network, so a node's prompt does not change when nodes that
-it does not talk to come or go. The paper's exact wording is not public; `TO node k:` segments are its format
-(arXiv 2605.16757).
+to whom it writes. It mentions no role, unless the topology gives one, and never the size of the network, so a node's prompt
+does not change when nodes that it does not talk to come or go. The paper's exact wording is not public; `TO node k:`
+segments are its format (arXiv 2605.16757).
 """
 
 import re
@@ -27,9 +27,9 @@ def render(topology: Topology, node: int, example: Example, inbox: Sequence[Mess
     From node 1: hello
     Write "TO node 3:" and your message.
     """
-    is_output = node == topology.output_node
+    is_output = not topology.recipients(node)
     layer = "the output layer" if is_output else f"layer {topology.layer(node)}"
-    lines = [f"You are node {node} in {layer}."]
+    lines = list(filter(None, [f"You are node {node} in {layer}.", topology.role(node)]))
     lines += [f"From node {message.sender}: {message.text}" for message in inbox]
     if is_output:
         lines.append(example.answer_format)

@@ -21,6 +21,7 @@ METRICS = {
     "message_fault/empty/frac": "Share of messages with a header and nothing behind it.",
     "dropped_text/frac": "Share of hidden nodes' completions with a part that no recipient gets.",
     "truncated/frac": "Share of completions cut off at --max-new-tokens.",
+    "sampled_tokens/sum": "Tokens that all nodes wrote in the step's rollouts.",
     "completion_tokens/mean": "Mean sampled tokens of a completion, stop token included.",
     "completion_tokens/node/<k>/mean": "The same for node k.",
     "logprob/mean": "Mean log-probability of a sampled token; towards 0 the nodes stop exploring.",
@@ -85,6 +86,7 @@ def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, adv
         "message_fault/empty/frac": share(MessageStatus.EMPTY),
         "dropped_text/frac": len(dropped) / max(1, len(hidden)),
         "truncated/frac": sum(not c.sample.stopped for c in completions) / len(completions),
+        "sampled_tokens/sum": spent.sampled_tokens,
         "completion_tokens/mean": spent.sampled_tokens / spent.calls,
         "logprob/mean": sum(sum(c.sample.logprobs) for c in completions) / max(1, spent.sampled_tokens),
     }

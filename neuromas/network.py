@@ -1,7 +1,7 @@
 """The network: a topology whose nodes speak through one backbone, each with its own adapter."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch.nn import Parameter
 
@@ -14,12 +14,14 @@ from neuromas.engines.torch_engine import TorchEngine
 from neuromas.growth import Growth
 from neuromas.topology import Topology
 from neuromas.types import Completion, Example, Group, Message, Request, Rollout, Sample
+from neuromas.votes import elect
 
 
 class Network:
     """A language system that is called, trained and grown as one neural network (arXiv 2605.16757).
 
-    Puts adapters for the topology's nodes on the backbone. `max_new_tokens` bounds what a node writes in one rollout.
+    Puts adapters for the topology's nodes on the backbone. `max_new_tokens` bounds what a node writes in one rollout. `read`
+    finds the answer in a text, where several nodes answer and their answers are put to the vote.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class Network:
         engine: Engine | None = None,
         max_new_tokens: int = 64,
         seed: int = 0,
+        read: Callable[[str], str | None] | None = None,
     ) -> None:
         self.topology = topology
+        self.read = read
         self.parent: Topology | None = None
         """The topology before the last growth."""
         self.open_probability = 1.0
@@ -43,19 +47,36 @@ class Network:
         self.max_new_tokens = max_new_tokens
 
     def rollout(
-        self, examples: Sequence[Example], group_size: int, *, seed: Sequence[int | str], temperature: float = 1.0
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        *,
+        seed: Sequence[int | str],
+        temperature: float = 1.0,
+        branches: int = 1,
     ) -> list[Group]:
         """Pass every example through the network `group_size` times and return one group per example, in order.
 
         A draw depends on (seed, example, rollout, node) alone, so batches and other nodes change nothing. While a growth is not
         fully open, a group runs as a whole through the parent's topology or through the grown one; that draw depends on
-        (seed, example). A closed group is what the parent itself would have written, token by token.
+        (seed, example). A closed group is what the parent itself would have written, token by token. With `branches`,
+        rollouts draw alike as far as they have the way through the tree in common, and so hold the same texts there.
         """
         for example in examples:
             self.check_length(example)
-        sweep = _Sweep(self.backbone, [(e, self.topology_of(e, seed)) for e in examples], group_size, tuple(seed))
+        routed = [(example, self.topology_of(example, seed)) for example in examples]
+        sweep = _Sweep(self.backbone, routed, group_size, tuple(seed), branches)
         self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
-        return sweep.groups()
+        return [tuple(map(self._elect, group)) for group in sweep.groups()]
+
+    def _elect(self, rollout: Rollout) -> Rollout:
+        """Put the answers to the vote, if the rollout has several."""
+        answering = [place for place, completion in enumerate(rollout.completions) if not completion.messages]
+        if len(answering) == 1:
+            return rollout
+        assert self.read is not None, "a network in which several nodes answer is built with `read`"
+        winner = elect([rollout.completions[place].sample.text for place in answering], self.read)
+        return replace(rollout, elected=answering[winner])
 
     def topology_of(self, example: Example, seed: Sequence[int | str]) -> Topology:
         """Return the topology that the group of this example runs through."""
@@ -128,9 +149,14 @@ class _Sweep:
     """Carries messages along the edges: a node's request is made as soon as its last sender has written."""
 
     def __init__(
-        self, backbone: Backbone, examples: Sequence[tuple[Example, Topology]], group_size: int, seed: tuple[int | str, ...]
+        self,
+        backbone: Backbone,
+        examples: Sequence[tuple[Example, Topology]],
+        group_size: int,
+        seed: tuple[int | str, ...],
+        branches: int,
     ) -> None:
-        self.backbone, self.seed, self.group_size = backbone, seed, group_size
+        self.backbone, self.seed, self.group_size, self.branches = backbone, seed, group_size, branches
         routes = {topology: _Routes.of(topology) for topology in dict.fromkeys(topology for _, topology in examples)}
         self.routes = list(routes.values())
         self.passes = [_Pass(example, i, routes[topology]) for example, topology in examples for i in range(group_size)]
@@ -153,7 +179,10 @@ class _Sweep:
         inbox = [m for sender in senders for m in running.completions[sender].messages if m.recipient == node]
         text = messages.render(running.routes.topology, node, running.example, inbox)
         prompt = self.backbone.prompt(running.example.question, text)
-        request = Request(node, prompt, (*self.seed, running.example.id, running.index, node))
+        # Rollouts that come from one text of this node.
+        topology = running.routes.topology
+        leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1
+        request = Request(node, prompt, (*self.seed, running.example.id, running.index // leaves, node))
         running.requests[node] = request
         self.keys.append((which, node))
         return len(self.keys) - 1, request

@@ -77,7 +77,8 @@ class Batch:
 
     def _tensors(self, part: Sequence[tuple[Completion, float]], device: torch.device) -> MicroBatch:
         index = {node: i for i, node in enumerate(self.nodes)}
-        nodes = [index[completion.node] for completion, _ in part]
+        # A single adapter serves whoever speaks.
+        nodes = [index[completion.node] if len(index) > 1 else 0 for completion, _ in part]
         # With scope `suffix` a prefix is read without any adapter, so all nodes share it; the node in its key is then 0.
         keys = [
             (completion.prompt.prefix_ids, node if self.scope == "all" else 0)

@@ -4,20 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM
 
-from neuromas.adapters import find_targets, resolve_rank
-from neuromas.backbone import config_of
 from neuromas.checkpoint import RunDirectory
 from neuromas.config import TrainConfig, load_toml, to_json
 from neuromas.evaluate import Evaluation
 from neuromas.growth import Growth
 from neuromas.growth import describe as describe_growth
+from neuromas.sizes import sizes
 from neuromas.tasks import Task, from_config
 from neuromas.topology import Topology
 from neuromas.types import Rollout
@@ -61,19 +58,14 @@ def _planned(config: TrainConfig) -> dict[str, Any]:
 
 def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth], step: int) -> dict[str, Any]:
     """Describe a network that has taken these growths on and done so many steps."""
-    with torch.device("meta"):
-        # Shapes alone: counting parameters needs no weights.
-        model = AutoModelForCausalLM.from_config(config_of(config.backbone))
-    targets = find_targets(model, config.adapter.target_modules)
-    per_rank = sum(linear.in_features + linear.out_features for linear in targets.values())
     # Nodes that join get the rank of those that were there first.
-    rank = resolve_rank(config.adapter, len(config.topology.build().nodes), per_rank)
+    count = sizes(config)
     new = taken[-1].new if taken else ()
     probability = taken[-1].open_probability(step) if taken else 1.0
     return {
         "task": from_config(config.task).name,
         "backbone": config.backbone,
-        "backbone_parameters": sum(p.numel() for p in model.parameters()),
+        "backbone_parameters": count.backbone,
         "nodes": [
             {
                 "id": node,
@@ -87,9 +79,9 @@ def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth
         "output_node": topology.output_node,
         "open_probability": probability,
         "calls_per_answer": len(topology.nodes),
-        "rank": rank,
-        "trainable_parameters_per_node": rank * per_rank,
-        "trainable_parameters": rank * per_rank * len(topology.nodes),
+        "rank": count.rank,
+        "trainable_parameters_per_node": count.per_adapter,
+        "trainable_parameters": count.per_adapter * (len(topology.nodes) if not config.adapter.shared else 1),
         "adapter_scope": config.adapter.scope,
         "max_tokens_per_answer": config.max_new_tokens * len(topology.nodes),
         "training_rollouts": config.num_steps * config.examples_per_step * config.group_size,

@@ -1,7 +1,8 @@
 """The architecture: nodes in layers, edges from earlier to later layers, one output node."""
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -16,17 +17,20 @@ class Topology:
 
     layers: tuple[tuple[int, int], ...]
     edges: tuple[tuple[int, int], ...]
+    roles: tuple[str, ...] = ()
+    """A sentence for each of the nodes 1, 2, ... to read; empty for role-free nodes. The config holds them, not the JSON."""
 
     @classmethod
-    def layered(cls, widths: Iterable[int], *, skip: bool = False) -> "Topology":
+    def layered(cls, widths: Iterable[int], *, skip: bool = False, vote: bool = False) -> "Topology":
         """Build fully connected layers, ids numbered from 1 through the layers (arXiv 2605.16757, section 2).
 
-        `skip` adds an edge from every node to every node of all later layers, not only the next.
+        `skip` adds an edge from every node to every node of all later layers, not only the next. `vote` allows a last layer
+        of several nodes, whose answers are put to the vote.
         """
         widths = tuple(widths)
         if not widths or min(widths) < 1:
             raise ValueError(f"topology.widths must be positive, e.g. 1 1 1, got {list(widths)}")
-        if widths[-1] != 1:
+        if widths[-1] != 1 and not vote:
             raise ValueError(f"topology.widths must end in 1 (one output node), got {list(widths)}")
         layer_of = [layer for layer, width in enumerate(widths, start=1) for _ in range(width)]
         layers = tuple(enumerate(layer_of, start=1))
@@ -59,6 +63,17 @@ class Topology:
                 "connect all but one of them onward"
             )
         return cls(tuple(sorted(layers.items())), edges)
+
+    def with_roles(self, roles: Sequence[str]) -> "Topology":
+        """Return the same graph with a sentence for each node to read; ValueError if there are more or fewer of them."""
+        if len(roles) not in (0, len(self.layers)):
+            expected = f"{len(self.layers)} sentences, one for each node, or none"
+            raise ValueError(f"topology.roles must be {expected}, got {len(roles)}: {list(roles)}")
+        return dataclasses.replace(self, roles=tuple(roles))
+
+    def role(self, node: int) -> str:
+        """Return the node's sentence, empty if it has none."""
+        return self.roles[node - 1] if self.roles else ""
 
     @property
     def nodes(self) -> tuple[int, ...]:

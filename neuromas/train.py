@@ -50,14 +50,7 @@ def set_up_task(config: TrainConfig) -> tuple[Task, dict[str, list[Example]]]:
     config.check()
     task = from_config(config.task)
     task.check_ready()
-    split = config.task.split
-    if split == "train" and not config.task.train_on_evaluation:
-        raise ValueError("--task.split train would score what is trained on; say --task.train-on-evaluation if that is meant")
-    sets: dict[str, list[Example]] = {split: task.examples(split, config.eval_size)}
-    if config.task.file:
-        name = f"file {config.task.file.name}"
-        sets[name] = task.load(config.task.file)
-        task.held_out = frozenset(example.id for example in sets[name])
+    sets = evaluation_sets(config, task)
     # A task with nothing to train on says so now, not after the first evaluation.
     task.training_batch(config.seed, 0, 1)
     return task, sets
@@ -68,10 +61,24 @@ def find_run(config: TrainConfig, *, resume: bool) -> RunDirectory:
     return RunDirectory.resume(config) if resume else RunDirectory.create(config)
 
 
+def evaluation_sets(config: TrainConfig, task: Task) -> dict[str, list[Example]]:
+    """Return what is scored, by name; ValueError if that is what is trained on. The task then never draws a file's items."""
+    split = config.task.split
+    if split == "train" and not config.task.train_on_evaluation:
+        raise ValueError("--task.split train would score what is trained on; say --task.train-on-evaluation if that is meant")
+    sets: dict[str, list[Example]] = {split: task.examples(split, config.eval_size)}
+    if config.task.file:
+        name = f"file {config.task.file.name}"
+        sets[name] = task.load(config.task.file)
+        task.held_out = frozenset(example.id for example in sets[name])
+    return sets
+
+
 def build_network(config: TrainConfig) -> Network:
     backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device)
     return Network(
-        config.topology.build(), backbone, adapter=config.adapter, max_new_tokens=config.max_new_tokens, seed=config.seed
+        config.topology.build(), backbone, adapter=config.adapter, max_new_tokens=config.max_new_tokens, seed=config.seed,
+        read=from_config(config.task).parse_answer if config.topology.vote else None,
     )  # fmt: skip
 
 
@@ -111,13 +118,7 @@ def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | N
             trainer.tell = progress.note
             progress.note(f"run {run.path}: {setup.network.adapters.trainable_parameters:,} trainable parameters")
             scores = {"before": trainer.evaluate_once("before", progress, stop)}
-            for step in range(trainer.step, config.num_steps):
-                metrics = trainer.train_step(step)
-                progress.step(step, metrics)
-                if stop.asked or (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
-                    trainer.save()
-                stop.leave_if_asked(f"after step {step + 1}")
-            trainer.check_frozen()
+            trainer.train_to_end(progress, stop)
             scores["after"] = trainer.evaluate_once("after", progress, stop)
     return scores
 
@@ -146,6 +147,17 @@ class Trainer:
         if self.looks:
             self.validation = self.task.examples("validation", self.config.validation_size)
 
+    def train_to_end(self, progress: Progress, stop: Stop) -> None:
+        """Do the steps that are left, with checkpoints on the way."""
+        config = self.config
+        for step in range(self.step, config.num_steps):
+            metrics = self.train_step(step)
+            progress.step(step, metrics)
+            if stop.asked or (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
+                self.save()
+            stop.leave_if_asked(f"after step {step + 1}")
+        self.check_frozen()
+
     def train_step(self, step: int) -> dict[str, float]:
         """Do one step of the straight line; log it and return its metrics."""
         while growth := self.stages.due(step):
@@ -154,7 +166,7 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         examples = self._questions(step)
         groups = self.network.rollout(
-            examples, config.group_size, seed=(config.seed, step), temperature=config.temperature
+            examples, config.group_size, seed=(config.seed, step), temperature=config.temperature, branches=config.branches
         )  # fmt: skip
         rollout_seconds = time.perf_counter() - started
         self.ledger.record(groups)

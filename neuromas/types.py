@@ -98,11 +98,13 @@ class Rollout:
     index: int
     """Which rollout of its group."""
     completions: tuple[Completion, ...]
+    elected: int = -1
+    """Which completion is the answer: the last one, the output node's, unless several nodes answer and one is elected."""
 
     @property
     def answer(self) -> str:
         """Text of the output node."""
-        return self.completions[-1].sample.text
+        return self.completions[self.elected].sample.text
 
 
 Group = tuple[Rollout, ...]

@@ -85,7 +85,7 @@ def test_unknown_command(call: Call) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rate = 0.1", r"run\.toml: unknown key 'learning_rate'; known are adapter, backbone, centring, "),
+        ("learning_rate = 0.1", r"run\.toml: unknown key 'learning_rate'; known are adapter, backbone, branches, centring, "),
         ("[adapter]\nranks = 3", r"run\.toml: unknown key 'adapter\.ranks'; known are adapter\.alpha, adapter\.budget, "),
         ("num_steps = 'many'", r"run\.toml: num_steps must be of type int, got 'many'$"),
         ("num_steps = = 3", r"run\.toml is not TOML: Invalid value \(at line 1, column 13\)$"),

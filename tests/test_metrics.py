@@ -69,6 +69,7 @@ def test_rollout_metrics_counted_by_hand() -> None:
             "dropped_text/frac": 0.25,
             # One of eight completions; 4 + 6 + 5 + 3 and 2 + 8 + 2 + 2 tokens.
             "truncated/frac": 0.125,
+            "sampled_tokens/sum": 32,
             "completion_tokens/mean": 4.0,
             "completion_tokens/node/1/mean": 4.5,
             "completion_tokens/node/2/mean": 3.5,

@@ -1,0 +1,25 @@
+"""The compared methods by name, as `neuromas compare` takes them. What loads torch is loaded when a method runs."""
+
+from neuromas.baselines import (
+    debate,
+    gptswarm,
+    macnet,
+    mixture,
+    networks,
+    pipeline,
+    sampling,
+    self_check,
+    self_refine,
+    sweep,
+    tree_of_thoughts,
+)
+from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint, Method
+
+_FILES = (
+    sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts, networks, sweep,
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
+"""Untrained methods first, then trained ones."""
+
+__all__ = ["METHODS", "Answer", "CellResult", "CellSpec", "CurvePoint", "Method"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from neuromas.config import TrainConfig
 
@@ -33,11 +33,8 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class CellSpec:
-    """One cell: a method on a task with a seed.
-
-    `config` holds task, seed, backbone, budgets and evaluation sizes for all methods alike; a method changes in it what makes
-    it this method (topology, adapter) and nothing else.
-    """
+    """One cell: a method on a task with a seed. `config` holds task, seed, backbone, budgets and evaluation sizes for all
+    methods alike; a method changes in it what makes it this method (topology, adapter) and nothing else."""
 
     method: str
     config: TrainConfig
@@ -60,6 +57,7 @@ class CellResult:
     """The resolved settings of this cell."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """A compared method."""
 

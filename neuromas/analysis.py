@@ -1,0 +1,356 @@
+"""A comparison: scores of methods x tasks, and differences of those pairs that are matched as declared.
+
+Nothing is left out in silence: a cell that died or is not made yet, and a pair that is not matched, is one line in the place of
+its number.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from neuromas import statistics
+from neuromas.baselines.base import Answer, CellResult, CellSpec
+from neuromas.cells import Stored
+from neuromas.evaluate import UNPARSED
+from neuromas.grid import Grid, Pair, find_method, problem_of
+from neuromas.matching import QUANTITIES, Amounts, compare_amounts, difference, mismatches, shorten
+
+Problem = tuple[str, str, str]
+"""Backbone, task, set of examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One method on one problem with one seed."""
+
+    seed: int
+    answers: tuple[Answer, ...]
+    amounts: dict[str, float]
+    result: CellResult
+
+    @property
+    def right(self) -> list[float]:
+        return [answer.reward for answer in self.answers]
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        return [(answer.example, answer.gold) for answer in self.answers]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunScore:
+    """Accuracy of one run, with Wilson's interval."""
+
+    seed: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """One method on one problem, over its seeds."""
+
+    method: str
+    title: str
+    trained: bool
+    n: int
+    """Questions."""
+    accuracy: float
+    low: float
+    """Lower end of the 95% interval over questions and runs; over questions alone where there is one run."""
+    high: float
+    runs: list[RunScore]
+    floor: float | None
+    """Accuracy of the best constant answer on these questions; None where no two questions have the same answer."""
+    floor_answer: str | None
+    parse_rate: float
+    answers: dict[str, int]
+    """How often each answer was given in all runs, the most frequent first."""
+    amounts: dict[str, float]
+    """Mean over runs of each of QUANTITIES."""
+    curve: list[dict[str, int | float]] = field(default_factory=list)
+    """Points `seed`, `step`, `sampled_tokens`, `accuracy` of the validation curves."""
+    flags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """First minus second of a pair on one problem; the numbers are None where `refused` says why there are none."""
+
+    refused: str | None = None
+    mean: float | None = None
+    low: float | None = None
+    """95% interval over questions and runs, or over questions alone where there is one run."""
+    high: float | None = None
+    p: float | None = None
+    """Over questions and runs, or over questions alone where there is one run."""
+    p_holm: float | None = None
+    """The same, adjusted for all differences of the table."""
+    detectable: float | None = None
+    """True difference that this design finds four times in five, about."""
+    low_these_runs: float | None = None
+    """95% bootstrap interval over questions, for exactly these runs."""
+    high_these_runs: float | None = None
+    p_these_runs: float | None = None
+    """Permutation test over questions, for exactly these runs."""
+    runs: list[dict[str, int | float]] = field(default_factory=list)
+    """For each seed: its difference, questions that only one got right, McNemar's exact p."""
+    unmatched: list[str] = field(default_factory=list)
+    """What differs without being declared as matched, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Everything that a comparison says about one problem."""
+
+    problem: Problem
+    scores: dict[str, Score]
+    missing: dict[str, str]
+    """By method: why there is no score, or not of all seeds."""
+    differences: list[Difference]
+    """In the order of the grid's pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a comparison found, ready to be shown."""
+
+    grid: Grid
+    tables: list[Table]
+    overall: list[Difference]
+    """By pair: the mean over all problems."""
+    notes: list[str]
+
+
+def amounts_of(spec: CellSpec, result: CellResult, answers: Sequence[Answer]) -> dict[str, float]:
+    """Return what a cell spent, one amount for each of QUANTITIES."""
+    training, n = result.training or {}, len(answers)
+    amounts = {
+        "trainable_parameters": result.trainable_parameters,
+        "training_questions": spec.config.num_steps * spec.config.examples_per_step if find_method(spec.method).trained else 0,
+        "training_rollouts": training.get("rollouts", 0),
+        "updates": training.get("optimizer_steps", 0),
+        "training_calls": training.get("calls", 0),
+        "training_sampled_tokens": training.get("sampled_tokens", 0),
+        "training_prompt_tokens": training.get("prompt_tokens", 0),
+        "calls_per_answer": sum(answer.calls for answer in answers) / n,
+        "tokens_per_answer": sum(answer.sampled_tokens for answer in answers) / n,
+        "prompt_tokens_per_answer": sum(answer.prompt_tokens for answer in answers) / n,
+    }
+    return {name: float(amount) for name, amount in amounts.items()}
+
+
+def compare(grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: Sequence[str] = ()) -> Comparison:
+    """Score what was found of a grid's cells, and compare its pairs."""
+    runs: dict[Problem, dict[str, list[Run]]] = {}
+    lost: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
+    for spec, stored in found:
+        problem = problem_of(spec)
+        if stored is None or stored.result is None:
+            reason = "not run yet" if stored is None else f"died: {stored.error}"
+            lost.setdefault(problem, {}).setdefault(spec.method, {}).setdefault(reason, []).append(str(spec.config.seed))
+            continue
+        for which, answers in stored.result.answers.items():
+            run = Run(spec.config.seed, answers, amounts_of(spec, stored.result, answers), stored.result)
+            runs.setdefault((*problem, which), {}).setdefault(spec.method, []).append(run)
+    for backbone, task in lost:
+        # A problem that nobody has answered is in the report all the same.
+        if not any(problem[:2] == (backbone, task) for problem in runs):
+            split = next(spec.config.task.split for spec in grid.cells if problem_of(spec) == (backbone, task))
+            runs[backbone, task, split] = {}
+    order = {(backbone, task): place for place, (backbone, task) in enumerate(dict.fromkeys(map(problem_of, grid.cells)))}
+    tables, estimates = [], []
+    for problem in sorted(runs, key=lambda problem: order[problem[:2]]):
+        table, of_pairs = _table(grid, problem, runs[problem], lost.get(problem[:2], {}))
+        tables.append(table)
+        estimates.append(of_pairs)
+    # One correction for all tasks and pairs, another for the means over the tasks.
+    adjusted = iter(_adjusted([found for table in tables for found in table.differences]))
+    tables = [replace(table, differences=[next(adjusted) for _ in table.differences]) for table in tables]
+    overall = [_overall(pair, [row[i] for row in estimates], tables, i) for i, pair in enumerate(grid.pairs)]
+    floorless = [
+        f"{spell_problem(table.problem)}: no floor, since no two questions have the same answer; scores stand against 0%"
+        for table in tables
+        if table.scores and all(score.floor is None for score in table.scores.values())
+    ]
+    return Comparison(grid, tables, _adjusted(overall), [*notes, *floorless])
+
+
+def spell_problem(problem: Problem) -> str:
+    """Name a problem: its task, and what else is not as usual."""
+    backbone, task, which = problem
+    return task + (f", {which}" if which != "test" else "") + (f", {backbone}" if backbone != "bundled" else "")
+
+
+def _table(
+    grid: Grid, problem: Problem, runs: Mapping[str, list[Run]], lost: Mapping[str, dict[str, list[str]]]
+) -> tuple[Table, list[statistics.Estimate | None]]:
+    scores, missing = {}, {}
+    for method in grid.methods:
+        own = runs.get(method, [])
+        reasons = [f"seed {', '.join(seeds)} {reason}" for reason, seeds in lost.get(method, {}).items()]
+        if not own and not reasons:
+            reasons = [f"has no answers to {problem[2]}"]
+        if own and any(run.questions != own[0].questions for run in own):
+            reasons.append("its seeds answered different questions, so they have no common score")
+        elif own:
+            scores[method] = _score(method, own)
+        if reasons:
+            missing[method] = "; ".join(reasons)
+    differences, estimates = [], []
+    for pair in grid.pairs:
+        difference, estimate = _difference(pair, runs, missing)
+        differences.append(difference)
+        estimates.append(estimate)
+    return Table(problem, scores, missing, differences), estimates
+
+
+def _score(name: str, runs: Sequence[Run]) -> Score:
+    method = find_method(name)
+    right_RQ = np.array([run.right for run in runs])
+    n = right_RQ.shape[1]
+    low, high = statistics.share_interval(right_RQ)
+    given = Counter(UNPARSED if a.given is None else a.given for run in runs for a in run.answers)
+    (best, count), *_ = Counter(answer.gold for answer in runs[0].answers).most_common(1)
+    floor = count / n if count > 1 else None
+    each = [
+        RunScore(seed=run.seed, accuracy=float(right.mean()), low=interval[0], high=interval[1])
+        for run, right in zip(runs, right_RQ, strict=True)
+        for interval in [statistics.wilson(float(right.sum()), n)]
+    ]
+    score = Score(
+        method=name, title=method.title, trained=method.trained, n=n, accuracy=float(right_RQ.mean()), low=low, high=high,
+        runs=each, floor=floor, floor_answer=best if floor else None, parse_rate=1 - given[UNPARSED] / given.total(),
+        answers=dict(given.most_common()),
+        amounts={key: float(np.mean([run.amounts[key] for run in runs])) for key in QUANTITIES},
+        curve=[{"seed": run.seed, **asdict(point)} for run in runs for point in run.result.curve],
+    )  # fmt: skip
+    score.flags.extend(_flags(score, runs))
+    return score
+
+
+def _flags(score: Score, runs: Sequence[Run]) -> list[str]:
+    flags = []
+    if score.floor is None:
+        flags.append("no floor")
+    elif score.accuracy <= score.floor:
+        flags.append("at or below floor")
+    elif score.low <= score.floor:
+        flags.append("interval reaches floor")
+    if score.floor is not None and score.accuracy > score.floor:
+        low = [str(run.seed) for run in score.runs if run.accuracy <= score.floor]
+        flags += [f"at or below floor with seed {', '.join(low)}"] if low else []
+    fallen: dict[str, list[str]] = {}
+    for run in runs:
+        given = Counter(UNPARSED if answer.given is None else answer.given for answer in run.answers)
+        if answer := statistics.collapsed(given, score.floor):
+            fallen.setdefault(answer, []).append(str(run.seed))
+    for answer, seeds in fallen.items():
+        where = "" if len(seeds) == len(runs) else f" with seed {', '.join(seeds)}"
+        flags.append(f"answers collapsed to {shorten(answer)!r}{where}")
+    return flags
+
+
+def _difference(
+    pair: Pair, runs: Mapping[str, list[Run]], missing: Mapping[str, str]
+) -> tuple[Difference, statistics.Estimate | None]:
+    """Compare a pair on one problem, or say why it can't be compared."""
+    if gaps := [f"{name}: {missing[name]}" for name in (pair.first, pair.second) if name in missing]:
+        return Difference(refused="; ".join(gaps)), None
+    together = list(zip(runs[pair.first], runs[pair.second], strict=True))
+    for first, second in together:
+        if first.questions != second.questions:
+            apart = len(set(first.questions) ^ set(second.questions))
+            what = f"{apart} questions are in one only" if apart else "their order differs"
+            return Difference(refused=f"seed {first.seed}: not the same questions ({what})"), None
+        if wrong := mismatches(first.amounts, second.amounts, pair.matched, pair.tolerance):
+            limit = f"declared as matched to within {pair.tolerance:.0%}"
+            return Difference(refused=f"seed {first.seed}: {'; '.join(wrong)}; {limit}"), None
+    table_RQ = np.array([first.right for first, _ in together]) - np.array([second.right for _, second in together])
+    estimate = statistics.crossed_estimate(table_RQ)
+    these, p_these = statistics.bootstrap_interval(table_RQ), statistics.permutation_test(table_RQ)
+    # One run: there is nothing else to say anything about than these runs.
+    (low, high), p = (estimate.interval(), estimate.p_value()) if len(together) > 1 else (these, p_these)
+    found = Difference(
+        mean=estimate.mean, low=max(-1.0, low), high=min(1.0, high), p=p, detectable=estimate.detectable(),
+        low_these_runs=these[0], high_these_runs=these[1], p_these_runs=p_these,
+        runs=[_of_one_run(first, second) for first, second in together],
+        unmatched=_unmatched(pair, *([run.amounts for run in runs[name]] for name in (pair.first, pair.second))),
+    )  # fmt: skip
+    return found, estimate
+
+
+def _of_one_run(first: Run, second: Run) -> dict[str, int | float]:
+    rewards = first.right, second.right
+    only_first, only_second, p = statistics.mcnemar(*([value == 1 for value in side] for side in rewards))
+    mean = float(np.mean(rewards[0]) - np.mean(rewards[1]))
+    return {"seed": first.seed, "mean": mean, "only_first": only_first, "only_second": only_second, "p_mcnemar": p}
+
+
+def _unmatched(pair: Pair, first: Sequence[Amounts], second: Sequence[Amounts]) -> list[str]:
+    """Say what differs on average without being declared as matched."""
+    texts = []
+    for key in QUANTITIES:
+        means = [float(np.mean([amounts[key] for amounts in side])) for side in (first, second)]
+        if key not in pair.matched and difference(*means) > pair.tolerance:
+            texts.append(compare_amounts(key, *means))
+    return texts
+
+
+def _adjusted(differences: Sequence[Difference]) -> list[Difference]:
+    """Put Holm's p-values into the differences of one table."""
+    adjusted = iter(statistics.holm([found.p for found in differences if found.p is not None]))
+    return [replace(found, p_holm=next(adjusted)) if found.p is not None else found for found in differences]
+
+
+def _overall(pair: Pair, estimates: Sequence[statistics.Estimate | None], tables: Sequence[Table], index: int) -> Difference:
+    """Return the mean difference of a pair over all problems; refused if any of them is."""
+    refused = [(spell_problem(t.problem), reason) for t in tables if (reason := t.differences[index].refused)]
+    known = [estimate for estimate in estimates if estimate is not None]
+    if refused:
+        where, reason = refused[0]
+        return Difference(refused=f"refused on {len(refused)} of {len(tables)} tasks: {where}: {reason}")
+    mean = statistics.mean_of(known)
+    low, high = mean.interval()
+    return Difference(
+        mean=mean.mean, low=max(-1.0, low), high=min(1.0, high), p=mean.p_value(), detectable=mean.detectable(),
+        unmatched=_unmatched(pair, *([t.scores[name].amounts for t in tables] for name in (pair.first, pair.second))),
+    )  # fmt: skip
+
+
+def spell_difference(found: Difference) -> str:
+    """Write a difference in one line."""
+    if found.refused is not None or found.mean is None or found.low is None or found.high is None:
+        return f"not compared: {found.refused}"
+    apart = f"; not matched: {'; '.join(found.unmatched)}" if found.unmatched else ""
+    interval = f"95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    return f"{100 * found.mean:+.1f} points ({interval}, p {found.p:.2g}){apart}"
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Return everything that the report shows as JSON-ready data."""
+    grid = comparison.grid
+    return {
+        "name": grid.name,
+        "methods": list(grid.methods), "tasks": list(grid.tasks), "backbones": list(grid.backbones), "seeds": list(grid.seeds),
+        "titles": {
+            name: {"title": method.title, "source": method.source, "trained": method.trained}
+            for name, method in ((name, find_method(name)) for name in grid.methods)
+        },
+        "notes": comparison.notes,
+        "pairs": [asdict(pair) for pair in grid.pairs],
+        "overall": [asdict(found) for found in comparison.overall],
+        "problems": [
+            {
+                "name": spell_problem(t.problem), "backbone": t.problem[0], "task": t.problem[1], "set": t.problem[2],
+                "scores": {name: asdict(score) for name, score in t.scores.items()},
+                "missing": t.missing,
+                "differences": [asdict(found) for found in t.differences],
+            }
+            for t in comparison.tables
+        ],
+    }  # fmt: skip

@@ -1,0 +1,116 @@
+"""Trains the networks of compared methods by the common loop, and answers with them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint
+from neuromas.baselines.conversation import Spoken
+from neuromas.baselines.driver import answers_of, in_parts, settings_of, voted
+from neuromas.baselines.networks import Trained, UntrainedNetwork
+from neuromas.checkpoint import RunDirectory
+from neuromas.config import TrainConfig
+from neuromas.network import Network
+from neuromas.progress import Progress
+from neuromas.stop import Stop, stop_signals
+from neuromas.tasks import Task, from_config
+from neuromas.train import Trainer, build_network, evaluation_sets, set_up
+from neuromas.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A trained run with its answers."""
+
+    trainer: Trainer
+    answers: dict[str, tuple[Answer, ...]]
+
+
+def answer_sets(
+    network: Network,
+    task: Task,
+    sets: dict[str, list[Example]],
+    *,
+    votes: int,
+    temperature: float,
+    seed: int,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, tuple[Answer, ...]]:
+    """Answer every set by the vote of `votes` rollouts an example."""
+
+    def answer(examples: Sequence[Example]) -> list[Spoken]:
+        groups = network.rollout(examples, votes, seed=("evaluate", seed), temperature=temperature)
+        return [voted(task, group) for group in groups]
+
+    return {name: answers_of(task, in_parts(examples, answer, between)) for name, examples in sets.items()}
+
+
+def train_run(config: TrainConfig, then: Callable[[Trainer, Stop], dict[str, tuple[Answer, ...]]]) -> Evaluated:
+    """Train a run to its end, going on where it stands, and do something with it while the folder is locked.
+
+    Unlike `train.train` it scores nothing before and after. Raises what that raises.
+    """
+    config.check()
+    run = RunDirectory.resume(config)
+    setup = set_up(config)
+    with run.locked():
+        run.initialise()
+        trainer = Trainer(setup, run)
+        with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
+            trainer.train_to_end(progress, stop)
+            return Evaluated(trainer, then(trainer, stop))
+
+
+def curve_of(run: RunDirectory) -> tuple[CurvePoint, ...]:
+    """Return the looks at the validation problems, with the tokens that nodes had written by then."""
+    points, tokens = [], 0.0
+    for record in run.metrics():
+        tokens += record["sampled_tokens/sum"]
+        if "validation/accuracy/mean" in record:
+            points.append(CurvePoint(int(record["step"]) + 1, round(tokens), record["validation/accuracy/mean"]))
+    return tuple(points)
+
+
+def run_trained(method: Trained, spec: CellSpec, folder: Path) -> CellResult:
+    """Train the method's network and answer the evaluation sets."""
+    config = replace(method.change(spec.config), run_dir=folder / "run")
+
+    def answer(trainer: Trainer, stop: Stop) -> dict[str, tuple[Answer, ...]]:
+        return answer_sets(
+            trainer.network, trainer.task, trainer.sets, votes=method.votes, temperature=method.temperature,
+            seed=config.seed, between=lambda: stop.leave_if_asked("while answering"),
+        )  # fmt: skip
+
+    return result_of(method, train_run(config, answer))
+
+
+def result_of(method: Trained, done: Evaluated, **settings: object) -> CellResult:
+    trainer = done.trainer
+    return CellResult(
+        method=method.name,
+        task=trainer.task.name,
+        seed=trainer.config.seed,
+        answers=done.answers,
+        trainable_parameters=trainer.bank.trainable_parameters,
+        training=trainer.ledger.to_json(),
+        curve=curve_of(trainer.run),
+        settings=settings_of(
+            trainer.config, evaluation_temperature=method.temperature, votes=method.votes, rank=trainer.bank.rank, **settings
+        ),
+    )
+
+
+def run_untrained_network(method: UntrainedNetwork, spec: CellSpec) -> CellResult:
+    """Answer with the network as it is before training."""
+    config = method.change(spec.config).check()
+    task = from_config(config.task)
+    sets = evaluation_sets(config, task)
+    return CellResult(
+        method=method.name,
+        task=task.name,
+        seed=config.seed,
+        answers=answer_sets(build_network(config), task, sets, votes=1, temperature=0.0, seed=config.seed),
+        trainable_parameters=0,
+        training=None,
+        settings=settings_of(config, evaluation_temperature=0.0, votes=1),
+    )

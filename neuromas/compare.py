@@ -1,0 +1,197 @@
+"""The command `neuromas compare`: make the cells that are not there yet, then the report of all of them."""
+
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Grille
+from transformers import PretrainedConfig
+
+from neuromas.analysis import Comparison, compare, spell_difference, spell_problem, to_json
+from neuromas.backbone import Backbone, config_of
+from neuromas.baselines.base import CellSpec
+from neuromas.baselines.paper import qwen3_0_6b
+from neuromas.cells import Cell, Stored, cell, make_all, read
+from neuromas.config import TrainConfig
+from neuromas.grid import Grid, Pair, describe_cell, find_method
+from neuromas.matching import QUANTITIES, spell
+from neuromas.report import write_report
+from neuromas.sizes import sizes
+
+PAPER_BACKBONE = "Qwen/Qwen3-0.6B"
+
+
+def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_only: bool = False) -> Comparison:
+    """Make what is missing of a grid in `out`, write its report there, and return what it says.
+
+    Cells of other code are made again, unless `keep_old`; cells that died are tried again. Raises ValueError if another process
+    is at it.
+    """
+    with _locked(out) as lock:
+        checksums = {name: _checksum(name, grid) for name in grid.backbones}
+        places = [cell(spec, out, checksums[spec.config.backbone]) for spec in grid.cells]
+        found, notes = _look(places, keep_old or report_only)
+        if not report_only:
+            left = [place for place in places if (stored := found.get(place.path)) is None or stored.error is not None]
+            _tell(f"{len(places)} cells: {len(places) - len(left)} are there, {len(left)} to make, {jobs} at a time, in {out}")
+            found |= _make(left, jobs, lock)
+        comparison = compare(grid, [(place.spec, found.get(place.path)) for place in places], notes)
+        data = to_json(comparison) | {"code": sorted({place.code for place in places}), "backbone_checksums": checksums}
+        (out / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write_report(data, out)
+    return comparison
+
+
+def _checksum(backbone: str, grid: Grid) -> str:
+    dtype = next(spec.config.dtype for spec in grid.cells if spec.config.backbone == backbone)
+    return Backbone.load(backbone, dtype=dtype, device="cpu").checksum()
+
+
+def _look(places: Sequence[Cell], keep_old: bool) -> tuple[dict[Path, Stored], list[str]]:
+    """Read the cells that are there; one line for each that is not as it should be."""
+    found, notes = {}, []
+    for place in places:
+        try:
+            stored = read(place)
+        except ValueError as error:
+            _tell(f"{error}; it is made again")
+            continue
+        if stored is not None and stored.code != place.code:
+            which = f"{describe_cell(place.spec)}: made by other code ({stored.code}, now {place.code})"
+            if not keep_old:
+                _tell(f"{which}; it is made again")
+                continue
+            notes.append(f"{which}; kept as it is")
+        if stored is not None:
+            found[place.path] = stored
+    return found, notes
+
+
+def _make(left: Sequence[Cell], jobs: int, lock: int) -> dict[Path, Stored]:
+    made: dict[Path, Stored] = {}
+    started = time.monotonic()
+
+    def done(place: Cell, stored: Stored) -> None:
+        made[place.path] = stored
+        remaining = (time.monotonic() - started) / len(made) * (len(left) - len(made))
+        _tell(
+            f"[{len(made)}/{len(left)}] {describe_cell(place.spec)}: {_outcome(stored)} in {stored.seconds:.0f} s"
+            f"{f', about {_duration(remaining)} left' if len(made) < len(left) else ''}"
+        )
+
+    try:
+        make_all(left, jobs, done, keep=[lock])
+    except KeyboardInterrupt:
+        _tell("stopped; the same command goes on from here")
+        raise
+    return made
+
+
+def _outcome(stored: Stored) -> str:
+    if stored.result is None:
+        return f"died: {stored.error}"
+    scores = (f"{sum(a.reward for a in answers) / len(answers):.1%} of {len(answers)} right on {which}"
+              for which, answers in stored.result.answers.items())  # fmt: skip
+    return ", ".join(scores)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[int]:
+    """Keep other processes out; workers inherit the lock, so that one that outlives this process is not overtaken."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"--out {out} is in use by another comparison; wait for it or name another") from error
+        yield file.fileno()
+
+
+def print_plan(grid: Grid) -> None:
+    """Print what a grid would run: cells, budgets, and what is declared as matched. Loads no weights."""
+    # In a file or a pipe there is no width to fit into.
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    table = Grille(box=None, pad_edge=False)
+    several = len(grid.backbones) > 1
+    for name in ("method", *(["backbone"] if several else []), "trained", "cells", "trainable parameters", "training rollouts",
+                 "updates"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("method", "backbone") else "right", no_wrap=True)
+    for method in grid.methods:
+        for backbone in grid.backbones:
+            specs = [spec for spec in grid.cells if spec.method == method and spec.config.backbone == backbone]
+            trained = find_method(method).trained
+            rollouts, updates = _of_all(specs, "rollouts"), _of_all(specs, "updates")
+            table.add_row(
+                method, *([backbone] if several else []), "yes" if trained else "no", str(len(specs)), _parameters(specs),
+                rollouts if trained else "0", updates if trained else "0",
+            )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"\n{len(grid.cells)} cells: {len(grid.methods)} methods x {len(grid.tasks)} tasks x {len(grid.seeds)} seeds"
+        + (f" x {len(grid.backbones)} backbones" if several else f" on {grid.backbones[0]}")
+    )
+    console.print(f"tasks: {', '.join(grid.tasks)}")
+    for pair in grid.pairs:
+        console.print(describe_pair(pair))
+
+
+def describe_pair(pair: Pair) -> str:
+    matched = ", ".join(QUANTITIES[name] for name in pair.matched)
+    asks = f"  {pair.asks}" if pair.asks else ""
+    return f"{pair.first} - {pair.second}: matched in {matched} (to within {pair.tolerance:.0%}).{asks}"
+
+
+def _of_all(specs: Sequence[CellSpec], what: str) -> str:
+    configs = [spec.config for spec in specs]
+    counts = {c.num_steps * (c.examples_per_step * c.group_size if what == "rollouts" else 1) for c in configs}
+    return " to ".join(spell(count) for count in sorted({min(counts), max(counts)}))
+
+
+def _parameters(specs: Sequence[CellSpec]) -> str:
+    """Count trainable parameters from the model's config alone."""
+    method = find_method(specs[0].method)
+    change: Callable[[TrainConfig], TrainConfig] | None = getattr(method, "change", None)
+    if not method.trained:
+        return "0"
+    if change is None:
+        return "known when run"
+    networks = {repr((c.backbone, c.topology, c.adapter)): c for c in (change(spec.config) for spec in specs)}
+    counts = sorted({sizes(config, _architecture(config.backbone)).trainable for config in networks.values()})
+    return " to ".join(f"{count:,} ({count / 1e6:.1f}M)" if count >= 1e6 else f"{count:,}" for count in counts)
+
+
+@cache
+def _architecture(backbone: str) -> PretrainedConfig:
+    """Return a backbone's config; the paper's is written down here, for where there is no network."""
+    try:
+        return config_of(backbone)
+    except ValueError:
+        if backbone == PAPER_BACKBONE:
+            return qwen3_0_6b()
+        raise
+
+
+def print_result(comparison: Comparison, out: Path) -> None:
+    """Print what the report says above all: every pair's mean over the tasks, or why there is none."""
+    for note in comparison.notes:
+        print(note)
+    for table in comparison.tables:
+        for method, reason in table.missing.items():
+            print(f"{spell_problem(table.problem)}: {method}: {reason}")
+    for pair, found in zip(comparison.grid.pairs, comparison.overall, strict=True):
+        print(f"{pair.first} - {pair.second}: {spell_difference(found)}")
+    print(f"report: {out / 'report.html'} and {out / 'report.md'}")

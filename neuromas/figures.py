@@ -1,0 +1,163 @@
+"""Pictures of a comparison, as SVG that a page can hold; from the data of `analysis.to_json`."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Data = dict[str, Any]
+WIDTH = 11.0
+FLOOR_STYLE = {"color": "0.45", "linestyle": "--", "linewidth": 1}
+AXES = {
+    "trainable_parameters": "trainable parameters",
+    "calls_per_answer": "calls per answer",
+    "tokens_per_answer": "sampled tokens per answer",
+}
+
+
+def name_of(problem: Data) -> str:
+    return problem["name"]
+
+
+def scores_picture(data: Data) -> str:
+    """Draw every score with its interval, its runs and the floor: one panel for each problem."""
+    problems, methods = data["problems"], data["methods"]
+    columns = min(4, len(problems))
+    rows = math.ceil(len(problems) / columns)
+    figure, axes = _figure(len(problems), columns, (WIDTH, rows * (0.9 + 0.24 * len(methods))), sharex=True, sharey=True)
+    for panel, problem in zip(axes, problems, strict=False):
+        floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
+        if floors:
+            panel.axvline(floors[0], **FLOOR_STYLE)
+        for place, method in enumerate(methods):
+            if (score := problem["scores"].get(method)) is None:
+                panel.text(0.02, place, "no score", va="center", fontsize=7, color="tab:red")
+                continue
+            style = _style(data, method)
+            panel.scatter([run["accuracy"] for run in score["runs"]], [place + 0.22] * len(score["runs"]), s=7,
+                          color=style["color"], alpha=0.5, linewidths=0)  # fmt: skip
+            error = [[score["accuracy"] - score["low"]], [score["high"] - score["accuracy"]]]
+            panel.errorbar([score["accuracy"]], [place], xerr=error, markersize=5, capsize=2, linewidth=1.2, **style)
+        panel.set_title(name_of(problem), fontsize=8.5)
+        panel.set(xlim=(0, 1), yticks=range(len(methods)), ylim=(len(methods) - 0.4, -0.6))
+        panel.set_yticklabels([_title(data, method) for method in methods], fontsize=8)
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.grid(axis="x", alpha=0.25)
+    return _svg(figure)
+
+
+def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
+    """Draw mean accuracy against what it takes, with the line of what nothing cheaper surpasses."""
+    from matplotlib.ticker import MaxNLocator
+
+    methods = [method for method in data["methods"] if all(method in problem["scores"] for problem in problems)]
+    figure, axes = _figure(3, 3, (WIDTH, 4.1), sharey=True)
+    for panel, (key, label) in zip(axes, AXES.items(), strict=True):
+        points = {method: _mean_point(problems, method, key) for method in methods}
+        frontier = _frontier(list(points.values()))
+        panel.step(*zip(*frontier, strict=True), where="post", color="0.75", linewidth=1.5, zorder=0)
+        for method, (x, y) in points.items():
+            panel.plot([x], [y], linestyle="none", markersize=7, label=_title(data, method), **_style(data, method))
+        amounts = [x for x, _ in points.values()]
+        if min(amounts) > 0 and max(amounts) / min(amounts) > 12:
+            panel.set_xscale("log")
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        panel.set_xlabel(label)
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.0f}")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.grid(alpha=0.25)
+    axes[0].set_ylabel("accuracy" if len(problems) == 1 else f"accuracy, mean of {len(problems)} tasks")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def curves_picture(data: Data, key: str, label: str) -> str | None:
+    """Draw validation accuracy in training, mean and range of the runs, against `key`; None if nothing was looked at."""
+    problems = [p for p in data["problems"] if any(score["curve"] for score in p["scores"].values())]
+    if not problems:
+        return None
+    columns = min(4, len(problems))
+    rows = math.ceil(len(problems) / columns)
+    figure, axes = _figure(len(problems), columns, (WIDTH, 0.7 + 2.4 * rows), sharey=True)
+    shown: dict[str, Any] = {}
+    for panel, problem in zip(axes, problems, strict=False):
+        for method, score in problem["scores"].items():
+            if not score["curve"]:
+                continue
+            steps = sorted({point["step"] for point in score["curve"]})
+            at = [[point for point in score["curve"] if point["step"] == step] for step in steps]
+            x = [float(np.mean([point[key] for point in points])) for points in at]
+            values = [[point["accuracy"] for point in points] for points in at]
+            color = _style(data, method)["color"]
+            (shown[_title(data, method)],) = panel.plot(x, [np.mean(v) for v in values], color=color, marker=".", linewidth=1.3)
+            panel.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0)
+        floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
+        if floors:
+            panel.axhline(floors[0], **FLOOR_STYLE)
+        panel.set_title(name_of(problem), fontsize=8.5)
+        panel.set(ylim=(0, 1), xlim=(0, None))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e5 else f"{value:,.0f}")
+        panel.grid(alpha=0.25)
+    figure.supxlabel(label, fontsize=9)
+    figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _mean_point(problems: Sequence[Data], method: str, key: str) -> tuple[float, float]:
+    scores = [problem["scores"][method] for problem in problems]
+    return float(np.mean([s["amounts"][key] for s in scores])), float(np.mean([s["accuracy"] for s in scores]))
+
+
+def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no point of equal or lower cost surpasses, and the line's end."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return [*best, (max(x for x, _ in points), best[-1][1])]
+
+
+def _style(data: Data, method: str) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    place = data["methods"].index(method)
+    color = colormaps["tab10"](place % 10)
+    trained = data["titles"][method]["trained"]
+    return {"color": color, "marker": "osD^v"[place // 10 % 5], "markerfacecolor": color if trained else "white"}
+
+
+def _title(data: Data, method: str) -> str:
+    return data["titles"][method]["title"]
+
+
+def _figure(panels: int, columns: int, size: tuple[float, float], **kwargs: Any) -> tuple[Any, list[Any]]:
+    import matplotlib  # slow to import, and only a report needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = math.ceil(panels / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **kwargs)
+    for place, panel in enumerate(axes.flat):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+        panel.set_visible(place < panels)
+    return figure, list(axes.flat)
+
+
+def _svg(figure: Any) -> str:
+    """Return a figure as the address of an image that lies inside the page."""
+    import matplotlib
+    from matplotlib import pyplot as plt
+
+    file = io.BytesIO()
+    # The salt keeps the file the same for the same data.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "neuromas", "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,50 @@
+"""What a comparison may declare as matched, and whether it is."""
+
+from collections.abc import Mapping
+
+QUANTITIES: dict[str, str] = {
+    "trainable_parameters": "trainable parameters",
+    "training_questions": "training questions",
+    "training_rollouts": "training rollouts",
+    "updates": "optimizer steps",
+    "training_calls": "calls in training",
+    "training_sampled_tokens": "sampled tokens in training",
+    "training_prompt_tokens": "prompt tokens in training",
+    "calls_per_answer": "calls per answer",
+    "tokens_per_answer": "sampled tokens per answer",
+    "prompt_tokens_per_answer": "prompt tokens per answer",
+}
+"""Name -> how it reads in a sentence. A method that is not trained has 0 of what training spends."""
+
+Amounts = Mapping[str, float]
+"""One amount for each of QUANTITIES."""
+
+
+def difference(first: float, second: float) -> float:
+    """Return by how much two amounts differ, as a share of the larger one."""
+    return abs(first - second) / max(first, second) if first != second else 0.0
+
+
+def spell(amount: int | float) -> str:
+    """Write an amount: 233,472; 3; 52.7."""
+    return f"{amount:,.0f}" if amount >= 1000 or float(amount).is_integer() else f"{amount:,.3g}"
+
+
+def shorten(text: str, length: int = 30) -> str:
+    """Write an answer in one short line: it may be a whole program."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def compare_amounts(name: str, first: float, second: float) -> str:
+    """Describe one quantity of two methods, e.g. `calls per answer 3 against 1`."""
+    return f"{QUANTITIES[name]} {spell(first)} against {spell(second)}"
+
+
+def mismatches(first: Amounts, second: Amounts, declared: tuple[str, ...], tolerance: float) -> list[str]:
+    """Return what was declared as matched and is not, in words; empty if all of it is."""
+    return [
+        f"{compare_amounts(name, first[name], second[name])} ({difference(first[name], second[name]):.0%} apart)"
+        for name in declared
+        if difference(first[name], second[name]) > tolerance
+    ]

@@ -1,0 +1,40 @@
+"""What a config's adapters come to, from shapes alone: no weights are loaded or made."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from neuromas.adapters import find_targets, resolve_rank
+from neuromas.backbone import config_of
+from neuromas.config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Parameters of a network."""
+
+    backbone: int
+    rank: int
+    adapters: int
+    """How many: one for each node, or one that all share."""
+    per_adapter: int
+
+    @property
+    def trainable(self) -> int:
+        return self.adapters * self.per_adapter
+
+
+def sizes(config: TrainConfig, architecture: PretrainedConfig | None = None) -> Sizes:
+    """Count the parameters of a config's network; `architecture` takes the place of its backbone's, which is then not read.
+
+    An adapter of rank r on layers with (in, out) features has r * sum(in + out) parameters.
+    Raises ValueError as `Backbone.load` and `AdapterBank`.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture or config_of(config.backbone))
+    targets = find_targets(model, config.adapter.target_modules)
+    per_rank = sum(linear.in_features + linear.out_features for linear in targets.values())
+    adapters = 1 if config.adapter.shared else len(config.topology.build().nodes)
+    rank = resolve_rank(config.adapter, adapters, per_rank)
+    return Sizes(sum(p.numel() for p in model.parameters()), rank, adapters, rank * per_rank)

@@ -1,0 +1,139 @@
+"""Comparison files: what they resolve to, and one clear line for what is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+
+from neuromas.grid import Grid, load_grid
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = ("bundled", "paper_table1", "backbone_sweep")
+HEAD = 'methods = ["direct", "single_rl", "neuromas_3"]\ntasks = ["navigate", "web_of_lies"]\nseeds = [0, 1]\n'
+
+
+def load(tmp_path: Path, text: str, quick: bool = False) -> Grid:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return load_grid(path, quick=quick)
+
+
+def test_cells_go_seed_by_seed_with_every_method_on_the_same_settings(tmp_path: Path) -> None:
+    grid = load(tmp_path, HEAD)
+    assert [(c.method, c.config.task.name, c.config.seed) for c in grid.cells][:4] == [
+        ("direct", "navigate", 0), ("single_rl", "navigate", 0), ("neuromas_3", "navigate", 0), ("direct", "web_of_lies", 0),
+    ]  # fmt: skip
+    assert [c.config.seed for c in grid.cells] == [0] * 6 + [1] * 6
+    assert {c.config.backbone for c in grid.cells} == {"bundled"}
+
+
+def test_settings_lie_over_each_other(tmp_path: Path) -> None:
+    text = HEAD + (
+        "[train]\nlr = 1e-4\nnum_steps = 50\neval_size = 7\n[task.web_of_lies]\nlr = 2e-4\nmax_new_tokens = 9\n"
+        "[method.single_rl]\nlr = 3e-4\n[method.single_rl.adapter]\nrank = 48\n"
+        '[quick]\nseeds = [3]\ntasks = ["web_of_lies"]\n[quick.train]\nnum_steps = 2\n'
+    )
+    full = {(c.method, c.config.task.name): c.config for c in load(tmp_path, text).cells}
+    assert [full[key].lr for key in (("direct", "navigate"), ("direct", "web_of_lies"), ("single_rl", "web_of_lies"))] == [
+        1e-4, 2e-4, 3e-4,
+    ]  # fmt: skip
+    assert (full["direct", "web_of_lies"].max_new_tokens, full["single_rl", "navigate"].adapter.rank) == (9, 48)
+    quick = load(tmp_path, text, quick=True)
+    assert {(c.config.task.name, c.config.seed, c.config.num_steps, c.config.eval_size) for c in quick.cells} == {
+        ("web_of_lies", 3, 2, 7)
+    }
+    assert quick.name == "mine-quick"
+
+
+def test_the_reference_meets_every_method_that_no_pair_names(tmp_path: Path) -> None:
+    text = 'reference = "single_rl"\nmatched = ["calls_per_answer"]\ntolerance = 0.1\n' + HEAD
+    text += '[[pairs]]\ncompare = ["neuromas_3", "single_rl"]\nmatched = ["updates"]\nasks = "Why?"\ntolerance = 0\n'
+    pairs = load(tmp_path, text).pairs
+    assert [(p.first, p.second, p.matched, p.tolerance, p.asks) for p in pairs] == [
+        ("neuromas_3", "single_rl", ("updates",), 0.0, "Why?"), ("direct", "single_rl", ("calls_per_answer",), 0.1, ""),
+    ]  # fmt: skip
+    short = load(tmp_path, text + '[quick]\nmethods = ["direct", "single_rl"]\n', quick=True)
+    assert [(p.first, p.second) for p in short.pairs] == [("direct", "single_rl")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed = 1", r"unknown key 'seed'; known are backbones, .*tolerance"),
+        ("[quick]\nfast = 1", "unknown key 'quick.fast'"),
+        ("[train]\nspeed = 1", "unknown key 'train.speed'"),
+        ("[train]\nseed = 1", r"\[train\] may not set 'seed': it is one for all methods"),
+        ("[method.direct]\neval_size = 1", r"\[method.direct\] may not set 'eval_size'"),
+        ("[method.malt]\nlr = 1", r"\[method.malt\] is about none of the methods direct, neuromas_3, single_rl"),
+        ("[task.dyck]\nlr = 1", r"\[task.dyck\] is about none of the tasks navigate, web_of_lies"),
+        ("[train]\nlr = -1.0", "direct on navigate: --lr must be above 0"),
+        ("train = 1", "train must be a table, got 1"),
+        ('reference = "malt"', "reference must be one of the methods direct, single_rl, neuromas_3, got 'malt'"),
+        ('pairs = ["direct"]', r'pairs must hold \["METHOD", "METHOD"\] or tables, got \'direct\''),
+        ('pairs = [["direct", "malt"]]', r"pairs.compare must name two of the methods .*, got \['direct', 'malt'\]"),
+        ('pairs = [["direct", "direct"]]', "pairs.compare must name two of the methods"),
+        ('pairs = [["direct", "single_rl"]]', r"direct and single_rl: matched must name one or more of .*, got \[\]"),
+        ('matched = ["money"]\npairs = [["direct", "single_rl"]]', r"matched must name .*calls_per_answer.*got \['money'\]"),
+        ('[[pairs]]\ncompare = ["direct", "single_rl"]\nwhy = 1', "unknown key 'pairs.why'"),
+        ('tolerance = 2\nmatched = ["updates"]\npairs = [["direct", "single_rl"]]', "tolerance must be a share .*, got 2"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        # Keys before tables, tables behind.
+        load(tmp_path, HEAD + change)
+    assert "\n" not in str(raised.value)
+    assert "mine.toml" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"direct"', '"clever"', "method must be one of chain_of_thought, .* or class:FILE.py:CLASS, got 'clever'"),
+        ('"direct"', '"class:nowhere.py:A"', "method class: must be followed by FILE.py:CLASS .*, got 'nowhere.py:A'"),
+        ('"navigate"', '"chess"', "direct on chess: task must be one of"),
+        ("[0, 1]", "[0, 0]", r"seeds must be a list of one or more different ints, got \[0, 0\]"),
+        ("[0, 1]", "[-1]", r"seeds must be at least 0, got \[-1\]"),
+        ("[0, 1]", '["a"]', "seeds must be a list"),
+        ('tasks = ["navigate", "web_of_lies"]\n', "", "tasks must be a list of one or more different strs, got None"),
+        ("seeds =", "seeds", "is not TOML"),
+    ],
+)  # fmt: skip
+def test_unknown_methods_tasks_and_seeds_are_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, HEAD.replace(old, new))
+
+
+def test_a_class_that_lacks_something_is_no_method(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("class Empty: ...\n")
+    with pytest.raises(ValueError, match=r"own.py must have a class 'Empty' with name, title, source, trained and run"):
+        load(tmp_path, HEAD.replace('"direct"', f'"class:{tmp_path}/own.py:Empty"'))
+
+
+def test_two_methods_may_not_have_one_name(tmp_path: Path) -> None:
+    rivals = Path(__file__).parent / "rivals.py"
+    with pytest.raises(ValueError, match=r"methods class:\S+:Rival and class:\S+:Fine have the same name 'rival'"):
+        load(tmp_path, HEAD.replace('"direct"', f'"class:{rivals}:Rival", "class:{rivals}:Fine"'))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        load_grid(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_resolve(preset: str, quick: bool) -> None:
+    grid = load_grid(CONFIGS / f"{preset}.toml", quick=quick)
+    assert len(grid.cells) == len(grid.methods) * len(grid.tasks) * len(grid.seeds) * len(grid.backbones)
+    assert {"single_rl", "neuromas_3", "single_rl_vote_3"} <= set(grid.methods)
+    assert ("neuromas_3", "single_rl_vote_3") in {(pair.first, pair.second) for pair in grid.pairs}
+    assert load_grid(CONFIGS / f"{preset}.toml", backbones=["bundled"]).backbones == ("bundled",)
+
+
+def test_the_bundled_preset_covers_what_it_must_show() -> None:
+    from neuromas.tasks import TASKS
+
+    grid = load_grid(CONFIGS / "bundled.toml")
+    assert set(grid.tasks) == set(TASKS)
+    assert len(grid.seeds) >= 5
+    assert {"neuromas_3", "single_rl", "single_rl_vote_3", "shared_adapter", "neuromas_roles"} <= set(grid.methods)
