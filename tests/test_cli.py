@@ -79,7 +79,7 @@ def assert_refused(outcome: Outcome, message: str) -> None:
 
 
 def test_unknown_command(call: Call) -> None:
-    assert_refused(call("trian"), r"^error: unknown command 'trian'; known are train, grow, eval, ask, show, tasks$")
+    assert_refused(call("trian"), r"^error: unknown command 'trian'; known are train, grow, compare, eval, ask, show, tasks$")
 
 
 @pytest.mark.parametrize(
