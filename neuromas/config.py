@@ -204,6 +204,9 @@ class TrainConfig:
     """Clip each node's gradient to this norm; 0 does not clip."""
     centring: Literal["leave_one_out", "group_mean", "ema", "none"] = "leave_one_out"
     """What is subtracted from a reward: the mean of the group's other rollouts, of the whole group, a running mean, nothing."""
+    format_bonus: float = 0.0
+    """Added to a rollout's reward: this times the share of its messages, the answer among them, that are well-formed. 0: the
+    terminal reward alone, the paper's."""
     normalize: bool = False
     """Divide a group's advantages by the standard deviation of its rewards."""
     rows_per_micro_batch: int = 64
@@ -241,6 +244,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         _require(0 < self.temperature < math.inf, "--temperature", "above 0 (training samples)", self.temperature)
         _require(0 < self.lr < math.inf, "--lr", "above 0", self.lr)
+        _require(0 <= self.format_bonus < math.inf, "--format-bonus", "at least 0", self.format_bonus)
         _require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
         needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1
         _require(

@@ -9,7 +9,7 @@ from torch import Tensor
 from neuromas.budget import spending
 from neuromas.messages import drops_text
 from neuromas.tasks import Task
-from neuromas.types import Group, MessageStatus
+from neuromas.types import Group, MessageStatus, Rollout
 
 METRICS = {
     "reward/mean": "Mean terminal reward of the step's rollouts.",
@@ -62,6 +62,12 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if re.sub(r"/node/\d+/", "/node/<k>/", name) not in METRICS:
             raise ValueError(f"metric {name!r} is not in METRICS; describe it there before logging it")
+
+
+def well_formed(task: Task, rollout: Rollout) -> float:
+    """Return the share of a rollout's messages, the answer among them, that arrived as they should or could be read."""
+    sent = [message.status is MessageStatus.OK for c in rollout.completions for message in c.messages]
+    return (sum(sent) + (task.parse_answer(rollout.answer) is not None)) / (len(sent) + 1)
 
 
 def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, advantages_PG: Tensor) -> dict[str, float]:

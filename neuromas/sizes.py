@@ -17,7 +17,7 @@ class Sizes:
     backbone: int
     rank: int
     adapters: int
-    """How many: one for each node, or one that all share."""
+    """How many: one for each node of the network that a run ends with, or one that all share."""
     per_adapter: int
 
     @property
@@ -35,6 +35,8 @@ def sizes(config: TrainConfig, architecture: PretrainedConfig | None = None) -> 
         model = AutoModelForCausalLM.from_config(architecture or config_of(config.backbone))
     targets = find_targets(model, config.adapter.target_modules)
     per_rank = sum(linear.in_features + linear.out_features for linear in targets.values())
-    adapters = 1 if config.adapter.shared else len(config.topology.build().nodes)
-    rank = resolve_rank(config.adapter, adapters, per_rank)
+    first = 1 if config.adapter.shared else len(config.topology.build().nodes)
+    # Nodes that join have the rank of those of the start.
+    rank = resolve_rank(config.adapter, first, per_rank)
+    adapters = len(growths[-1].grown.nodes) if (growths := config.growths()) else first
     return Sizes(sum(p.numel() for p in model.parameters()), rank, adapters, rank * per_rank)

@@ -15,7 +15,7 @@ from neuromas.checkpoint import RunDirectory, State
 from neuromas.config import TrainConfig
 from neuromas.evaluate import Evaluation, evaluate
 from neuromas.growth import Growth, describe
-from neuromas.metrics import rollout_metrics
+from neuromas.metrics import rollout_metrics, well_formed
 from neuromas.network import Network
 from neuromas.progress import Progress
 from neuromas.stages import Stages, changed_answers, check_descends
@@ -174,10 +174,14 @@ class Trainer:
 
         rewards = self.task.rewards([(r.example, r.answer) for group in groups for r in group])
         rewards_PG = torch.tensor(rewards).view(len(groups), config.group_size)
+        trained_PG = rewards_PG
+        if config.format_bonus:
+            form = [well_formed(self.task, r) for group in groups for r in group]
+            trained_PG = rewards_PG + config.format_bonus * torch.tensor(form).view_as(rewards_PG)
         advantages_PG = reinforce.advantages(
-            rewards_PG, config.centring, running_mean=self.running_mean, normalize=config.normalize
+            trained_PG, config.centring, running_mean=self.running_mean, normalize=config.normalize
         )
-        self.running_mean += (rewards_PG.mean().item() - self.running_mean) * (0.1 if step else 1.0)
+        self.running_mean += (trained_PG.mean().item() - self.running_mean) * (0.1 if step else 1.0)
         metrics = rollout_metrics(self.task, groups, rewards_PG, advantages_PG)
         metrics |= self._shape(step, examples) | self._update(step, groups, advantages_PG)
 

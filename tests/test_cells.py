@@ -200,9 +200,10 @@ def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(
     out = capsys.readouterr().out
     counts = dict(re.findall(r"^(\w+) +yes +18 +[\d,]+ \(([\d.]+M)\)", out, re.MULTILINE))
     assert counts == {"malt": "6.9M", "single_rl": "6.9M", "single_rl_vote_3": "6.9M", "neuromas_3": "6.9M",
-                      "neuromas_5": "11.5M", "neuromas_7": "16.1M"}  # fmt: skip
+                      "neuromas_5": "11.5M", "neuromas_7": "16.1M", "neuromas_5_grown": "11.5M",
+                      "neuromas_7_grown": "16.1M"}  # fmt: skip
     assert "neuromas_3 - single_rl: matched in trainable parameters, training questions" in out
-    assert "198 cells: 11 methods x 6 tasks x 3 seeds on Qwen/Qwen3-0.6B" in out
+    assert "234 cells: 13 methods x 6 tasks x 3 seeds on Qwen/Qwen3-0.6B" in out
 
 
 def test_jobs_must_be_some(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

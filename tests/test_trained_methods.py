@@ -134,6 +134,46 @@ def test_equal_parameters_however_the_rank_is_given(spec: CellSpec, adapter: Ada
     assert len(scales) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [("neuromas_5_grown", [5]), ("neuromas_7_grown", [5, 7]), ("neuromas_7_annealed", [5, 7])],
+)
+def test_a_network_that_grows_ends_as_large_as_one_from_scratch(
+    spec: CellSpec, tmp_path: Path, name: str, stages: list[int]
+) -> None:
+    steps = 2 * (len(stages) + 1)
+    config = replace(spec.config, num_steps=steps, max_new_tokens=2)
+    changed = trained(name).change(config).check()
+    assert [len(growth.grown.nodes) for growth in changed.growths()] == stages
+    assert sizes(changed).trainable == sizes(trained(name[:10]).change(config).check()).trainable
+    result = METHODS[name].run(replace(spec, config=config), tmp_path)
+    assert result.trainable_parameters == sizes(changed).trainable
+    assert {answer.calls for answer in result.answers["test"]} == {stages[-1]}
+    assert result.training
+    assert result.training["optimizer_steps"] == steps
+
+
+def test_a_network_that_grows_needs_steps_for_each_stage(spec: CellSpec) -> None:
+    with pytest.raises(ValueError, match="--num-steps of at least 6, got 5"):
+        trained("neuromas_7_grown").change(replace(spec.config, num_steps=5))
+
+
+def test_a_bonus_for_form_is_learned_from_and_not_reported_as_reward(spec: CellSpec, tmp_path: Path) -> None:
+    plain, shaped = (trained(name).change(spec.config) for name in ("neuromas_3", "neuromas_3_shaped"))
+    assert shaped == replace(plain, format_bonus=0.2)
+    seen = {}
+    for name, config in {"plain": plain, "shaped": shaped}.items():
+        run = RunDirectory.create(replace(config, run_dir=tmp_path / name, num_steps=1))
+        run.initialise()
+        trainer = Trainer(set_up(run.config), run)
+        metrics = trainer.train_step(0)
+        seen[name] = (metrics["reward/mean"], metrics["signal/frac"], trainer.running_mean)
+    # The same rollouts: the reward that is logged is the terminal one, what is learned from is more.
+    assert seen["plain"][0] == seen["shaped"][0]
+    assert seen["plain"][1] <= seen["shaped"][1]
+    assert seen["plain"][2] < seen["shaped"][2] <= seen["plain"][2] + 0.2
+
+
 def test_the_parameters_of_the_paper_from_its_configuration_alone() -> None:
     assert {title: size.trainable for title, size in paper_sizes().items()} == {
         "Single-LLM RL": 6_881_280, "NeuroMAS-3": 6_881_280, "NeuroMAS-5": 11_468_800, "NeuroMAS-7": 16_056_320,

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neuromas.baselines.base import CellResult, CellSpec
-from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, GrowthConfig, TopologyConfig, TrainConfig
+from neuromas.growth import Opening
 
 PAPER = "arXiv 2605.16757"
 NODES = 3
@@ -13,6 +14,9 @@ NODES = 3
 
 VOTE_TEMPERATURE = 0.7
 """As self-consistency samples (Wang et al. 2023)."""
+
+FORMAT_BONUS = 0.2
+THREE, FIVE, SEVEN = (1, 1, 1), (2, 2, 1), (2, 2, 2, 1)
 
 ROLES = (
     "You are a planner: plan the steps.",
@@ -79,6 +83,30 @@ def whole(adapter: AdapterConfig) -> AdapterConfig:
 def neuromas(*widths: int) -> Callable[[TrainConfig], TrainConfig]:
     """Return what sets the layers; rank, budget and skip edges stay."""
     return lambda config: replace(config, topology=TopologyConfig(widths=widths, skip=config.topology.skip))
+
+
+def grown(*stages: tuple[int, ...], opening: Opening = "immediate") -> Callable[[TrainConfig], TrainConfig]:
+    """Return what makes a network grow from stage to stage, each of equally many updates; new adapters start at zero.
+
+    `immediate` is the paper's. An annealed opening takes half of its stage.
+    """
+
+    def change(config: TrainConfig) -> TrainConfig:
+        each = config.num_steps // len(stages)
+        if each < 2:
+            raise ValueError(f"a network that grows needs --num-steps of at least {2 * len(stages)}, got {config.num_steps}")
+        entries = [
+            GrowthConfig(at_step=each * place, widths=widths, opening=opening, open_steps=each // 2)
+            for place, widths in enumerate(stages[1:], start=1)
+        ]
+        return replace(neuromas(*stages[0])(config), growth=tuple(entries))
+
+    return change
+
+
+def shaped(config: TrainConfig) -> TrainConfig:
+    """NeuroMAS-3 with a bonus for well-formed text on top of the terminal reward."""
+    return replace(neuromas(1, 1, 1)(config), format_bonus=config.format_bonus or FORMAT_BONUS)
 
 
 def single(config: TrainConfig) -> TrainConfig:
@@ -159,7 +187,16 @@ METHODS = (
         change=magrpo,
     ),
     Trained(name="malt", title="MALT-style chain", source="Motwani et al. 2025, arXiv 2412.01928", change=malt),
-    Trained(name="neuromas_3", title="NeuroMAS-3", source=PAPER, change=neuromas(1, 1, 1)),
-    Trained(name="neuromas_5", title="NeuroMAS-5", source=f"{PAPER}, from scratch", change=neuromas(2, 2, 1)),
-    Trained(name="neuromas_7", title="NeuroMAS-7", source=f"{PAPER}, from scratch", change=neuromas(2, 2, 2, 1)),
+    Trained(name="neuromas_3", title="NeuroMAS-3", source=PAPER, change=neuromas(*THREE)),
+    Trained(name="neuromas_3_shaped", title="NeuroMAS-3, shaped reward", source="control: a bonus for form", change=shaped),
+    Trained(name="neuromas_5", title="NeuroMAS-5", source=f"{PAPER}, from scratch", change=neuromas(*FIVE)),
+    Trained(name="neuromas_7", title="NeuroMAS-7", source=f"{PAPER}, from scratch", change=neuromas(*SEVEN)),
+    Trained(name="neuromas_5_grown", title="NeuroMAS-5, grown", source=f"{PAPER}, grown", change=grown(THREE, FIVE)),
+    Trained(name="neuromas_7_grown", title="NeuroMAS-7, grown", source=f"{PAPER}, grown", change=grown(THREE, FIVE, SEVEN)),
+    Trained(
+        name="neuromas_7_annealed",
+        title="NeuroMAS-7, grown, annealed",
+        source=f"{PAPER}, grown; opened gradually",
+        change=grown(THREE, FIVE, SEVEN, opening="annealed"),
+    ),
 )

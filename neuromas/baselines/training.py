@@ -54,7 +54,7 @@ def train_run(config: TrainConfig, then: Callable[[Trainer, Stop], dict[str, tup
     run = RunDirectory.resume(config)
     setup = set_up(config)
     with run.locked():
-        run.initialise()
+        run.initialise(setup.task.held_out)
         trainer = Trainer(setup, run)
         with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
             trainer.train_to_end(progress, stop)

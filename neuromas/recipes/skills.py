@@ -81,7 +81,8 @@ def work_text(rng: random.Random, trace: Trace, heard: Heard | None) -> tuple[st
 def draw_heard(rng: random.Random, trace: Trace) -> Heard | None:
     """Draw where an earlier message stopped; now and then at a wrong place, which a reader has to take as it is."""
     states = trace.states()
-    done = rng.randrange(len(states) - 1)
+    # The last step decides the answer, and is otherwise one among many.
+    done = len(states) - 2 if rng.random() < 0.2 else rng.randrange(len(states) - 1)
     if not done or rng.random() < 0.35:
         return None
     return Heard(done, trace.wrong(rng, states[done]) if rng.random() < 0.3 else states[done])
