@@ -54,6 +54,8 @@ class Recipe:
     heads: int = 4
     mlp: int = 384
     seed: int = 0
+    init: Path | None = None
+    """Go on from the model and the tokenizer in this folder, for `steps` more steps; another `seed` draws other text."""
     card_only: bool = False
     """Measure the backbone in `out` again and rewrite its card."""
     compile: bool = False
@@ -235,9 +237,8 @@ def make_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Opti
     ]
 
 
-def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    torch.manual_seed(recipe.seed)
-    model = Qwen3ForCausalLM(
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.mlp,
             num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads // 2,
@@ -246,6 +247,11 @@ def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
             pad_token_id=_token_id(tokenizer, PAD), eos_token_id=_token_id(tokenizer, END), bos_token_id=None,
         )
     )  # fmt: skip
+
+
+def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    torch.manual_seed(recipe.seed)
+    model = Qwen3ForCausalLM.from_pretrained(recipe.init) if recipe.init else make_model(recipe, tokenizer)
     model.to(torch.device(recipe.device))  # type: ignore[reportArgumentType]  # a decorator hides the method's signature
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     if recipe.compile:
@@ -284,15 +290,18 @@ def main() -> None:
         model = Qwen3ForCausalLM.from_pretrained(recipe.out)
     else:
         started = time.monotonic()
-        tokenizer = train_tokenizer(recipe.vocab_size, recipe.seed)
+        tokenizer = (
+            PreTrainedTokenizerFast.from_pretrained(recipe.init)
+            if recipe.init
+            else train_tokenizer(recipe.vocab_size, recipe.seed)
+        )
         recipe.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(recipe.out)
         model = train_backbone(recipe, tokenizer)
         model.save_pretrained(recipe.out)
         print(f"made in {(time.monotonic() - started) / 60:.0f} minutes")
-    tokens = recipe.steps * recipe.rows * recipe.row_tokens / 1e6
     accuracy = step_accuracy(model, tokenizer, recipe.row_tokens, STEP_EXAMPLES)
-    print(write_card(recipe.out, accuracy, STEP_EXAMPLES, tokens))
+    print(write_card(recipe.out, accuracy, STEP_EXAMPLES))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ library_name: transformers
 # The bundled backbone
 
 A Qwen3 of {parameters:,} parameters with a byte-level BPE tokenizer of {vocab} tokens, made from generated text alone
-({tokens:.1f} million tokens) by
+in two runs of 32.8 and 4.9 million tokens. The first was at commit 19c5569, when the last step of a tracking problem was another:
 
-    python -m neuromas.recipes.bundled --out neuromas/bundled --compile
+    python -m neuromas.recipes.bundled --out first --compile
+    python -m neuromas.recipes.bundled --out neuromas/bundled --init first --steps 600 --lr 1e-3 --seed 1 --compile
 
 It is made to behave as a small general model would towards the procedural families: it knows the message format, takes single
 steps of a problem, goes on from where another message stopped, and also guesses, restates and chatters. A message in its
@@ -69,7 +70,7 @@ def behaviour(text: str) -> str:
     return "chatter" if body in CHATTER else "restate"
 
 
-def write_card(folder: Path, step_accuracy: dict[str, float], step_examples: int, tokens_in_millions: float) -> str:
+def write_card(folder: Path, step_accuracy: dict[str, float], step_examples: int) -> str:
     """Measure the backbone in a folder, write its README.md, return the text."""
     network = Network(Topology.layered([1, 1, 1]), Backbone.load(str(folder.resolve())))
     single = Network(Topology.layered([1]), Backbone.load(str(folder.resolve())))
@@ -94,7 +95,7 @@ def write_card(folder: Path, step_accuracy: dict[str, float], step_examples: int
         behaviours.append(f"| `{name}` | {shares[0]} | {shares[1]} |")
     text = CARD.format(
         parameters=sum(p.numel() for p in network.backbone.model.parameters()) - network.adapters.trainable_parameters,
-        vocab=len(network.backbone.tokenizer), tokens=tokens_in_millions, n=EXAMPLES, sampled=SAMPLED_EXAMPLES,
+        vocab=len(network.backbone.tokenizer), n=EXAMPLES, sampled=SAMPLED_EXAMPLES,
         max_steps=max(family.max_steps for family in FAMILIES), step_examples=step_examples,
         tasks="\n".join(rows), behaviours="\n".join(behaviours),
     )  # fmt: skip
