@@ -202,7 +202,7 @@ def logits(model: Qwen3ForCausalLM, batch: PackedBatch) -> torch.Tensor:
 def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, length: int, count: int) -> dict[str, float]:
     """Return the share of single steps (restated, result right) that are greedily right, given what came before, by task.
 
-    Measured on the tasks' validation problems, from the start and from the middle of each.
+    Measured on the tasks' validation problems, from the start and the middle of each and at its end.
     """
     device = str(model.device)
     accuracy = {}
@@ -211,7 +211,8 @@ def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, l
         for example in get_task(name).examples("validation", count):
             trace = family.parse(example.question)
             row = Row(tokenizer, length, example)
-            for done in {0, (len(trace.states()) - 1) // 2}:
+            last = len(trace.states()) - 2
+            for done in sorted({0, last // 2, max(0, last - 1)}):
                 row.add_turn(skills.work_turn(trace, done))
             batch = pack([row], length, device)
             with torch.no_grad():

@@ -23,7 +23,7 @@ library_name: transformers
 # The bundled backbone
 
 A Qwen3 of {parameters:,} parameters with a byte-level BPE tokenizer of {vocab} tokens, made from generated text alone
-in two runs of 32.8 and 4.9 million tokens. The first was at commit 19c5569, when the last step of a tracking problem was another:
+in two runs of 32.8 and 4.9 million tokens. The first was at commit 19c5569, when tracking problems had another last step:
 
     python -m neuromas.recipes.bundled --out first --compile
     python -m neuromas.recipes.bundled --out neuromas/bundled --init first --steps 600 --lr 1e-3 --seed 1 --compile
