@@ -69,7 +69,10 @@ def table(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def scaling(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return how our time per token grows with nodes, group and prompt: each round against the first case of its kind."""
-    lines = ["| W4: kind, model | what grows | time per token against the first: median (min, quartiles, max) |", "| --- | --- | --- |"]
+    lines = [
+        "| W4: kind, model | what grows | time per token against the first: median (min, quartiles, max) |",
+        "| --- | --- | --- |",
+    ]
     families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         case = record["case"]
@@ -80,7 +83,11 @@ def scaling(records: Sequence[dict[str, Any]]) -> list[str]:
         first = rates(members[0]["results"]["ours"])
         for record in members:
             values = [a / b for a, b in zip(first, rates(record["results"]["ours"]), strict=False)]
-            grown = {"nodes": sum(record["case"]["widths"]), "group": record["case"]["group"], "prompt": record["case"]["prefix"]}
+            grown = {
+                "nodes": sum(record["case"]["widths"]),
+                "group": record["case"]["group"],
+                "prompt": record["case"]["prefix"],
+            }
             lines.append(f"| {kind}{', no edges' if free else ''}, {model} | {what} {grown[what]} | {spread(values)} |")
     return lines if len(lines) > 2 else []
 
@@ -94,7 +101,10 @@ def _family(case: dict[str, Any]) -> tuple[str]:
 
 def memory(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return peak memory against nodes, for each peer, with what was resident before any work."""
-    lines = ["| W5: kind, model | who | nodes | loaded MiB | peak MiB | peak against 1 node |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| W5: kind, model | who | nodes | loaded MiB | peak MiB | peak against 1 node |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
     first: dict[tuple[str, str, str], float] = {}
     for record in records:
         case = record["case"]

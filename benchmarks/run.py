@@ -25,7 +25,7 @@ from benchmarks.environments import PEERS, PeerMissing
 from benchmarks.models import RANK, make_model
 from benchmarks.report import report
 from benchmarks.workers import PeerFailed, Worker
-from benchmarks.workloads import Case, cases, write_spec
+from benchmarks.workloads import Case, cases, smoke, write_spec
 
 WORKLOADS = ("W1", "W2", "W3", "W4", "W5")
 ROUND_PATIENCE, SETUP_PATIENCE = 600.0, 900.0
@@ -112,6 +112,7 @@ def commit() -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small cases, three rounds: under 10 minutes on two cores")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run? The figures mean nothing")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--models", nargs="+", choices=["bundled", "60m"], default=["bundled", "60m"])
     parser.add_argument("--peers", nargs="+", choices=[name for name in PEERS if name != "ours"], help="leave out the others")
@@ -131,6 +132,7 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     chosen = [case for case in cases(options.quick, options.only) if case.model in options.models]
+    chosen = smoke(chosen) if options.smoke else chosen
     about: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]), "machine": machine(), "threads": options.threads,
         "rounds": options.rounds, "load": os.getloadavg()[0], "commit": commit(), "dtype": options.dtype,

@@ -3,16 +3,19 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from neuromas import messages
 from neuromas.topology import Topology
+from neuromas.types import Example
 
 Kind = Literal["rollout", "update", "step"]
 ROLLOUT_PEERS = ("peft_loop", "peft_mixed", "vllm_lora", "limit")
 UPDATE_PEERS = ("peft_loop", "peft_mixed", "limit")
 TOPOLOGIES = {1: (1,), 3: (1, 1, 1), 5: (2, 2, 1), 7: (2, 2, 2, 1), 15: (4, 4, 4, 2, 1)}
+ANSWER_FORMAT = "Write the answer."
 STEPS_OF_TEXT = 4
 """Steps of questions that a case of whole steps holds; after that they come again."""
 
@@ -98,11 +101,21 @@ def texts_of(case: Case, seed: int = 0) -> dict[str, Any]:
     def question() -> str:
         if case.model == "bundled":
             # Steps of a walk, in the words that the bundled tokenizer knows: about 4 tokens each.
-            turns = [f"Take {rng.randint(1, 9)} steps {rng.choice(['left', 'right', 'forward'])}." for _ in range(case.prefix // 5)]
+            turns = [
+                f"Take {rng.randint(1, 9)} steps {rng.choice(['left', 'right', 'forward'])}." for _ in range(case.prefix // 5)
+            ]
             return " ".join(turns)
         return " ".join(f"w{rng.randrange(16, 30000)}" for _ in range(case.prefix))
 
-    return {"steps": [[question() for _ in range(case.questions)] for _ in range(STEPS_OF_TEXT)]}
+    steps = [[question() for _ in range(case.questions)] for _ in range(STEPS_OF_TEXT)]
+    topology = case.topology()
+
+    def prompts(asked: str) -> list[str]:
+        """Return what each node reads where nobody has written to it: for trainers that know no edges."""
+        example = Example("", asked, "", ANSWER_FORMAT)
+        return [f"{asked}\n\n{messages.render(topology, node, example, [])}" for node in topology.nodes]
+
+    return {"steps": steps, "prompts": [[prompts(asked) for asked in step] for step in steps]}
 
 
 def write_spec(case: Case, folder: Path, model: Path, adapters: Path, vocabulary: int, **settings: Any) -> dict[str, Any]:
@@ -120,6 +133,12 @@ def cases(quick: bool, wanted: Sequence[str]) -> list[Case]:
         made += _rollouts_and_updates(model, quick) + _steps(model, quick) + _scaling(model, quick)
     made += _memory(quick)
     return sorted((case for case in made if case.workload in wanted), key=lambda case: (case.workload, case.model != "bundled"))
+
+
+def smoke(chosen: Sequence[Case]) -> list[Case]:
+    """Return the same cases at sizes that say nothing about speed: whether everything runs, in little time."""
+    small = [replace(case, questions=2, group=2, new=3, prefix=16 if case.prefix < 1024 else 32, own=8) for case in chosen]
+    return list(dict.fromkeys(small))
 
 
 def _rollouts_and_updates(model: str, quick: bool) -> list[Case]:
@@ -155,12 +174,11 @@ def _scaling(model: str, quick: bool) -> list[Case]:
     if quick and model == "60m":
         return []
     made = []
-    # 420 rows, or 105: divisible by all numbers of nodes; groups of 4 where they go, so that as many prefixes are read.
+    # 420 rows, or 105: divisible by all numbers of nodes. Groups are alike, so that as many prefixes are read.
     for nodes in (1, 7) if quick else (1, 3, 5, 7, 15):
         total = 105 if model == "60m" else 420
         rollouts = total // nodes
-        group = 4 if rollouts % 4 == 0 or total == 420 else 5 if rollouts % 5 == 0 else 1
-        group = next(g for g in (group, 5, 3, 7, 1) if rollouts % g == 0)
+        group = 4 if total == 420 else 1
         size: dict[str, Any] = {"model": model, "widths": TOPOLOGIES[nodes], "questions": rollouts // group, "group": group}
         size |= {"new": 24, "workload": "W4"}
         made += [Case(kind="rollout", **size), Case(kind="update", **size)]
@@ -180,7 +198,13 @@ def _memory(quick: bool) -> list[Case]:
     made = []
     for model in ("bundled",) if quick else ("bundled", "60m"):
         for nodes, rollouts in ((1, 7), (7, 1)):
-            size: dict[str, Any] = {"model": model, "widths": TOPOLOGIES[nodes], "questions": 2 * rollouts, "group": 8, "new": 24}
+            size: dict[str, Any] = {
+                "model": model,
+                "widths": TOPOLOGIES[nodes],
+                "questions": 2 * rollouts,
+                "group": 8,
+                "new": 24,
+            }
             for kind in ("rollout", "update"):
                 made.append(Case(workload="W5", kind=kind, peers=("peft_loop",), **size))
             if model == "bundled":

@@ -41,7 +41,9 @@ class Shape:
         hidden, inner, head = c["hidden_size"], c["intermediate_size"], c["head_dim"]
         q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
         linears = ((hidden, q), (hidden, kv), (hidden, kv), (q, hidden), (hidden, inner), (hidden, inner), (inner, hidden))
-        return cls(c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"], head, hidden, c["vocab_size"], linears)
+        return cls(
+            c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"], head, hidden, c["vocab_size"], linears
+        )
 
 
 class Products:

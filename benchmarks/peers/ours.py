@@ -27,7 +27,9 @@ def load(spec: dict[str, Any], device: torch.device) -> Network:
     # Nothing stops a row but its length: every row samples as many tokens as it may.
     backbone.stop_ids = frozenset({-1})
     config = AdapterConfig(rank=spec["rank"], scope=spec["scope"])
-    network = Network(TopologyConfig(widths=tuple(spec["widths"])).build(), backbone, adapter=config, max_new_tokens=spec["new"])
+    network = Network(
+        TopologyConfig(widths=tuple(spec["widths"])).build(), backbone, adapter=config, max_new_tokens=spec["new"]
+    )
     for node in network.adapters.nodes:
         network.adapters.load_peft(node, Path(spec["adapters_folder"]) / str(node))
     return network

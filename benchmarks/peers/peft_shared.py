@@ -63,7 +63,9 @@ class Rollout:
 
     def run(self) -> int:
         layers = sorted({row.layer for row in self.rows})
-        texts = [self._write([row for row in self.rows if row.layer == layer], self.spec["new"], greedy=False) for layer in layers]
+        texts = [
+            self._write([row for row in self.rows if row.layer == layer], self.spec["new"], greedy=False) for layer in layers
+        ]
         return sum(len(tokens) for layer in texts for tokens in layer)
 
     def check(self) -> dict[str, Any]:
@@ -124,7 +126,9 @@ class Update:
 
     def check(self) -> dict[str, Any]:
         loss = self._gradients()
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None]).item() for ps in self.parameters.values()]
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None]).item() for ps in self.parameters.values()
+        ]
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss, "grad_norms": norms}
 
@@ -133,9 +137,7 @@ def by_node(rows: Sequence[Row], size: int) -> list[Batch]:
     """Return batches of one node each, rows of like length together."""
     nodes = sorted({row.node for row in rows})
     return [
-        (node, part)
-        for node in nodes
-        for part in chunks(sorted((row for row in rows if row.node == node), key=_length), size)
+        (node, part) for node in nodes for part in chunks(sorted((row for row in rows if row.node == node), key=_length), size)
     ]
 
 
