@@ -89,11 +89,13 @@ def measure(case: Case, spec: dict[str, Any], rounds: int, deadline: float, devi
 def cases(model: str, tiny: bool) -> list[Case]:
     size: dict[str, Any] = {"model": model, "questions": 2 if tiny else 8, "group": 2 if tiny else 8}
     size |= {"prefix": 16 if tiny else 256, "new": 4 if tiny else 64}
-    return [
-        Case(workload="W1" if kind == "rollout" else "W2", kind=kind, widths=widths, scope=scope, **size)
-        for widths, scope in (((1, 1, 1), "all"), ((1, 1, 1), "suffix"), ((2, 2, 2, 1), "all"))
-        for kind in ("rollout", "update")
-    ]
+    shapes: list[dict[str, Any]] = [
+        {"widths": (1, 1, 1)}, {"widths": (1, 1, 1), "scope": "suffix"}, {"widths": (2, 2, 2, 1)},
+    ]  # fmt: skip
+    made = []
+    for shape in shapes:
+        made += [Case(workload="W1", kind="rollout", **shape, **size), Case(workload="W2", kind="update", **shape, **size)]
+    return made
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -53,7 +54,8 @@ def _write_model(name: str, folder: Path, dtype: torch.dtype) -> None:
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
+        model: Any = Qwen3ForCausalLM(config)
+        model.to(dtype).save_pretrained(folder)
 
 
 def _word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -115,10 +115,9 @@ def memory(records: Sequence[dict[str, Any]]) -> list[str]:
                 continue
             peak = max(round_["peak_mib"] for round_ in result["rounds"])
             base = first.setdefault((peer, case["kind"], case["model"]), peak)
-            lines.append(
-                f"| {case['kind']}, {case['model']} | {PEERS[peer].title} | {sum(case['widths'])} | {result['loaded_mib']:,.0f} | "
-                f"{peak:,.0f} | {peak / base:.2f} |"
-            )
+            who = f"{case['kind']}, {case['model']} | {PEERS[peer].title}"
+            loaded = result["loaded_mib"]
+            lines.append(f"| {who} | {sum(case['widths'])} | {loaded:,.0f} | {peak:,.0f} | {peak / base:.2f} |")
     return lines if len(lines) > 2 else []
 
 
@@ -128,12 +127,12 @@ def report(records: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "",
         f"Command: `{about['command']}`",
         "",
-        f"{about['machine']}; {about['threads']} threads; {about['rounds']} rounds in turn; load when it began {about['load']:.1f}, "
-        f"when it ended {about['load_after']:.1f}; commit {about['commit']}. {about['minutes']:.1f} minutes, environments and "
-        "models aside.",
+        f"{about['machine']}; {about['threads']} threads; {about['rounds']} rounds in turn; load when it began "
+        f"{about['load']:.1f}, when it ended {about['load_after']:.1f}; commit {about['commit']}. "
+        f"{about['minutes']:.1f} minutes, environments and models aside.",
         "",
-        "A ratio is of the tokens per second of rounds that followed each other; above 1 we are faster. What each line measures: "
-        "`docs/benchmarks.md`.",
+        "A ratio is of the tokens per second of rounds that followed each other; above 1 we are faster. What each line "
+        "measures: `docs/benchmarks.md`.",
         "",
         *table(records),
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comlrl.trainers.reinforce import MAREINFORCEConfig, MAREINFORCETrainer
+from comlrl.trainers.reinforce import MAREINFORCEConfig, MAREINFORCETrainer  # type: ignore[reportMissingImports]  # in its own environment
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -80,24 +80,24 @@ class Products:
 
     def _linear(self, weight: Tensor, a: Tensor, b: Tensor, n: int, *, adapted: bool, backward: bool) -> None:
         x, dy = self.input[:n, : weight.shape[1]], self.input[:n, : weight.shape[0]]
-        x @ weight.T
+        torch.matmul(x, weight.T)
         if backward:
-            dy @ weight
+            torch.matmul(dy, weight)
         if adapted:
             h = x @ a.T
-            h @ b.T
+            torch.matmul(h, b.T)
             if backward:
                 dh = dy @ b
-                dh @ a
-                dh.T @ x
-                dy.T @ h
+                torch.matmul(dh, a)
+                torch.matmul(dh.T, x)
+                torch.matmul(dy.T, h)
 
     def logits(self, count: int, *, backward: bool) -> None:
         for start in range(0, count, TOKENS_AT_ONCE):
             n = min(TOKENS_AT_ONCE, count - start)
             out = self.input[:n, : self.shape.hidden] @ self.head.T
             if backward:
-                out @ self.head
+                torch.matmul(out, self.head)
 
     def attention(self, rows: int, queries: int, keys: int, *, backward: bool) -> None:
         """Score and mix as many rows as given in all layers; queries of a group of heads share their keys."""
@@ -109,13 +109,13 @@ class Products:
             n = min(at_once, rows - start) * s.kv_heads
             for _ in range(s.layers):
                 scores = q[:n] @ k[:n].mT
-                scores @ k[:n]
+                torch.matmul(scores, k[:n])
                 if backward:
                     # d value, d weights, d query, d key.
-                    scores.mT @ q[:n]
-                    q[:n] @ k[:n].mT
-                    scores @ k[:n]
-                    scores.mT @ q[:n]
+                    torch.matmul(scores.mT, q[:n])
+                    torch.matmul(q[:n], k[:n].mT)
+                    torch.matmul(scores, k[:n])
+                    torch.matmul(scores.mT, q[:n])
 
     def finish(self) -> None:
         if self.device.type == "cuda":
@@ -185,7 +185,7 @@ class RolloutLimit(Products):
             for layer in self.weights:
                 for weight, (a, b) in zip(layer, stacks, strict=True):
                     x = self.input[: len(rows), : weight.shape[1]]
-                    x @ weight.T
+                    torch.matmul(x, weight.T)
                     grouped = self.input[: nodes * each, : weight.shape[1]].view(nodes, each, -1)
                     torch.bmm(torch.bmm(grouped, a.mT), b.mT)
             self.attention(len(rows), 1, filled + step + 1, backward=False)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # type: ignore[reportMissingImports]  # in its own environment
 
 from benchmarks.peers import trl_shared
 from benchmarks.peers.protocol import Work, serve

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trl import RLOOConfig, RLOOTrainer
+from trl import RLOOConfig, RLOOTrainer  # type: ignore[reportMissingImports]  # in its own environment
 
 from benchmarks.peers import trl_shared
 from benchmarks.peers.protocol import Work, serve

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
-from vllm.inputs import TokensPrompt
-from vllm.lora.request import LoRARequest
+from vllm import LLM, SamplingParams  # type: ignore[reportMissingImports]  # in its own environment
+from vllm.inputs import TokensPrompt  # type: ignore[reportMissingImports]  # in its own environment
+from vllm.lora.request import LoRARequest  # type: ignore[reportMissingImports]  # in its own environment
 
 from benchmarks.peers.common import Row, of_first_layer, prepare, read_rows
 from benchmarks.peers.protocol import Work, serve
