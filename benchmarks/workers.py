@@ -1,5 +1,6 @@
 """A peer in a process of its own, spoken to in lines of JSON (`benchmarks.peers.protocol`)."""
 
+import contextlib
 import json
 import os
 import queue
@@ -28,10 +29,11 @@ class Worker:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [python, "-m", f"benchmarks.peers.{script}"], cwd=ROOT, env=_environment(threads), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=False,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -67,6 +69,11 @@ class Worker:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        self._reader.join(5)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -85,3 +85,4 @@ def test_a_worker_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     worker = Worker("nobody", tmp_path, threads=1, install=False)
     with pytest.raises(PeerFailed, match=r"died with exit code 1, see .*nobody\.log"):
         worker.ask({"do": "round"}, 60)
+    worker.stop()
