@@ -27,11 +27,12 @@ class _Gate(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.go.acquire()
+        if self.over:
+            # Ends the thread, which would keep the model.
+            raise SystemExit
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        control.should_training_stop = self.over
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.done.release()
-        return control
 
 
 class StepWork:
@@ -59,14 +60,8 @@ class StepWork:
             processing_class=tokenizer, peft_config=lora, callbacks=[self.gate],
         )  # fmt: skip
         self.failure: list[BaseException] = []
-        threading.Thread(target=self._train, daemon=True).start()
-
-    def _train(self) -> None:
-        try:
-            self.trainer.train()
-        except BaseException as error:  # told to whoever waits for the step
-            self.failure.append(error)
-            self.gate.done.release()
+        # The thread is handed what it needs and not this object, which could then never go.
+        threading.Thread(target=_train, args=(self.trainer, self.gate, self.failure), daemon=True).start()
 
     def run(self) -> int:
         self.gate.go.release()
@@ -80,9 +75,16 @@ class StepWork:
         return {}
 
     def __del__(self) -> None:
-        # The last step is let go, or the thread would keep the model.
         self.gate.over = True
         self.gate.go.release()
+
+
+def _train(trainer: Any, gate: _Gate, failure: list[BaseException]) -> None:
+    try:
+        trainer.train()
+    except BaseException as error:  # told to whoever waits for the step
+        failure.append(error)
+        gate.done.release()
 
 
 def _reward(completions: list[Any], **_: Any) -> list[float]:
