@@ -1,0 +1,16 @@
+"""TRL's GRPOTrainer with one LoRA adapter."""
+
+from typing import Any
+
+from trl import GRPOConfig, GRPOTrainer  # type: ignore[reportMissingImports]  # in its own environment
+
+from benchmarks.peers import trl_shared
+from benchmarks.peers.protocol import Work, serve
+
+
+def setup(spec: dict[str, Any]) -> Work:
+    return trl_shared.make(spec, GRPOTrainer, GRPOConfig)
+
+
+if __name__ == "__main__":
+    serve(setup)

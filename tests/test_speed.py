@@ -1,0 +1,159 @@
+"""Fast paths stay fast: each against the simple way to do the same, measured in turn in this run.
+
+Processor time of one thread, so that other work on the machine matters little; the median of rounds that alternate; a second
+and a third look before a failure. The references are what a quiet machine gives, rounded down: a ratio that falls by more than
+30% below them fails.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuromas import Backbone
+from neuromas.adapters import AdapterBank
+from neuromas.backbone import KVCache
+from neuromas.config import AdapterConfig
+from neuromas.engines.torch_engine import TorchEngine, pad_left, pad_right
+from neuromas.reinforce import Batch
+from neuromas.types import Completion, Prompt, Request, Sample
+
+REFERENCE = {"update": 1.6, "rollout": 1.6}
+ALLOWED = 0.7
+ROUNDS, LOOKS = 3, 3
+NODES, QUESTIONS, GROUP, PREFIX, OWN, NEW = (1, 2, 3), 2, 8, 256, 32, 16
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    backbone = Backbone.load("bundled", device="cpu")
+    bank = backbone.add_adapters(NODES, AdapterConfig(rank=8), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in bank.parameters().items():
+        if "lora_B" in name:
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    # Every text is as long as it may be.
+    backbone.stop_ids = frozenset({-1})
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def completions() -> list[Completion]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(16, 500, (count,), generator=generator).tolist())
+
+    prefixes = [ids(PREFIX) for _ in range(QUESTIONS)]
+    return [
+        Completion(node, Prompt(prefix, ids(OWN)), Sample(ids(NEW), (0.0,) * NEW, "", True, 0), ())
+        for prefix in prefixes
+        for _ in range(GROUP)
+        for node in NODES
+    ]
+
+
+def ratio_of(fast: Callable[[], object], simple: Callable[[], object]) -> float:
+    """Return the median over rounds of the simple way's processor time against the fast one's."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+
+    fast()
+    return statistics.median(seconds(simple) / seconds(fast) for _ in range(ROUNDS))
+
+
+def check(name: str, fast: Callable[[], object], simple: Callable[[], object]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seen = []
+        while len(seen) < LOOKS and (not seen or max(seen) < ALLOWED * REFERENCE[name]):
+            seen.append(ratio_of(fast, simple))
+    finally:
+        torch.set_num_threads(before)
+    assert max(seen) >= ALLOWED * REFERENCE[name], f"{name}: {seen} times as fast as the simple way, was {REFERENCE[name]}"
+
+
+def bank_of(backbone: Backbone) -> AdapterBank:
+    assert backbone.adapters is not None
+    return backbone.adapters
+
+
+def shared_update(backbone: Backbone, completions: Sequence[Completion]) -> dict[int, float]:
+    """One pass over all nodes, each distinct prefix once; return each node's summed log-probability."""
+    rows = sorted(completions, key=lambda completion: completion.node)
+    batch = Batch(tuple((row, 1.0) for row in rows), 1, NODES, backbone.pad_id, 1.0, "all")
+    total = dict.fromkeys(NODES, 0.0)
+    place = 0
+    for micro_batch in batch.split(64, backbone.device):
+        sums = backbone.logprobs(micro_batch.rows).sum(1)
+        sums.sum().backward()
+        for value in sums.tolist():
+            total[rows[place].node] += value
+            place += 1
+    for parameter in bank_of(backbone).parameters().values():
+        parameter.grad = None
+    return total
+
+
+def looped_update(backbone: Backbone, completions: Sequence[Completion]) -> dict[int, float]:
+    """Node by node, every row with its own prefix."""
+    total = {}
+    for node in NODES:
+        rows = [completion for completion in completions if completion.node == node]
+        texts = [c.prompt.prefix_ids + c.prompt.suffix_ids + c.sample.token_ids for c in rows]
+        ids, mask = pad_right(texts, max(map(len, texts)), backbone.pad_id, backbone.device)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        route = torch.full((len(rows),), bank_of(backbone).index(node))
+        logits = backbone.forward(ids, positions, positions, mask, KVCache(), route, keep=NEW + 1)[:, :-1]
+        logprobs = logits.log_softmax(-1).gather(2, ids[:, -NEW:, None])[..., 0]
+        logprobs.sum().backward()
+        total[node] = logprobs.sum().item()
+    for parameter in bank_of(backbone).parameters().values():
+        parameter.grad = None
+    return total
+
+
+def sample_together(backbone: Backbone, completions: Sequence[Completion]) -> int:
+    """All nodes in one batch of the engine, each distinct prefix once."""
+    found: list[Sample] = []
+
+    def receive(key: int, sample: Sample) -> list[tuple[int, Request]]:
+        found.append(sample)
+        return []
+
+    requests = [(key, Request(c.node, c.prompt, (key,))) for key, c in enumerate(completions)]
+    TorchEngine(backbone).generate(requests, receive, temperature=1.0, max_new_tokens=NEW)
+    return sum(len(sample.token_ids) for sample in found)
+
+
+@torch.inference_mode()
+def sample_in_turn(backbone: Backbone, completions: Sequence[Completion]) -> int:
+    """transformers.generate, node by node."""
+    tokens = 0
+    for node in NODES:
+        texts = [c.prompt.prefix_ids + c.prompt.suffix_ids for c in completions if c.node == node]
+        ids, mask = pad_left(texts, max(map(len, texts)), backbone.pad_id, backbone.device)
+        with bank_of(backbone).routed(torch.full((len(texts),), bank_of(backbone).index(node))):
+            out: Tensor = backbone.model.generate(  # type: ignore[operator]  # transformers gives it no type of its own
+                input_ids=ids, attention_mask=mask.long(), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, top_k=0
+            )
+        tokens += out[:, ids.shape[1] :].numel()
+    return tokens
+
+
+def test_a_shared_prefix_and_one_batch_beat_a_loop_over_nodes(backbone: Backbone, completions: list[Completion]) -> None:
+    ours, theirs = shared_update(backbone, completions), looped_update(backbone, completions)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    check("update", lambda: shared_update(backbone, completions), lambda: looped_update(backbone, completions))
+
+
+def test_all_nodes_sample_together_faster_than_in_turn(backbone: Backbone, completions: list[Completion]) -> None:
+    assert sample_together(backbone, completions) == sample_in_turn(backbone, completions) == len(completions) * NEW
+    check("rollout", lambda: sample_together(backbone, completions), lambda: sample_in_turn(backbone, completions))
