@@ -21,6 +21,8 @@ from neuromas.engines.torch_engine import TorchEngine, pad_left, pad_right
 from neuromas.reinforce import Batch
 from neuromas.types import Completion, Prompt, Request, Sample
 
+pytestmark = pytest.mark.slow  # until its references come from a quiet machine
+
 REFERENCE = {"update": 1.6, "rollout": 1.6}
 ALLOWED = 0.7
 ROUNDS, LOOKS = 3, 3
