@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,19 @@ def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | N
     Raises ValueError for a mistake in the config or the run directory before any long work, and `Interrupted` if the user
     stops it, after saving.
     """
+    with trainer_of(config, resume=resume, parent=parent) as (trainer, progress, stop):
+        progress.note(f"run {trainer.run.path}: {trainer.bank.trainable_parameters:,} trainable parameters")
+        scores = {"before": trainer.evaluate_once("before", progress, stop)}
+        trainer.train_to_end(progress, stop)
+        scores["after"] = trainer.evaluate_once("after", progress, stop)
+    return scores
+
+
+@contextmanager
+def trainer_of(
+    config: TrainConfig, *, resume: bool, parent: RunDirectory | None = None
+) -> "Iterator[tuple[Trainer, Progress, Stop]]":
+    """Give the trainer of a run, set up and where it stands, while its folder is locked; raises as `train`."""
     config.check()
     run = find_run(config, resume=resume)
     if parent:
@@ -116,11 +130,7 @@ def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | N
         trainer = Trainer(setup, run)
         with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
             trainer.tell = progress.note
-            progress.note(f"run {run.path}: {setup.network.adapters.trainable_parameters:,} trainable parameters")
-            scores = {"before": trainer.evaluate_once("before", progress, stop)}
-            trainer.train_to_end(progress, stop)
-            scores["after"] = trainer.evaluate_once("after", progress, stop)
-    return scores
+            yield trainer, progress, stop
 
 
 class Trainer:
@@ -188,9 +198,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         metrics["seconds/rollout/sum"] = rollout_seconds
         metrics["seconds/update/sum"] = seconds - rollout_seconds
-        metrics["sampled_tokens_per_second/mean"] = (
-            sum(len(c.sample.token_ids) for group in groups for r in group for c in r.completions) / seconds
-        )
+        metrics["sampled_tokens_per_second/mean"] = metrics["sampled_tokens/sum"] / seconds
         self.step = step + 1
         self.stages.open(self.step)
         if self.looks and self.step % config.eval_every == 0:

@@ -11,10 +11,9 @@ from neuromas.baselines.networks import Trained, UntrainedNetwork
 from neuromas.checkpoint import RunDirectory
 from neuromas.config import TrainConfig
 from neuromas.network import Network
-from neuromas.progress import Progress
-from neuromas.stop import Stop, stop_signals
+from neuromas.stop import Stop
 from neuromas.tasks import Task, from_config
-from neuromas.train import Trainer, build_network, evaluation_sets, set_up
+from neuromas.train import Trainer, build_network, evaluation_sets, trainer_of
 from neuromas.types import Example
 
 
@@ -50,15 +49,9 @@ def train_run(config: TrainConfig, then: Callable[[Trainer, Stop], dict[str, tup
 
     Unlike `train.train` it scores nothing before and after. Raises what that raises.
     """
-    config.check()
-    run = RunDirectory.resume(config)
-    setup = set_up(config)
-    with run.locked():
-        run.initialise(setup.task.held_out)
-        trainer = Trainer(setup, run)
-        with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
-            trainer.train_to_end(progress, stop)
-            return Evaluated(trainer, then(trainer, stop))
+    with trainer_of(config, resume=True) as (trainer, progress, stop):
+        trainer.train_to_end(progress, stop)
+        return Evaluated(trainer, then(trainer, stop))
 
 
 def curve_of(run: RunDirectory) -> tuple[CurvePoint, ...]:
