@@ -40,7 +40,7 @@ class Recipe:
 
     out: Path
     """Folder that gets the model, the tokenizer and the card."""
-    steps: int = 4000
+    steps: int = 6000
     """Optimizer steps."""
     rows: int = 16
     """Rows of a step."""

@@ -21,7 +21,7 @@ class NavigateTrace(Trace):
 
     tasks = ("navigate",)
     max_steps = 4
-    share = 1.5
+    share = 2.0
     answer_format = get_family("navigate").answer_format
     largest = 15
 

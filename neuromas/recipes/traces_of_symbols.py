@@ -15,7 +15,7 @@ class DyckTrace(Trace):
 
     tasks = ("dyck_languages",)
     max_steps = 3
-    share = 1.5
+    share = 2.0
     answer_format = get_family("dyck_languages").answer_format
     closers: ClassVar[dict[str, str]] = {**dyck_languages.CLOSERS, "/": "\\"}
     at_once = 4
