@@ -11,13 +11,16 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn import functional
 
 from neuromas.config import AdapterConfig
 
@@ -31,8 +34,52 @@ def _of_generation(half: str, generation: int) -> str:
     return half if generation == 0 else f"{half}_{generation}"
 
 
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which node's adapter acts on which tokens of a stream."""
+
+    runs: tuple[tuple[int, int, int], ...]
+    """Stretches of tokens of one node: (its index, first, one past the last). Where gradients are wanted."""
+    mask_TR: Tensor | None
+    """(tokens, nodes x r): 1 at the ranks of a token's node, else 0. Where none are; None for a single node."""
+
+
+class _RoutedLinear(torch.autograd.Function):
+    """W x plus, stretch by stretch, scaling B A x. Written out: each stretch is added in place and nothing is gathered."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor | None, a_NRI: Tensor, b_NOR: Tensor, scaling: float,
+        runs: tuple[tuple[int, int, int], ...],
+    ) -> Tensor:  # fmt: skip
+        y_TO = functional.linear(x_TI, weight, bias)
+        a, b = a_NRI.to(x_TI.dtype), (scaling * b_NOR).to(x_TI.dtype)
+        inner_TR = x_TI.new_empty(len(x_TI), a.shape[1])
+        for node, first, end in runs:
+            torch.mm(x_TI[first:end], a[node].T, out=inner_TR[first:end])
+            y_TO[first:end].addmm_(inner_TR[first:end], b[node].T)
+        ctx.save_for_backward(x_TI, weight, a, b, inner_TR)
+        ctx.scaling, ctx.runs, ctx.adapter_dtype = scaling, runs, a_NRI.dtype
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight, a, b, inner_TR = ctx.saved_tensors
+        dy_TO = grads[0]
+        dx_TI = dy_TO @ weight if ctx.needs_input_grad[0] else None
+        da, db = (torch.zeros(tensor.shape, dtype=ctx.adapter_dtype, device=tensor.device) for tensor in (a, b))
+        for node, first, end in ctx.runs:
+            dy = dy_TO[first:end]
+            d_inner = dy @ b[node]
+            da[node] += d_inner.T @ x_TI[first:end]
+            db[node] += ctx.scaling * (dy.T @ inner_TR[first:end])
+            if dx_TI is not None:
+                dx_TI[first:end].addmm_(d_inner, a[node])
+        return dx_TI, None, None, da, db, None, None
+
+
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer plus, for each row of the batch, the update of that row's node."""
+    """A frozen linear layer plus, for each token of a stream, the update of that token's node."""
 
     def __init__(self, base: nn.Linear, bank: "AdapterBank", rank: int) -> None:
         super().__init__()
@@ -41,7 +88,6 @@ class AdaptedLinear(nn.Module):
         self._bank = (bank,)
         self._rank = rank
         self.lora_A, self.lora_B = self._zeros(len(bank.nodes))
-        self._gathered: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _zeros(self, nodes: int) -> tuple[nn.Parameter, nn.Parameter]:
         like = {"device": self.base.weight.device, "dtype": torch.float32}
@@ -54,7 +100,6 @@ class AdaptedLinear(nn.Module):
         """Make room for nodes that join; the tensors of those before are not touched."""
         for half, parameter in zip(HALVES, self._zeros(nodes), strict=True):
             self.register_parameter(_of_generation(half, generation), parameter)
-        self._gathered = None
 
     def stack(self, half: str, generation: int) -> nn.Parameter:
         """Return `lora_A`, (nodes, r, in), or `lora_B`, (nodes, out, r), of the nodes that joined together."""
@@ -64,32 +109,42 @@ class AdaptedLinear(nn.Module):
         stacks: list[Tensor] = [self.stack(half, generation) for generation in range(len(self._bank[0].generations))]
         return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
 
-    def forward(self, x: Float[Tensor, "rows tokens in"]) -> Float[Tensor, "rows tokens out"]:
-        bank = self._bank[0]
-        y = self.base(x)
-        if bank.route is None:
-            return y
-        a, b = self._weights(bank.route, x.dtype)
-        return torch.baddbmm(y, torch.bmm(x, a), b)
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        bank, base = self._bank[0], self.base
+        route = bank.route
+        if route is None:
+            return base(x)
+        x_TI = x.flatten(0, -2)
+        if route.runs:
+            y_TO = _RoutedLinear.apply(
+                x_TI, base.weight, base.bias, self._all("lora_A"), self._all("lora_B"), bank.scaling, route.runs
+            )
+            assert isinstance(y_TO, Tensor)
+        else:
+            # All nodes' adapters as one, of which a token keeps its node's ranks: two products whatever the number of nodes.
+            a, b = self._merged(x.dtype)
+            inner = x_TI @ a
+            if route.mask_TR is not None:
+                inner *= route.mask_TR
+            y_TO = base(x_TI).addmm_(inner, b)
+        return y_TO.unflatten(0, x.shape[:-1])
 
-    def _weights(self, route: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A^T (rows, in, r) and scaled B^T (rows, r, out).
-
-        An engine, which runs in inference mode, hands in the same route tensor for as long as its rows are the same: what was
-        gathered for it is then used again, and a step of a decode gathers nothing.
-        """
-        if self._gathered and self._gathered[0] is route and torch.is_inference_mode_enabled():
-            return self._gathered[1:]
-        a = self._all("lora_A").to(dtype)[route].mT
-        b = (self._bank[0].scaling * self._all("lora_B")).to(dtype)[route].mT
-        self._gathered = (route, a, b) if torch.is_inference_mode_enabled() else None
+    def _merged(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the A of all nodes, (in, nodes x r), and scaling times their B, (nodes x r, out)."""
+        kept = self._bank[0].kept
+        if kept is not None and self in kept:
+            return kept[self]
+        a = self._all("lora_A").to(dtype).flatten(0, 1).T
+        b = (self._bank[0].scaling * self._all("lora_B")).to(dtype).mT.flatten(0, 1)
+        if kept is not None:
+            kept[self] = (a, b)
         return a, b
 
 
 class AdapterBank:
     """All adapters of a network on one backbone.
 
-    Building it wraps the backbone's target modules; `routed` says which node each row of the next forward belongs to.
+    Building it wraps the backbone's target modules; `routed` says which node each token of the next forward belongs to.
     Adapters are kept in float32 whatever the backbone's dtype. A starts as PEFT's default, B at zero, drawn per node and
     module, so that an adapter's start does not depend on which other nodes exist.
 
@@ -102,13 +157,16 @@ class AdapterBank:
         speaks."""
         self.version = 0
         """Counts optimizer steps; a completion carries the version that wrote it."""
-        self.route: Tensor | None = None
+        self.route: Route | None = None
+        self.kept: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+        """What modules made of their adapters, inside `keep_merged`."""
         self.target_modules = tuple(config.target_modules)
         targets = find_targets(model, self.target_modules)
         self.parameters_per_rank = sum(m.in_features + m.out_features for m in targets.values())
         self.rank = resolve_rank(config, len(self.nodes), self.parameters_per_rank)
         self.alpha = config.alpha if config.alpha is not None else 2.0 * self.rank
         self.scaling = self.alpha / self.rank
+        self._dtype = next(iter(targets.values())).weight.dtype
         self.modules: dict[str, AdaptedLinear] = {}
         for name, linear in targets.items():
             parent, _, child = name.rpartition(".")
@@ -164,14 +222,36 @@ class AdapterBank:
                     row.add_(drawn * (noise * copied.square().mean().sqrt()))
 
     @contextmanager
-    def routed(self, rows: Int[Tensor, " rows"] | None) -> Iterator[None]:
-        """Route each row of the forwards inside through the adapter at that index of `nodes`; None: bare backbone."""
+    def routed(self, nodes_T: Int[Tensor, " T"] | None) -> Iterator[None]:
+        """Route each token of the forwards inside through the adapter at that index of `nodes`; None: bare backbone.
+
+        With gradients on, tokens of one node should lie together: every stretch is a product of its own.
+        """
         before = self.route
-        self.route = rows
+        self.route = None if nodes_T is None else self._route(nodes_T)
         try:
             yield
         finally:
             self.route = before
+
+    def _route(self, nodes_T: Tensor) -> Route:
+        if torch.is_grad_enabled():
+            nodes, counts = torch.unique_consecutive(nodes_T, return_counts=True)
+            ends = counts.cumsum(0)
+            return Route(tuple(zip(nodes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)), None)
+        if len(self.nodes) == 1:
+            return Route((), None)
+        places = torch.arange(len(self.nodes) * self.rank, device=nodes_T.device) // self.rank
+        return Route((), (nodes_T[:, None] == places).to(self._dtype))
+
+    @contextmanager
+    def keep_merged(self) -> Iterator[None]:
+        """Prepare adapters for products once for all forwards inside, which have no gradients and change no adapter."""
+        self.kept = {}
+        try:
+            yield
+        finally:
+            self.kept = None
 
     def index(self, node: int) -> int:
         return self.nodes.index(node) if len(self.nodes) > 1 else 0

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,48 +24,28 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.adapters import AdapterBank
 from neuromas.config import AdapterConfig
+from neuromas.packing import ATTENTION, Attention, Packed, PrefixAttention, SuffixAttention
 from neuromas.types import Prompt
 
 BUNDLED = Path(__file__).parent / "bundled"
 _PLACEHOLDER = "PLACEHOLDER"
 
 
-class KVCache:
-    """Keys and values by layer, in the shape of the interface that transformers' attention calls.
-
-    A forward hands each layer's new keys and values, (rows, heads, tokens, head size), to `update` and attends to what it
-    returns. This one remembers them and returns them behind a given past; engines have one that writes in place.
-    """
-
-    def __init__(self, past: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        self.past = past
-        self.new: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        self.new.append((keys, values))
-        if not self.past:
-            return keys, values
-        past_keys, past_values = self.past[layer]
-        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Completions as tensors: per row a node's prompt, padded on the left, then what it wrote, padded on the right.
+    """Completions of K tokens in all: per row a node's part of the prompt, then what it wrote.
 
-    `prefixes` are the distinct shared prefixes; each row reads one of them. C columns hold completions.
+    `prefixes` are the distinct shared prefixes; each row goes on from one of them. Rows of one node lie together.
     """
 
-    prefix_ids_QT: Int[Tensor, "Q T"]
-    prefix_mask_QT: Bool[Tensor, "Q T"]
+    prefixes: Packed
     prefix_node_Q: Int[Tensor, " Q"]
     """Index of the node whose adapter reads the prefix, where the scope is `all`."""
     prefix_of_row_B: Int[Tensor, " B"]
     node_of_row_B: Int[Tensor, " B"]
-    suffix_ids_BS: Int[Tensor, "B S"]
-    suffix_mask_BS: Bool[Tensor, "B S"]
-    completion_mask_BC: Bool[Tensor, "B C"]
-    """True at sampled tokens, stop token included."""
+    suffixes: Packed
+    sampled_K: Int[Tensor, " K"]
+    """Where in the stream of suffixes the sampled tokens lie, stop tokens included."""
     temperature: float
 
 
@@ -76,13 +57,14 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.model.set_attn_implementation(ATTENTION)
         self.tokenizer = tokenizer
         self.name = name
         self.adapters: AdapterBank | None = None
         self.scope: Literal["all", "suffix"] = "all"
         self.stop_ids = _stop_ids(model, tokenizer)
-        self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else min(self.stop_ids)
         self._header, self._footer = _chat_frame(tokenizer)
+        self._no_mask = _no_mask(model)
         self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
 
     @classmethod
@@ -124,11 +106,12 @@ class Backbone:
             raise ValueError(f"its tokenizer does not fit: ids {ids[:8]}... for a model of {embeddings} tokens")
         window = getattr(self.model.config, "sliding_window", None) or 0
         ids = torch.tensor([(ids * (2 + min(window, 128) // len(ids)))], device=self.device)
-        whole = self.model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        positions, mask, cut = torch.arange(ids.shape[1], device=self.device)[None], torch.ones_like(ids, dtype=torch.bool), 3
-        first = KVCache()
-        self.forward(ids[:, :cut], positions[:, :cut], positions[:, :cut], mask[:, :cut], first, None, keep=1)
-        parts = self.forward(ids[:, cut:], positions[:, cut:], positions, mask, KVCache(first.new), None, keep=1)[:, -1]
+        whole = self.model(input_ids=ids, use_cache=False).logits[0, -1:].float()
+        head, tail = (Packed.of([part], self.device) for part in (ids[0, :3].tolist(), ids[0, 3:].tolist()))
+        prefixes = PrefixAttention(head)
+        self.forward(head.ids_T, head.column_T, None, prefixes, head.ids_T.new_empty(0))
+        attention = SuffixAttention(tail, prefixes, tail.row_T[:1])
+        parts = self.forward(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.5
         if not (whole - parts).abs().max() <= tolerance * max(1.0, whole.abs().max().item()):
             raise ValueError(f"its kind of attention ({self.model.config.model_type}) is not supported")
@@ -186,79 +169,51 @@ class Backbone:
 
     def forward(
         self,
-        ids_BS: Int[Tensor, "B S"],
-        positions_BS: Int[Tensor, "B S"],
-        key_positions_BK: Int[Tensor, "B K"],
-        key_mask_BK: Bool[Tensor, "B K"],
-        cache: object,
-        nodes_B: Int[Tensor, " B"] | None,
-        *,
-        keep: int,
-    ) -> Float[Tensor, "B keep V"]:
-        """Return float32 logits of the last `keep` columns; the queries' own keys are the last S of the K.
+        ids_T: Int[Tensor, " T"],
+        positions_T: Int[Tensor, " T"],
+        nodes_T: Int[Tensor, " T"] | None,
+        attention: Attention,
+        keep_K: Int[Tensor, " K"],
+    ) -> Float[Tensor, "K V"]:
+        """Return float32 logits at the given places of a stream of tokens.
 
-        `nodes_B` are indices into the bank's nodes; None leaves the adapters out.
+        `nodes_T` are indices into the bank's nodes; None leaves the adapters out.
         """
         kwargs = {
-            "input_ids": ids_BS,
-            "position_ids": positions_BS,
-            "attention_mask": self._attention_mask(positions_BS, key_positions_BK, key_mask_BK),
-            "past_key_values": cache,
-            "use_cache": True,
-            "logits_to_keep": keep,
+            "input_ids": ids_T[None],
+            "position_ids": positions_T[None],
+            "attention_mask": self._no_mask,
+            "use_cache": False,
+            "logits_to_keep": keep_K,
+            "packed": attention,
         }
         if self.adapters is None:
-            return self.model(**kwargs).logits.float()
-        with self.adapters.routed(nodes_B):
-            return self.model(**kwargs).logits.float()
+            return self.model(**kwargs).logits[0].float()
+        with self.adapters.routed(nodes_T):
+            return self.model(**kwargs).logits[0].float()
 
-    def _attention_mask(self, positions_BS: Tensor, key_positions_BK: Tensor, key_mask_BK: Tensor) -> Any:
-        """Return who attends to whom, (B, 1, S, K); a dictionary by kind of layer where the model has sliding windows."""
-        distance = positions_BS[:, :, None] - key_positions_BK[:, None, :]
-        full = ((distance >= 0) & key_mask_BK[:, None, :])[:, None]
-        # A padding query sees nothing; softmax over nothing is not a number, so it sees everything and is never read.
-        full = full | ~full.any(dim=-1, keepdim=True)
-        config = self.model.config
-        kinds = getattr(config, "layer_types", None) or ()
-        window = getattr(config, "sliding_window", None)
-        if not window or (kinds and "sliding_attention" not in kinds):
-            return full
-        sliding = full & (distance < window)[:, None]
-        # Without a list of kinds all layers slide.
-        return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
+    def read_prefixes(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> PrefixAttention:
+        """Compute keys and values of shared prefixes: with the given nodes' adapters (scope `all`), or bare (`suffix`)."""
+        attention = PrefixAttention(prefixes)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
+            nodes_T = node_Q[prefixes.row_T] if self.scope == "all" else None
+            self.forward(prefixes.ids_T, prefixes.column_T, nodes_T, attention, prefixes.ids_T.new_empty(0))
+        return attention
 
-    def logprobs(self, rows: Rows) -> Float[Tensor, "B C"]:
-        """Return the log-probability of every sampled token under its row's node; 0 where nothing was sampled.
+    def logprobs(self, rows: Rows) -> Float[Tensor, " K"]:
+        """Return the log-probability of every sampled token under its row's node.
 
         The prefix is computed once per question (scope `suffix`) or once per question and node (scope `all`) and its keys
         and values are shared by the rows that read it; gradients flow through them.
         """
-        columns = rows.completion_mask_BC.shape[1]
-        prefix_positions_QT = torch.arange(rows.prefix_ids_QT.shape[1], device=self.device).expand_as(rows.prefix_ids_QT)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
-            collected = KVCache()
-            self.forward(
-                rows.prefix_ids_QT, prefix_positions_QT, prefix_positions_QT, rows.prefix_mask_QT, collected,
-                rows.prefix_node_Q if self.scope == "all" else None, keep=1,
-            )  # fmt: skip
-        of_row = rows.prefix_of_row_B
-        past = [(keys[of_row], values[of_row]) for keys, values in collected.new]
-        prefix_mask_BT = rows.prefix_mask_QT[of_row]
-        positions_BS = prefix_mask_BT.sum(1, keepdim=True) + (rows.suffix_mask_BS.cumsum(1) - 1).clamp(min=0)
-        logits_BCV = self.forward(
-            rows.suffix_ids_BS,
-            positions_BS,
-            torch.cat([prefix_positions_QT[of_row], positions_BS], dim=1),
-            torch.cat([prefix_mask_BT, rows.suffix_mask_BS], dim=1),
-            KVCache(past),
-            rows.node_of_row_B,
-            keep=columns + 1,
-        )[:, :-1]
-        targets_BC = rows.suffix_ids_BS[:, -columns:]
-        logprobs_BC = -torch.nn.functional.cross_entropy(
-            (logits_BCV / rows.temperature).flatten(0, 1), targets_BC.flatten(), reduction="none"
-        ).view_as(targets_BC)
-        return logprobs_BC * rows.completion_mask_BC
+        suffixes = rows.suffixes
+        prefixes = self.read_prefixes(rows.prefixes, rows.prefix_node_Q)
+        attention = SuffixAttention(suffixes, prefixes, rows.prefix_of_row_B)
+        nodes_T = rows.node_of_row_B[suffixes.row_T]
+        logits_KV = self.forward(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
+        if rows.temperature != 1:
+            logits_KV = logits_KV / rows.temperature
+        return -cross_entropy(logits_KV, suffixes.ids_T[rows.sampled_K], reduction="none")
 
 
 def resolve_device(device: str) -> str:
@@ -284,6 +239,14 @@ def config_of(name: str) -> Any:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def _no_mask(model: PreTrainedModel) -> Any:
+    """Return what a model takes for a mask as it is, so that it makes none: `Attention` knows who sees whom."""
+    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=model.device)
+    kinds = getattr(model.config, "layer_types", None) or ()
+    sliding = getattr(model.config, "sliding_window", None) and "sliding_attention" in kinds
+    return dict.fromkeys(("full_attention", "sliding_attention"), mask) if sliding else mask
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuromas.backbone import Rows
-from neuromas.engines.torch_engine import pad_left, pad_right
+from neuromas.packing import Packed
 from neuromas.types import Completion, Group
 
 Centring = Literal["leave_one_out", "group_mean", "ema", "none"]
@@ -52,22 +52,21 @@ def advantages(
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows with their advantages, (B,), and the log-probabilities recorded while sampling, (B, C)."""
+    """Rows of K sampled tokens with, per token, its row's advantage and the log-probability recorded while sampling."""
 
     rows: Rows
-    advantages_B: Tensor
-    sampled_logprobs_BC: Tensor
+    advantages_K: Tensor
+    sampled_logprobs_K: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All completions of a step that carry a gradient, with their advantages; rows of one node and like length lie together."""
+    """All completions of a step that carry a gradient, with their advantages; rows that share a prefix lie together."""
 
     completions: tuple[tuple[Completion, float], ...]
     num_rollouts: int
     """Rollouts of the step, those without a gradient included: the denominator of the loss."""
     nodes: tuple[int, ...]
-    pad_id: int
     temperature: float
     scope: Literal["all", "suffix"]
 
@@ -85,29 +84,22 @@ class Batch:
             for (completion, _), node in zip(part, nodes, strict=True)
         ]
         distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        prefix_ids, prefix_mask = pad_right(
-            [prefix for prefix, _ in distinct], max(len(prefix) for prefix, _ in distinct), self.pad_id, device
-        )
-        prompts = [completion.prompt.suffix_ids for completion, _ in part]
-        written = [completion.sample.token_ids for completion, _ in part]
-        prompt_ids, prompt_mask = pad_left(prompts, max(map(len, prompts)), self.pad_id, device)
-        written_ids, written_mask = pad_right(written, max(map(len, written)), self.pad_id, device)
-        sampled = torch.zeros(written_ids.shape)
-        for row, (completion, _) in enumerate(part):
-            sampled[row, : len(completion.sample.logprobs)] = torch.tensor(completion.sample.logprobs)
+        samples = [completion.sample for completion, _ in part]
+        suffixes = Packed.of([(*completion.prompt.suffix_ids, *completion.sample.token_ids) for completion, _ in part], device)
+        asked_B = torch.tensor([len(completion.prompt.suffix_ids) for completion, _ in part], device=device)
+        sampled_K = (suffixes.column_T >= asked_B[suffixes.row_T]).nonzero()[:, 0]
         rows = Rows(
-            prefix_ids_QT=prefix_ids,
-            prefix_mask_QT=prefix_mask,
+            prefixes=Packed.of([prefix for prefix, _ in distinct], device),
             prefix_node_Q=torch.tensor([node for _, node in distinct], device=device),
             prefix_of_row_B=torch.tensor([distinct[key] for key in keys], device=device),
             node_of_row_B=torch.tensor(nodes, device=device),
-            suffix_ids_BS=torch.cat([prompt_ids, written_ids], dim=1),
-            suffix_mask_BS=torch.cat([prompt_mask, written_mask], dim=1),
-            completion_mask_BC=written_mask,
+            suffixes=suffixes,
+            sampled_K=sampled_K,
             temperature=self.temperature,
         )
-        weights = torch.tensor([advantage for _, advantage in part], device=device)
-        return MicroBatch(rows, weights, sampled.to(device))
+        weights_B = torch.tensor([advantage for _, advantage in part], device=device)
+        sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs], device=device)
+        return MicroBatch(rows, weights_B[suffixes.row_T[sampled_K]], sampled)
 
 
 def build_batch(
@@ -116,7 +108,6 @@ def build_batch(
     *,
     nodes: Sequence[int],
     adapter_version: int,
-    pad_id: int,
     temperature: float,
     scope: Literal["all", "suffix"],
 ) -> Batch:
@@ -136,15 +127,14 @@ def build_batch(
                     )
                 if advantage != 0:
                     chosen.append((completion, advantage))
-    # Rows of one node and like length lie together: little padding, and few prefixes in each micro-batch.
-    chosen.sort(key=lambda item: (item[0].node, len(item[0].sample.token_ids), len(item[0].prompt.suffix_ids)))
-    return Batch(tuple(chosen), sum(map(len, groups)), tuple(nodes), pad_id, temperature, scope)
+    # Stable, so rows of one node and one question stay together and a prefix is computed in few micro-batches.
+    chosen.sort(key=lambda item: item[0].node)
+    return Batch(tuple(chosen), sum(map(len, groups)), tuple(nodes), temperature, scope)
 
 
-def loss(logprobs_BC: Float[Tensor, "B C"], advantages_B: Float[Tensor, " B"], num_rollouts: int) -> Float[Tensor, ""]:
+def loss(logprobs_K: Float[Tensor, " K"], advantages_K: Float[Tensor, " K"], num_rollouts: int) -> Float[Tensor, ""]:
     """Return - sum over sampled tokens of advantage * log-probability, over the rollouts of the step.
 
-    `logprobs_BC` is 0 where nothing was sampled. The denominator is fixed before sampling: a sum divided by sampled length
-    is no longer the gradient of the expected reward.
+    The denominator is fixed before sampling: a sum divided by sampled length is no longer the gradient of the expected reward.
     """
-    return -(logprobs_BC.sum(1) * advantages_B).sum() / num_rollouts
+    return -(logprobs_K * advantages_K).sum() / num_rollouts

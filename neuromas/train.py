@@ -244,16 +244,16 @@ class Trainer:
     def _update(self, step: int, groups: list[Group], advantages_PG: torch.Tensor) -> dict[str, float]:
         config, bank = self.config, self.bank
         batch = reinforce.build_batch(
-            groups, advantages_PG, nodes=bank.nodes, adapter_version=bank.version, pad_id=self.backbone.pad_id,
-            temperature=config.temperature, scope=self.backbone.scope,
+            groups, advantages_PG, nodes=bank.nodes, adapter_version=bank.version, temperature=config.temperature,
+            scope=self.backbone.scope,
         )  # fmt: skip
         loss_sum = gap = 0.0
         for micro_batch in batch.split(config.rows_per_micro_batch, self.backbone.device):
-            logprobs_BC = self.backbone.logprobs(micro_batch.rows)
-            loss = reinforce.loss(logprobs_BC, micro_batch.advantages_B, batch.num_rollouts)
+            logprobs_K = self.backbone.logprobs(micro_batch.rows)
+            loss = reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts)
             loss.backward()
             loss_sum += loss.item()
-            gap = max(gap, (logprobs_BC.detach() - micro_batch.sampled_logprobs_BC).abs().max().item())
+            gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
         bank.drop_gradients(self.stages.learning(step, groups))
         grad_norms = bank.clip_grad_norms(config.max_grad_norm)
         lr = learning_rate(config, step)

@@ -3,11 +3,11 @@
 Shape letters, as suffixes of array names and as jaxtyping axes:
 
     P  examples in a step          B  rows (completions) in a batch
-    G  rollouts per example        S  suffix tokens of a row (node prompt + completion)
-    N  nodes                       T  tokens of a shared prefix
+    G  rollouts per example        T  tokens of a stream: rows one behind the other
+    N  nodes                       K  sampled tokens of a batch
     Q  distinct prefixes           V  vocabulary
 
-`rewards_PG` is one reward per example and rollout, `logprobs_BS` one log-probability per row and suffix token.
+`rewards_PG` is one reward per example and rollout, `logprobs_K` one log-probability per sampled token.
 """
 
 from dataclasses import dataclass

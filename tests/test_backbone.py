@@ -58,8 +58,8 @@ class Case:
     def batch(self) -> reinforce.Batch:
         advantages_PG = torch.tensor([[1.0, -1.0], [0.5, -0.25]])
         return reinforce.build_batch(
-            self.groups, advantages_PG, nodes=self.bank.nodes, adapter_version=0, pad_id=self.backbone.pad_id,
-            temperature=1.0, scope=self.backbone.scope,
+            self.groups, advantages_PG, nodes=self.bank.nodes, adapter_version=0, temperature=1.0,
+            scope=self.backbone.scope,
         )  # fmt: skip
 
     def rows(self) -> Rows:
@@ -68,8 +68,8 @@ class Case:
 
     def gradients(self, batch: reinforce.Batch, rows_per_micro_batch: int = 1000) -> dict[str, Tensor]:
         for micro in batch.split(rows_per_micro_batch, self.backbone.device):
-            logprobs_BC = self.backbone.logprobs(micro.rows)
-            reinforce.loss(logprobs_BC, micro.advantages_B, batch.num_rollouts).backward()
+            logprobs_K = self.backbone.logprobs(micro.rows)
+            reinforce.loss(logprobs_K, micro.advantages_K, batch.num_rollouts).backward()
         return self.take_gradients()
 
     def take_gradients(self) -> dict[str, Tensor]:
@@ -141,12 +141,11 @@ def assert_gradients_close(got: dict[str, Tensor], expected: dict[str, Tensor]) 
 def test_logprobs_equal_plain_peft(case: Case, tmp_path: Path) -> None:
     """Scope `all`: one forward over prompt and completion. Scope `suffix`: the prefix passes without the adapter."""
     with torch.no_grad():
-        got_BC = case.backbone.logprobs(case.rows())
-        got = dict(zip((completion for completion, _ in case.batch().completions), got_BC, strict=True))
+        completions = [completion for completion, _ in case.batch().completions]
+        by_row = case.backbone.logprobs(case.rows()).split([len(c.sample.token_ids) for c in completions])
+        got = dict(zip(completions, by_row, strict=True))
         for completion, _, _, expected, _ in row_by_row(case, tmp_path):
-            written = len(completion.sample.token_ids)
-            torch.testing.assert_close(got[completion][:written], expected, rtol=0, atol=LOGPROB_BOUND)
-            assert not got[completion][written:].any()
+            torch.testing.assert_close(got[completion], expected, rtol=0, atol=LOGPROB_BOUND)
 
 
 def test_adapters_and_scope_change_the_logprobs(folders: dict[str, Path]) -> None:
@@ -154,13 +153,13 @@ def test_adapters_and_scope_change_the_logprobs(folders: dict[str, Path]) -> Non
     of_all, of_suffix = (make_case(folders["qwen3"], scope) for scope in ("all", "suffix"))
     rows = replace(of_suffix.rows(), prefix_node_Q=torch.tensor([0, 0]))
     with torch.no_grad():
-        logprobs_BC = of_suffix.backbone.logprobs(rows)
+        logprobs_K = of_suffix.backbone.logprobs(rows)
         of_suffix.backbone.scope = "all"
-        assert (logprobs_BC - of_suffix.backbone.logprobs(rows)).abs().max() > 0.1
-        before_BC = of_all.backbone.logprobs(of_all.rows())
+        assert (logprobs_K - of_suffix.backbone.logprobs(rows)).abs().max() > 0.1
+        before_K = of_all.backbone.logprobs(of_all.rows())
         for module in of_all.bank.modules.values():
             module.lora_B.zero_()
-        assert (before_BC - of_all.backbone.logprobs(of_all.rows())).abs().max() > 0.1
+        assert (before_K - of_all.backbone.logprobs(of_all.rows())).abs().max() > 0.1
 
 
 def test_gradients_through_the_shared_prefix_equal_the_unshared_computation(case: Case, tmp_path: Path) -> None:
@@ -177,21 +176,15 @@ def test_gradients_through_the_shared_prefix_equal_the_unshared_computation(case
 # What must not matter
 
 
-def test_padding_changes_nothing(case: Case) -> None:
-    rows = case.rows()
-
-    def padding(ids: Tensor, width: int) -> Tensor:
-        return ids.new_full((len(ids), width), case.backbone.pad_id)
-
-    padded = replace(
-        rows,
-        prefix_ids_QT=torch.cat([rows.prefix_ids_QT, padding(rows.prefix_ids_QT, 5)], dim=1),
-        prefix_mask_QT=torch.nn.functional.pad(rows.prefix_mask_QT, (0, 5)),
-        suffix_ids_BS=torch.cat([padding(rows.suffix_ids_BS, 11), rows.suffix_ids_BS], dim=1),
-        suffix_mask_BS=torch.nn.functional.pad(rows.suffix_mask_BS, (11, 0)),
-    )
+def test_what_lies_beside_a_row_changes_nothing(case: Case) -> None:
+    """Alone, a row is a grid without padding; among others its prefix and its text are padded to the longest."""
+    batch = case.batch()
+    (whole,) = batch.split(1000, case.backbone.device)
+    assert len({len(c.prompt.prefix_ids) for c, _ in batch.completions}) > 1, "no prefix is padded"
+    assert whole.rows.suffixes.rows * whole.rows.suffixes.width > len(whole.rows.suffixes.ids_T), "no text is padded"
     with torch.no_grad():
-        torch.testing.assert_close(case.backbone.logprobs(padded), case.backbone.logprobs(rows), rtol=0, atol=LOGPROB_BOUND)
+        alone = [case.backbone.logprobs(micro.rows) for micro in batch.split(1, case.backbone.device)]
+        torch.testing.assert_close(torch.cat(alone), case.backbone.logprobs(whole.rows), rtol=0, atol=LOGPROB_BOUND)
 
 
 def test_row_order_and_micro_batch_size_change_nothing(case: Case) -> None:
@@ -203,8 +196,9 @@ def test_row_order_and_micro_batch_size_change_nothing(case: Case) -> None:
     assert_gradients_close(case.gradients(backwards), whole)
     (micro,), (turned,) = (b.split(1000, case.backbone.device) for b in (batch, backwards))
     with torch.no_grad():
-        straight_BC, turned_BC = case.backbone.logprobs(micro.rows), case.backbone.logprobs(turned.rows)
-    torch.testing.assert_close(turned_BC.flip(0), straight_BC, rtol=0, atol=LOGPROB_BOUND)
+        straight_K, turned_K = case.backbone.logprobs(micro.rows), case.backbone.logprobs(turned.rows)
+    by_row = turned_K.split([len(completion.sample.token_ids) for completion, _ in backwards.completions])
+    torch.testing.assert_close(torch.cat(by_row[::-1]), straight_K, rtol=0, atol=LOGPROB_BOUND)
 
 
 def test_a_mixed_batch_equals_one_node_at_a_time(case: Case) -> None:
@@ -221,8 +215,8 @@ def test_a_mixed_batch_equals_one_node_at_a_time(case: Case) -> None:
 def test_a_nodes_text_gives_other_adapters_exactly_no_gradient(case: Case) -> None:
     rows = case.rows()
     for index in range(len(case.bank.nodes)):
-        logprobs_BC = case.backbone.logprobs(rows)
-        logprobs_BC[rows.node_of_row_B == index].sum().backward()
+        of_node_K = rows.node_of_row_B[rows.suffixes.row_T[rows.sampled_K]] == index
+        case.backbone.logprobs(rows)[of_node_K].sum().backward()
         for name, gradient in case.take_gradients().items():
             assert gradient[index].any(), f"{name}: node {index} learns nothing"
             others = torch.arange(len(gradient)) != index
@@ -414,9 +408,9 @@ def test_new_adapters_change_nothing(small: Case, bare: Backbone) -> None:
     """B starts at zero: the network starts as the bare backbone, to the bit."""
     rows = small.rows()
     with torch.no_grad():
-        before_BC = bare.logprobs(rows)
+        before_K = bare.logprobs(rows)
         bare.add_adapters((1, 2, 3), AdapterConfig(rank=2), seed=0)
-        assert torch.equal(bare.logprobs(rows), before_BC)
+        assert torch.equal(bare.logprobs(rows), before_K)
 
 
 def test_peft_files_round_trip_to_the_bit(small: Case, bare: Backbone, tmp_path: Path) -> None:

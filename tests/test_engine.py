@@ -17,6 +17,7 @@ from neuromas.config import AdapterConfig
 from neuromas.engines.base import Engine, uniforms
 from neuromas.engines.scripted import ScriptedEngine
 from neuromas.engines.torch_engine import TorchEngine
+from neuromas.packing import Packed
 from neuromas.tasks import get_task
 from neuromas.types import Group, Prompt, Request, Sample
 
@@ -108,15 +109,15 @@ def adapted(folder: Path, scope: Scope = "all") -> Backbone:
 def largest_gap(network: Network, *, temperature: float = 1.0) -> float:
     groups = rollout(network, temperature=temperature)
     batch = reinforce.build_batch(
-        groups, torch.ones(3, 4), nodes=network.adapters.nodes, adapter_version=0, pad_id=network.backbone.pad_id,
-        temperature=temperature, scope=network.backbone.scope,
+        groups, torch.ones(3, 4), nodes=network.adapters.nodes, adapter_version=0, temperature=temperature,
+        scope=network.backbone.scope,
     )  # fmt: skip
     gaps = []
     for micro in batch.split(7, network.backbone.device):
         with torch.no_grad():
-            logprobs_BC = network.backbone.logprobs(micro.rows)
-        assert (micro.sampled_logprobs_BC[micro.rows.completion_mask_BC] < 0).all()
-        gaps.append((logprobs_BC - micro.sampled_logprobs_BC).abs().max().item())
+            logprobs_K = network.backbone.logprobs(micro.rows)
+        assert (micro.sampled_logprobs_K < 0).all()
+        gaps.append((logprobs_K - micro.sampled_logprobs_K).abs().max().item())
     assert sum(len(s.token_ids) for s in samples(groups)) > 150
     return max(gaps)
 
@@ -268,21 +269,19 @@ def test_sampling_frequencies_follow_the_probabilities(folders: dict[str, Path],
 
 def first_token_probabilities(backbone: Backbone, prompt: Prompt, node: int, temperature: float) -> torch.Tensor:
     """Ask the learner for every possible first token of a prompt."""
-    vocabulary = range(len(backbone.tokenizer))
-    ids = torch.tensor([[*prompt.suffix_ids, token] for token in vocabulary])
+    count = len(backbone.tokenizer)
+    suffixes = Packed.of([(*prompt.suffix_ids, token) for token in range(count)], backbone.device)
     rows = Rows(
-        prefix_ids_QT=torch.tensor([prompt.prefix_ids]),
-        prefix_mask_QT=torch.ones(1, len(prompt.prefix_ids), dtype=torch.bool),
+        prefixes=Packed.of([prompt.prefix_ids], backbone.device),
         prefix_node_Q=torch.tensor([NODES.index(node)]),
-        prefix_of_row_B=torch.zeros(len(ids), dtype=torch.long),
-        node_of_row_B=torch.full((len(ids),), NODES.index(node)),
-        suffix_ids_BS=ids,
-        suffix_mask_BS=torch.ones_like(ids, dtype=torch.bool),
-        completion_mask_BC=torch.ones(len(ids), 1, dtype=torch.bool),
+        prefix_of_row_B=torch.zeros(count, dtype=torch.long),
+        node_of_row_B=torch.full((count,), NODES.index(node)),
+        suffixes=suffixes,
+        sampled_K=suffixes.lengths_B.cumsum(0) - 1,
         temperature=temperature,
     )
     with torch.no_grad():
-        probabilities = backbone.logprobs(rows)[:, 0].exp()
+        probabilities = backbone.logprobs(rows).exp()
     assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-4)
     return probabilities
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from neuromas import reinforce
+from neuromas.packing import Packed
 from neuromas.types import Completion, Example, Group, Prompt, Rollout, Sample
 
 CPU = torch.device("cpu")
 EXAMPLE = Example("id", "question", "gold", "")
-PAD = 0
 STOP = 9
 
 
@@ -34,7 +34,7 @@ def build(
     groups: list[Group], advantages: list[list[float]], *, version: int = 0, scope: Literal["all", "suffix"] = "suffix"
 ) -> reinforce.Batch:
     return reinforce.build_batch(
-        groups, torch.tensor(advantages), nodes=(4, 7), adapter_version=version, pad_id=PAD, temperature=1.0, scope=scope
+        groups, torch.tensor(advantages), nodes=(4, 7), adapter_version=version, temperature=1.0, scope=scope
     )  # fmt: skip
 
 
@@ -107,7 +107,11 @@ def test_an_all_wrong_group_without_centring_teaches_nothing_and_under_ema_is_pu
 # Rows and masks
 
 
-def test_masks_are_one_at_sampled_tokens_and_the_stop_token_and_nowhere_else() -> None:
+def rows_of(packed: Packed) -> list[list[int]]:
+    return [ids.tolist() for ids in packed.ids_T.split(packed.lengths_B.tolist())]
+
+
+def test_what_is_learned_is_sampled_tokens_and_the_stop_token_and_nothing_else() -> None:
     first = completion(4, [1, 2], [3], [5, 6, STOP])
     parents_text = [5, 6]
     second = completion(7, [1, 2], [8, *parents_text], [5, STOP])
@@ -115,28 +119,14 @@ def test_masks_are_one_at_sampled_tokens_and_the_stop_token_and_nowhere_else() -
     batch = build([group([first, second]), group([cut_off])], [[2.0], [-1.0]])
     (micro,) = batch.split(8, CPU)
     rows = micro.rows
-    assert rows.prefix_ids_QT.tolist() == [[1, 2, PAD], [1, 2, 3]]
-    assert rows.prefix_mask_QT.tolist() == [[True, True, False], [True, True, True]]
+    assert rows_of(rows.prefixes) == [[1, 2], [1, 2, 3]]
     assert rows.prefix_of_row_B.tolist() == [0, 0, 1]
     assert rows.node_of_row_B.tolist() == [0, 1, 1]
-    assert rows.suffix_ids_BS.tolist() == [
-        [PAD, PAD, 3, 5, 6, STOP],
-        [8, 5, 6, 5, STOP, PAD],
-        [PAD, PAD, 8, 6, 6, 6],
-    ]
-    assert rows.suffix_mask_BS.int().tolist() == [
-        [0, 0, 1, 1, 1, 1],
-        [1, 1, 1, 1, 1, 0],
-        [0, 0, 1, 1, 1, 1],
-    ]
-    # Columns of what was written only: prompts and parents' text lie before them.
-    assert rows.completion_mask_BC.int().tolist() == [
-        [1, 1, 1],
-        [1, 1, 0],
-        [1, 1, 1],
-    ]
-    assert micro.advantages_B.tolist() == [2.0, 2.0, -1.0]
-    assert micro.sampled_logprobs_BC.tolist() == [[-0.5, -1.5, -2.5], [-0.5, -1.5, 0.0], [-0.5, -1.5, -2.5]]
+    assert rows_of(rows.suffixes) == [[3, 5, 6, STOP], [8, 5, 6, 5, STOP], [8, 6, 6, 6]]
+    # Prompts and parents' text lie before them.
+    assert rows.sampled_K.tolist() == [1, 2, 3, 7, 8, 10, 11, 12]
+    assert micro.advantages_K.tolist() == [2.0] * 3 + [2.0] * 2 + [-1.0] * 3
+    assert micro.sampled_logprobs_K.tolist() == [-0.5, -1.5, -2.5, -0.5, -1.5, -0.5, -1.5, -2.5]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +141,7 @@ def test_a_prefix_is_kept_once_for_all_its_readers(
 ) -> None:
     four, seven = completion(4, [1, 2], [3], [STOP]), completion(7, [1, 2], [8], [STOP])
     (micro,) = build([group([four, seven], [four])], [[1.0, 1.0]], scope=scope).split(8, CPU)
-    assert micro.rows.prefix_ids_QT.tolist() == prefixes
+    assert rows_of(micro.rows.prefixes) == prefixes
     assert micro.rows.prefix_node_Q.tolist() == prefix_nodes
     assert micro.rows.prefix_of_row_B.tolist() == prefix_of_row
     assert micro.rows.node_of_row_B.tolist() == [0, 0, 1]
@@ -161,8 +151,8 @@ def test_micro_batches_hold_every_row_once() -> None:
     groups = [group(*[[completion(4, [1], [3], [token, STOP])] for token in (5, 6, 7)])]
     batch = build(groups, [[1.0, 2.0, 3.0]])
     parts = list(batch.split(2, CPU))
-    assert [part.advantages_B.tolist() for part in parts] == [[1.0, 2.0], [3.0]]
-    assert [part.rows.suffix_ids_BS.tolist() for part in parts] == [[[3, 5, STOP], [3, 6, STOP]], [[3, 7, STOP]]]
+    assert [part.advantages_K.tolist() for part in parts] == [[1.0, 1.0, 2.0, 2.0], [3.0, 3.0]]
+    assert [rows_of(part.rows.suffixes) for part in parts] == [[[3, 5, STOP], [3, 6, STOP]], [[3, 7, STOP]]]
 
 
 def test_rollouts_without_an_advantage_make_no_row_but_count_in_the_denominator() -> None:
@@ -174,9 +164,9 @@ def test_rollouts_without_an_advantage_make_no_row_but_count_in_the_denominator(
 
 
 def test_the_loss_is_a_sum_over_tokens_divided_by_rollouts() -> None:
-    logprobs_BC = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
-    # - (2 * (-1 - 2) + (-1) * (-3 + 0)) / 4 = - (-6 + 3) / 4 = 0.75
-    loss = reinforce.loss(logprobs_BC, torch.tensor([2.0, -1.0]), num_rollouts=4)
+    logprobs_K, advantages_K = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([2.0, 2.0, -1.0])
+    # - (2 * -1 + 2 * -2 + (-1) * -3) / 4 = - (-6 + 3) / 4 = 0.75
+    loss = reinforce.loss(logprobs_K, advantages_K, num_rollouts=4)
     assert loss.item() == 0.75
 
 
@@ -245,9 +235,9 @@ def test_two_node_chain_exact_gradient(centring: reinforce.Centring, ratio: floa
 
     def estimate(rows: list[list[Tensor]], rewards_PG: Tensor) -> Tensor:
         advantages_PG = reinforce.advantages(rewards_PG, centring, running_mean=0.3)
-        logprobs_BC = torch.stack([logprob for rollout in rows for logprob in rollout])[:, None]
-        # One row per node: both are weighted by their rollout's advantage.
-        return reinforce.loss(logprobs_BC, advantages_PG.flatten().repeat_interleave(2), GROUP_SIZE)
+        logprobs_K = torch.stack([logprob for rollout in rows for logprob in rollout])
+        # One token per node: both are weighted by their rollout's advantage.
+        return reinforce.loss(logprobs_K, advantages_PG.flatten().repeat_interleave(2), GROUP_SIZE)
 
     estimated = expected_gradient(outcomes, parameters, estimate)
     for node, true in zip(estimated, true_gradient(outcomes, parameters), strict=True):
@@ -273,8 +263,10 @@ def test_stop_symbol_exact_gradient_with_varying_lengths(learn_stop: bool) -> No
     parameters = draw_parameters(2, (3,), (2, 3))
 
     def estimate(rows: list[list[Tensor]], rewards_PG: Tensor) -> Tensor:
-        logprobs_BC = torch.nn.utils.rnn.pad_sequence([logprobs for (logprobs,) in rows], batch_first=True)
-        return reinforce.loss(logprobs_BC, reinforce.advantages(rewards_PG, "leave_one_out").flatten(), GROUP_SIZE)
+        texts = [logprobs for (logprobs,) in rows]
+        advantages_B = reinforce.advantages(rewards_PG, "leave_one_out").flatten()
+        advantages_K = advantages_B.repeat_interleave(torch.tensor([len(logprobs) for logprobs in texts]))
+        return reinforce.loss(torch.cat(texts), advantages_K, GROUP_SIZE)
 
     outcomes = stop_symbol_outcomes(parameters, learn_stop=learn_stop)
     estimated = torch.cat([gradient.flatten() for gradient in expected_gradient(outcomes, parameters, estimate)])

@@ -1,4 +1,4 @@
-"""Fast paths stay fast: each against the simple way to do the same, measured in turn in this run.
+"""Fast paths stay fast: each against the simple way, PEFT's adapters node by node, measured in turn in this run.
 
 Processor time of one thread, so that other work on the machine matters little; the median of rounds that alternate; a second
 and a third look before a failure. The references are what a quiet machine gives, rounded down: a ratio that falls by more than
@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from models import export_peft
+from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from neuromas import Backbone
 from neuromas.adapters import AdapterBank
-from neuromas.backbone import KVCache
+from neuromas.backbone import BUNDLED
 from neuromas.config import AdapterConfig
-from neuromas.engines.torch_engine import TorchEngine, pad_left, pad_right
+from neuromas.engines.torch_engine import TorchEngine
 from neuromas.reinforce import Batch
 from neuromas.types import Completion, Prompt, Request, Sample
 
@@ -43,6 +46,19 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture(scope="module")
+def peft(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
+    folder = tmp_path_factory.mktemp("adapters")
+    plain = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+    for node in NODES:
+        export_peft(bank_of(backbone), node, folder / str(node))
+    model = PeftModel.from_pretrained(plain, str(folder / str(NODES[0])), adapter_name=str(NODES[0]), is_trainable=True)
+    for node in NODES[1:]:
+        model.load_adapter(str(folder / str(node)), str(node), is_trainable=True)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
 def completions() -> list[Completion]:
     generator = torch.Generator().manual_seed(1)
 
@@ -50,6 +66,7 @@ def completions() -> list[Completion]:
         return tuple(torch.randint(16, 500, (count,), generator=generator).tolist())
 
     prefixes = [ids(PREFIX) for _ in range(QUESTIONS)]
+    # All rows are of one length: the simple way needs no padding.
     return [
         Completion(node, Prompt(prefix, ids(OWN)), Sample(ids(NEW), (0.0,) * NEW, "", True, 0), ())
         for prefix in prefixes
@@ -90,13 +107,13 @@ def bank_of(backbone: Backbone) -> AdapterBank:
 def shared_update(backbone: Backbone, completions: Sequence[Completion]) -> dict[int, float]:
     """One pass over all nodes, each distinct prefix once; return each node's summed log-probability."""
     rows = sorted(completions, key=lambda completion: completion.node)
-    batch = Batch(tuple((row, 1.0) for row in rows), 1, NODES, backbone.pad_id, 1.0, "all")
+    batch = Batch(tuple((row, 1.0) for row in rows), 1, NODES, 1.0, "all")
     total = dict.fromkeys(NODES, 0.0)
     place = 0
     for micro_batch in batch.split(64, backbone.device):
-        sums = backbone.logprobs(micro_batch.rows).sum(1)
-        sums.sum().backward()
-        for value in sums.tolist():
+        logprobs_BC = backbone.logprobs(micro_batch.rows).view(-1, NEW)
+        logprobs_BC.sum().backward()
+        for value in logprobs_BC.sum(1).tolist():
             total[rows[place].node] += value
             place += 1
     for parameter in bank_of(backbone).parameters().values():
@@ -104,21 +121,18 @@ def shared_update(backbone: Backbone, completions: Sequence[Completion]) -> dict
     return total
 
 
-def looped_update(backbone: Backbone, completions: Sequence[Completion]) -> dict[int, float]:
+def looped_update(model: PeftModel, completions: Sequence[Completion]) -> dict[int, float]:
     """Node by node, every row with its own prefix."""
     total = {}
     for node in NODES:
+        model.set_adapter(str(node))
         rows = [completion for completion in completions if completion.node == node]
-        texts = [c.prompt.prefix_ids + c.prompt.suffix_ids + c.sample.token_ids for c in rows]
-        ids, mask = pad_right(texts, max(map(len, texts)), backbone.pad_id, backbone.device)
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        route = torch.full((len(rows),), bank_of(backbone).index(node))
-        logits = backbone.forward(ids, positions, positions, mask, KVCache(), route, keep=NEW + 1)[:, :-1]
+        ids = torch.tensor([c.prompt.prefix_ids + c.prompt.suffix_ids + c.sample.token_ids for c in rows])
+        logits = model(input_ids=ids, logits_to_keep=NEW + 1).logits[:, :-1]
         logprobs = logits.log_softmax(-1).gather(2, ids[:, -NEW:, None])[..., 0]
         logprobs.sum().backward()
         total[node] = logprobs.sum().item()
-    for parameter in bank_of(backbone).parameters().values():
-        parameter.grad = None
+        model.zero_grad(set_to_none=True)
     return total
 
 
@@ -136,26 +150,26 @@ def sample_together(backbone: Backbone, completions: Sequence[Completion]) -> in
 
 
 @torch.inference_mode()
-def sample_in_turn(backbone: Backbone, completions: Sequence[Completion]) -> int:
+def sample_in_turn(model: PeftModel, completions: Sequence[Completion]) -> int:
     """transformers.generate, node by node."""
     tokens = 0
     for node in NODES:
-        texts = [c.prompt.prefix_ids + c.prompt.suffix_ids for c in completions if c.node == node]
-        ids, mask = pad_left(texts, max(map(len, texts)), backbone.pad_id, backbone.device)
-        with bank_of(backbone).routed(torch.full((len(texts),), bank_of(backbone).index(node))):
-            out: Tensor = backbone.model.generate(  # type: ignore[operator]  # transformers gives it no type of its own
-                input_ids=ids, attention_mask=mask.long(), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, top_k=0
-            )
+        model.set_adapter(str(node))
+        ids = torch.tensor([c.prompt.prefix_ids + c.prompt.suffix_ids for c in completions if c.node == node])
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, top_k=0
+        )
+        assert isinstance(out, Tensor)
         tokens += out[:, ids.shape[1] :].numel()
     return tokens
 
 
-def test_a_shared_prefix_and_one_batch_beat_a_loop_over_nodes(backbone: Backbone, completions: list[Completion]) -> None:
-    ours, theirs = shared_update(backbone, completions), looped_update(backbone, completions)
+def test_the_update_beats_a_loop_over_nodes(backbone: Backbone, peft: PeftModel, completions: list[Completion]) -> None:
+    ours, theirs = shared_update(backbone, completions), looped_update(peft, completions)
     assert ours == pytest.approx(theirs, rel=1e-4)
-    check("update", lambda: shared_update(backbone, completions), lambda: looped_update(backbone, completions))
+    check("update", lambda: shared_update(backbone, completions), lambda: looped_update(peft, completions))
 
 
-def test_all_nodes_sample_together_faster_than_in_turn(backbone: Backbone, completions: list[Completion]) -> None:
-    assert sample_together(backbone, completions) == sample_in_turn(backbone, completions) == len(completions) * NEW
-    check("rollout", lambda: sample_together(backbone, completions), lambda: sample_in_turn(backbone, completions))
+def test_rollouts_beat_a_loop_over_nodes(backbone: Backbone, peft: PeftModel, completions: list[Completion]) -> None:
+    assert sample_together(backbone, completions) == sample_in_turn(peft, completions) == len(completions) * NEW
+    check("rollout", lambda: sample_together(backbone, completions), lambda: sample_in_turn(peft, completions))
