@@ -190,7 +190,7 @@ class TrainConfig:
     branches: int = 1
     """Above 1, the rollouts of a question are the leaves of a tree: each text is answered by this many texts of the next layer,
     and --group-size is this number to the power of the layers. 1: rollouts share nothing."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = 80
     """Longest text of a node, stop token included."""
     temperature: float = 1.0
     """Sampling temperature while training; evaluation is greedy."""

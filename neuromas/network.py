@@ -31,7 +31,7 @@ class Network:
         *,
         adapter: AdapterConfig | None = None,
         engine: Engine | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = 80,
         seed: int = 0,
         read: Callable[[str], str | None] | None = None,
     ) -> None:
