@@ -74,6 +74,8 @@ class Score:
     """Mean over runs of each of QUANTITIES."""
     curve: list[dict[str, int | float]] = field(default_factory=list)
     """Points `seed`, `step`, `sampled_tokens`, `accuracy` of the validation curves."""
+    growths: list[int] = field(default_factory=list)
+    """Optimizer steps done before each growth of the network."""
     flags: list[str] = field(default_factory=list)
 
 
@@ -129,10 +131,12 @@ class Comparison:
 def amounts_of(spec: CellSpec, result: CellResult, answers: Sequence[Answer]) -> dict[str, float]:
     """Return what a cell spent, one amount for each of QUANTITIES."""
     training, n = result.training or {}, len(answers)
+    rollouts = training.get("rollouts", 0)
     amounts = {
         "trainable_parameters": result.trainable_parameters,
-        "training_questions": spec.config.num_steps * spec.config.examples_per_step if find_method(spec.method).trained else 0,
-        "training_rollouts": training.get("rollouts", 0),
+        # Every question of a trained network has its group of rollouts. How many there were, a budget of tokens decides.
+        "training_questions": rollouts // spec.config.group_size if find_method(spec.method).trained else 0,
+        "training_rollouts": rollouts,
         "updates": training.get("optimizer_steps", 0),
         "training_calls": training.get("calls", 0),
         "training_sampled_tokens": training.get("sampled_tokens", 0),
@@ -228,6 +232,7 @@ def _score(name: str, runs: Sequence[Run]) -> Score:
         answers=dict(given.most_common()),
         amounts={key: float(np.mean([run.amounts[key] for run in runs])) for key in QUANTITIES},
         curve=[{"seed": run.seed, **asdict(point)} for run in runs for point in run.result.curve],
+        growths=[growth["at_step"] for growth in runs[0].result.settings.get("growth", ())],
     )  # fmt: skip
     score.flags.extend(_flags(score, runs))
     return score

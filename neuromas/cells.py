@@ -31,12 +31,13 @@ from typing import Any
 
 from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint, Method
 from neuromas.config import MAY_DIFFER, from_json, to_json
+from neuromas.files import replace_file
 from neuromas.grid import describe_cell, find_method
 from neuromas.stop import Interrupted
 
 PACKAGE = Path(__file__).parent
-LEFT_OUT = frozenset(PACKAGE / name for name in ("baselines/__init__.py", "progress.py", "plot.py", "show.py"))
-"""Sources that are no part of a method's code version: the list of all methods, and what only shows things."""
+LEFT_OUT = frozenset(PACKAGE / name for name in ("baselines/__init__.py", "progress.py", "plot.py", "show.py", "statistics.py"))
+"""Sources that are no part of a method's code version: the list of all methods, and what only shows or weighs results."""
 STOPPED = 130
 """Status of a worker that the user has stopped."""
 
@@ -158,12 +159,7 @@ def write(place: Cell, stored: Stored) -> None:
         "config": json.loads(to_json(place.spec.config)), "result": _result_to(stored.result) if stored.result else None,
     }  # fmt: skip
     place.path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = place.path.with_suffix(".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        json.dump(data, file, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(place.path)
+    replace_file(place.path, json.dumps(data, default=str).encode())
 
 
 def _result_to(result: CellResult) -> dict[str, Any]:

@@ -12,7 +12,6 @@ Draws are functions of (seed, step, example, rollout, node), so there is no gene
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from safetensors.torch import load, save
 from neuromas.adapters import AdapterBank
 from neuromas.budget import Ledger, Pace
 from neuromas.config import TrainConfig, differences, from_json, to_json
+from neuromas.files import replace_file, sync_folder, write_file
 from neuromas.metrics import check_names
 from neuromas.topology import Topology
 
@@ -83,10 +83,10 @@ class RunDirectory:
             return
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            _replace(self.path / "held_out.json", json.dumps(held).encode())
+            replace_file(self.path / "held_out.json", json.dumps(held).encode())
             # The config comes last: a folder that has one has everything.
-            _replace(self.path / "topology.json", json.dumps(self.topology.to_json(), indent=2).encode())
-            _replace(self.path / "config.json", to_json(self.config).encode())
+            replace_file(self.path / "topology.json", json.dumps(self.topology.to_json(), indent=2).encode())
+            replace_file(self.path / "config.json", to_json(self.config).encode())
         except OSError as error:
             raise ValueError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
 
@@ -109,9 +109,9 @@ class RunDirectory:
             partial = self.path / "checkpoints" / f"{folder.name}.partial"
             for name, data in files.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                _write(partial / name, data)
+                write_file(partial / name, data)
             partial.rename(partial.with_suffix(""))
-            _sync_folder(partial.parent)
+            sync_folder(partial.parent)
         scores = parent.read_json("evaluation.json") or {}
         self.write_json("evaluation.json", {"before": scores["after"]} if "after" in scores else {})
         self.write_json("growth.json", parent.read_json("growth.json") or [])
@@ -198,9 +198,9 @@ class RunDirectory:
             shutil.rmtree(partial, ignore_errors=True)
             for name, data in files.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                _write(partial / name, data)
+                write_file(partial / name, data)
             partial.rename(final)
-            _sync_folder(final.parent)
+            sync_folder(final.parent)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             last = self.checkpoints()
@@ -265,7 +265,7 @@ class RunDirectory:
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             lines = self._read_lines(name)
             with self._writing(name):
-                _replace(self.path / name, b"".join(line for line, record in lines if is_kept(record)))
+                replace_file(self.path / name, b"".join(line for line, record in lines if is_kept(record)))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         check_names(list(metrics))
@@ -283,7 +283,7 @@ class RunDirectory:
 
     def write_json(self, name: str, data: object) -> None:
         with self._writing(name):
-            _replace(self.path / name, json.dumps(data, indent=2).encode())
+            replace_file(self.path / name, json.dumps(data, indent=2).encode())
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -367,25 +367,3 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, bank: AdapterBank, moments
         for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.step" in moments else ():
             value = moments[f"{name}.{key}"]
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that whoever is killed leaves the old one or the new one, never a part."""
-    fresh = path.with_name(f"{path.name}.new")
-    _write(fresh, data)
-    fresh.replace(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

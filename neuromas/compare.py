@@ -134,10 +134,10 @@ def print_plan(grid: Grid) -> None:
         for backbone in grid.backbones:
             specs = [spec for spec in grid.cells if spec.method == method and spec.config.backbone == backbone]
             trained = find_method(method).trained
-            rollouts, updates = _of_all(specs, "rollouts"), _of_all(specs, "updates")
+            updates = _range([spec.config.num_steps for spec in specs])
             table.add_row(
                 method, *([backbone] if several else []), "yes" if trained else "no", str(len(specs)), _parameters(specs),
-                rollouts if trained else "0", updates if trained else "0",
+                _rollouts(specs) if trained else "0", updates if trained else "0",
             )  # fmt: skip
     console.print(table)
     console.print(
@@ -155,9 +155,15 @@ def describe_pair(pair: Pair) -> str:
     return f"{pair.first} - {pair.second}: matched in {matched} (to within {pair.tolerance:.0%}).{asks}"
 
 
-def _of_all(specs: Sequence[CellSpec], what: str) -> str:
+def _rollouts(specs: Sequence[CellSpec]) -> str:
+    """Count training rollouts; with a budget of tokens their number follows from the texts, and the budget is what is known."""
     configs = [spec.config for spec in specs]
-    counts = {c.num_steps * (c.examples_per_step * c.group_size if what == "rollouts" else 1) for c in configs}
+    if tokens := [c.num_steps * c.step_tokens for c in configs if c.step_tokens]:
+        return f"of {_range(tokens)} tokens"
+    return _range([c.num_steps * c.examples_per_step * c.group_size for c in configs])
+
+
+def _range(counts: Sequence[int]) -> str:
     return " to ".join(spell(count) for count in sorted({min(counts), max(counts)}))
 
 

@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binomtest
-
 from neuromas.budget import spending
 from neuromas.network import Network
+from neuromas.statistics import wilson
 from neuromas.tasks import Task, floor
 from neuromas.types import Example, Group
 
@@ -64,15 +63,15 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
         raise ValueError("nothing to evaluate: expected at least one example")
     n = len(rollouts)
     right = sum(map(int, task.rewards([(rollout.example, rollout.answer) for rollout in rollouts])))
-    interval = binomtest(right, n).proportion_ci(method="wilson")
+    low, high = wilson(right, n)
     best, best_share = floor([rollout.example for rollout in rollouts])
     answers = Counter(task.parse_answer(rollout.answer) or UNPARSED for rollout in rollouts)
     spent = spending(groups)
     return Evaluation(
         accuracy=right / n,
         n=n,
-        low=float(interval.low),
-        high=float(interval.high),
+        low=low,
+        high=high,
         floor=best_share,
         floor_answer=best,
         parse_rate=1 - answers[UNPARSED] / n,

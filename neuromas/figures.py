@@ -76,7 +76,10 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
 
 
 def curves_picture(data: Data, key: str, label: str) -> str | None:
-    """Draw validation accuracy in training, mean and range of the runs, against `key`; None if nothing was looked at."""
+    """Draw validation accuracy in training, mean and range of the runs, against `key`; None if nothing was looked at.
+
+    A triangle on a line is a growth of the network.
+    """
     problems = [p for p in data["problems"] if any(score["curve"] for score in p["scores"].values())]
     if not problems:
         return None
@@ -93,7 +96,10 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
             x = [float(np.mean([point[key] for point in points])) for points in at]
             values = [[point["accuracy"] for point in points] for points in at]
             color = _style(data, method)["color"]
-            (shown[_title(data, method)],) = panel.plot(x, [np.mean(v) for v in values], color=color, marker=".", linewidth=1.3)
+            means = [float(np.mean(v)) for v in values]
+            (shown[_title(data, method)],) = panel.plot(x, means, color=color, marker=".", linewidth=1.3)
+            marks = growth_marks(score["growths"], steps, x, means)
+            panel.scatter([x for x, _ in marks], [y for _, y in marks], s=45, marker="^", color=color, zorder=3)
             panel.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0)
         floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
         if floors:
@@ -106,6 +112,18 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
     figure.supxlabel(label, fontsize=9)
     figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return _svg(figure)
+
+
+def growth_marks(
+    growths: Sequence[int], steps: Sequence[int], x: Sequence[float], y: Sequence[float]
+) -> list[tuple[float, float]]:
+    """Return where on the line through (x, y), points that belong to `steps`, a network grows; none before or behind it.
+
+    >>> growth_marks([3, 9], [2, 4], [100.0, 300.0], [0.5, 0.6])
+    [(200.0, 0.55)]
+    """
+    inside = [step for step in growths if steps[0] <= step <= steps[-1]]
+    return [(float(np.interp(step, steps, x)), float(np.interp(step, steps, y))) for step in inside]
 
 
 def _mean_point(problems: Sequence[Data], method: str, key: str) -> tuple[float, float]:

@@ -151,6 +151,7 @@ def _spent(name: str, data: Data, title: dict[str, str]) -> Data:
 
 def _pictures(data: Data) -> Data:
     problems: Sequence[Data] = [problem for problem in data["problems"] if problem["scores"]]
+    scores = [score for problem in problems for score in problem["scores"].values()]
     together = any(all(method in problem["scores"] for problem in problems) for method in data["methods"])
     return {
         "scores_picture": figures.scores_picture(data) if problems else None,
@@ -162,6 +163,7 @@ def _pictures(data: Data) -> Data:
             for key, label in (("step", "optimizer steps"), ("sampled_tokens", "tokens sampled in training"))
             if (picture := figures.curves_picture(data, key, label))
         ],
+        "grows": any(score["growths"] for score in scores),
     }  # fmt: skip
 
 

@@ -84,8 +84,11 @@ def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth
         "trainable_parameters": count.per_adapter * (len(topology.nodes) if not config.adapter.shared else 1),
         "adapter_scope": config.adapter.scope,
         "max_tokens_per_answer": config.max_new_tokens * len(topology.nodes),
-        "training_rollouts": config.num_steps * config.examples_per_step * config.group_size,
-    } | ({"training_sampled_tokens": config.num_steps * config.step_tokens} if config.step_tokens else {})
+    } | (
+        {"training_sampled_tokens": config.num_steps * config.step_tokens}
+        if config.step_tokens
+        else {"training_rollouts": config.num_steps * config.examples_per_step * config.group_size}
+    )
 
 
 def print_description(description: dict[str, Any], console: Console | None = None) -> None:

@@ -206,6 +206,17 @@ def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(
     assert "234 cells: 13 methods x 6 tasks x 3 seeds on Qwen/Qwen3-0.6B" in out
 
 
+def test_the_dry_run_counts_tokens_where_these_are_the_budget(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = Path(__file__).parents[1] / "configs" / "path_dependence.toml"
+    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(preset), "--dry-run"])
+    cli.main()
+    out = capsys.readouterr().out
+    assert re.findall(r"^\w+ +yes .* of 240,000 tokens +60$", out, re.MULTILINE) != []
+    assert "neuromas_7_grown - neuromas_7: matched in optimizer steps, sampled tokens in training (to within 4%)" in out
+
+
 def test_jobs_must_be_some(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         run(monkeypatch, capsys, tmp_path, "--jobs", "0")

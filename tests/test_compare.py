@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from rivals import Rival
 
-from neuromas.analysis import Comparison, Difference, compare, spell_difference, to_json
+from neuromas.analysis import Comparison, Difference, amounts_of, compare, spell_difference, to_json
 from neuromas.baselines import METHODS, Answer, CellResult
 from neuromas.cells import Stored
+from neuromas.figures import growth_marks
 from neuromas.grid import Grid, load_grid
 from neuromas.matching import QUANTITIES, mismatches
 from neuromas.report import write_report
@@ -154,6 +155,27 @@ def test_every_run_must_match_not_the_mean(rivals: dict[str, Rival], tmp_path: P
 def test_amounts_of_nothing_match(tmp_path: Path) -> None:
     zero = dict.fromkeys(QUANTITIES, 0.0)
     assert mismatches(zero, zero, tuple(QUANTITIES), 0.0) == []
+
+
+def test_questions_are_those_that_training_asked(rivals: dict[str, Rival], tmp_path: Path) -> None:
+    """With a budget of tokens the settings say how many a first step asks, and nothing of the others."""
+    spec = grid_of(tmp_path, GRID.replace("[train]", "[train]\nstep_tokens = 1000")).cells[0]
+    found = METHODS["team"].run(spec, tmp_path)
+    assert found.training
+    asked = replace(found, training={**found.training, "rollouts": 130 * spec.config.group_size})
+    assert amounts_of(spec, asked, found.answers["test"])["training_questions"] == 130
+
+
+def test_curves_show_where_a_network_grew(rivals: dict[str, Rival], tmp_path: Path) -> None:
+    grown = {
+        ("team", seed): replace(result(tmp_path, "team", seed), settings={"growth": [{"at_step": 25}]}) for seed in (0, 1, 2)
+    }
+    comparison = run_all(tmp_path, grown)
+    assert {name: score.growths for name, score in comparison.tables[0].scores.items()} == {"team": [25], "single": []}
+    line = "A triangle is where a network grows."
+    assert line in pages(comparison, tmp_path)[0]
+    assert line not in pages(run_all(tmp_path), tmp_path)[0]
+    assert growth_marks([5, 25, 40], [10, 20, 30], [1e5, 2e5, 4e5], [0.5, 0.5, 0.7]) == [(3e5, pytest.approx(0.6))]
 
 
 def test_a_method_that_died_is_a_line(rivals: dict[str, Rival], tmp_path: Path) -> None:

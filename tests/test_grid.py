@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from neuromas.grid import Grid, load_grid
+from neuromas.baselines.networks import Trained
+from neuromas.grid import Grid, find_method, load_grid
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = ("bundled", "paper_table1", "backbone_sweep")
@@ -137,3 +138,27 @@ def test_the_bundled_preset_covers_what_it_must_show() -> None:
     assert set(grid.tasks) == set(TASKS)
     assert len(grid.seeds) >= 5
     assert {"neuromas_3", "single_rl", "single_rl_vote_3", "shared_adapter", "neuromas_roles"} <= set(grid.methods)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_path_dependence_preset_has_arms_that_differ_in_the_path_alone(quick: bool) -> None:
+    grid = load_grid(CONFIGS / "path_dependence.toml", quick=quick)
+    budgets = set()
+    for spec in grid.cells:
+        method = find_method(spec.method)
+        assert isinstance(method, Trained)
+        config = method.change(spec.config).check()
+        budgets.add((config.num_steps, config.step_tokens, config.adapter.rank))
+        growths = config.growths()
+        # Stages are of one length, and what joins starts at zero.
+        assert [growth.at_step * (len(growths) + 1) for growth in growths] == [
+            config.num_steps * (k + 1) for k in range(len(growths))
+        ]
+        assert all(source is None for growth in growths for _, source in growth.copies)
+    ((steps, step_tokens, rank),) = budgets
+    assert step_tokens > 0
+    assert rank == 8
+    for pair in grid.pairs:
+        assert set(pair.matched) == {"updates", "training_sampled_tokens"}
+        # Each run may end one step's tokens from its budget; twice of that is apart, more is a mistake.
+        assert 2 / steps <= pair.tolerance < 3 / steps
