@@ -54,8 +54,6 @@ class Recipe:
     heads: int = 4
     mlp: int = 384
     seed: int = 0
-    init: Path | None = None
-    """Go on from the model and the tokenizer in this folder, for `steps` more steps; another `seed` draws other text."""
     card_only: bool = False
     """Measure the backbone in `out` again and rewrite its card."""
     compile: bool = False
@@ -252,7 +250,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
 
 def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     torch.manual_seed(recipe.seed)
-    model = Qwen3ForCausalLM.from_pretrained(recipe.init) if recipe.init else make_model(recipe, tokenizer)
+    model = make_model(recipe, tokenizer)
     model.to(torch.device(recipe.device))  # type: ignore[reportArgumentType]  # a decorator hides the method's signature
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     if recipe.compile:
@@ -291,11 +289,7 @@ def main() -> None:
         model = Qwen3ForCausalLM.from_pretrained(recipe.out)
     else:
         started = time.monotonic()
-        tokenizer = (
-            PreTrainedTokenizerFast.from_pretrained(recipe.init)
-            if recipe.init
-            else train_tokenizer(recipe.vocab_size, recipe.seed)
-        )
+        tokenizer = train_tokenizer(recipe.vocab_size, recipe.seed)
         recipe.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(recipe.out)
         model = train_backbone(recipe, tokenizer)

@@ -23,10 +23,9 @@ library_name: transformers
 # The bundled backbone
 
 A Qwen3 of {parameters:,} parameters with a byte-level BPE tokenizer of {vocab} tokens, made from generated text alone
-in two runs of 32.8 and 4.9 million tokens. The first was at commit 19c5569, when tracking problems had another last step:
+(49 million tokens, 55 minutes on two cores beside other work):
 
-    python -m neuromas.recipes.bundled --out first --compile
-    python -m neuromas.recipes.bundled --out neuromas/bundled --init first --steps 600 --lr 1e-3 --seed 1 --compile
+    python -m neuromas.recipes.bundled --out neuromas/bundled --compile
 
 It is made to behave as a small general model would towards the procedural families: it knows the message format, takes single
 steps of a problem, goes on from where another message stopped, and also guesses, restates and chatters. A message in its
