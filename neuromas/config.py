@@ -177,7 +177,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
 
-    num_steps: int = 60
+    num_steps: int = 40
     """Optimizer steps."""
     examples_per_step: int = 16
     """Questions in a step (P)."""
