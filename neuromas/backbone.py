@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.adapters import AdapterBank
 from neuromas.config import AdapterConfig
+from neuromas.norms import replace_norms
 from neuromas.packing import ATTENTION, Attention, Packed, PrefixAttention, SuffixAttention
 from neuromas.types import Prompt
 
@@ -58,6 +59,7 @@ class Backbone:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.model = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(ATTENTION)
+        replace_norms(model)
         self.tokenizer = tokenizer
         self.name = name
         self.adapters: AdapterBank | None = None

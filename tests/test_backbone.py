@@ -28,6 +28,7 @@ from neuromas import Network, Topology, reinforce
 from neuromas.adapters import AdapterBank, resolve_rank
 from neuromas.backbone import Backbone, Rows, config_of, resolve_device
 from neuromas.config import AdapterConfig
+from neuromas.norms import replace_norms
 from neuromas.tasks import get_task
 from neuromas.types import Completion, Group
 
@@ -221,6 +222,31 @@ def test_a_nodes_text_gives_other_adapters_exactly_no_gradient(case: Case) -> No
             assert gradient[index].any(), f"{name}: node {index} learns nothing"
             others = torch.arange(len(gradient)) != index
             assert not gradient[others].any(), f"{name}: node {index}'s text moves another adapter"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_those_of_the_family_in_value_and_gradient(family: str) -> None:
+    model = make_model(family)
+    norms = {name: module for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+    with torch.no_grad():
+        for index, module in enumerate(norms.values()):
+            assert isinstance(module.weight, Tensor)
+            module.weight.add_(0.1 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(index)))
+    names = list(model.state_dict())
+    assert replace_norms(model) == len(norms) > 4
+    assert list(model.state_dict()) == names
+    for name, plain in norms.items():
+        assert isinstance(plain.weight, Tensor)
+        # One row of large, one of tiny numbers: there the epsilon counts.
+        x = torch.randn(3, len(plain.weight), generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [1e3], [1e-3]])
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        results = []
+        for module in (plain, model.get_submodule(name)):
+            read = x.clone().requires_grad_()
+            y = module(read)
+            results.append((y.detach(), *torch.autograd.grad(y, read, grad), module(x)))
+        for got, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 # The frozen backbone
