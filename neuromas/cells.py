@@ -293,6 +293,7 @@ class Worker:
         self._stopped = True
         if self._process is None:
             return
+        self._process.terminate()
         if self._process.stdin:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,11 +86,15 @@ def _make(left: Sequence[Cell], jobs: int, lock: int) -> dict[Path, Stored]:
             f"{f', about {_duration(remaining)} left' if len(made) < len(left) else ''}"
         )
 
+    # Asked to end by whoever runs it, it stops its processes as it does at Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         make_all(left, jobs, done, keep=[lock])
     except KeyboardInterrupt:
         _tell("stopped; the same command goes on from here")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return made
 
 

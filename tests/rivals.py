@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,4 +72,13 @@ class Killed(Rival):
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
         if spec.config.seed == 1:
             os.kill(os.getpid(), 9)
+        return super().run(spec, folder)
+
+
+class Waits(Rival):
+    """Says where it runs, then takes longer than anybody waits."""
+
+    def run(self, spec: CellSpec, folder: Path) -> CellResult:
+        (folder / "pid").write_text(str(os.getpid()))
+        time.sleep(600)
         return super().run(spec, folder)

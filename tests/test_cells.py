@@ -5,9 +5,12 @@
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +186,23 @@ def test_the_command_goes_on_where_it_was(
     stored.write_text("{")
     _, err = run(monkeypatch, capsys, tmp_path)
     assert re.search(r"cell \S+ is damaged \(.*\); it is made again", err)
+
+
+def test_a_comparison_that_is_ended_ends_its_processes_and_stores_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(GRID.replace(":Fine", ":Waits").replace(f', "class:{RIVALS}:Killed"', ""))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "neuromas.cli", "compare", str(tmp_path / "grid.toml"), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if found := [path for path in out.glob("runs/*/pid") if path.read_text()]:
+            break
+        time.sleep(0.1)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert "stopped; the same command goes on from here" in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(found[0].read_text()), 0)
+    assert not list(out.glob("cells/*.json"))
 
 
 def test_one_comparison_at_a_time_in_a_folder(tmp_path: Path) -> None:

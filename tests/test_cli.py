@@ -357,11 +357,11 @@ def test_show_json_of_a_config(call: Call, tmp_path: Path, tiny_folder: Path) ->
     # 13000 / (3 nodes * 2048) = 2.1, so rank 2.
     assert (shown["rank"], shown["trainable_parameters"], shown["calls_per_answer"]) == (2, 12288, 3)
     assert "evaluation" not in shown
-    # 60 steps of 16 questions, 8 rollouts each; with a budget of tokens nobody knows how many there will be.
-    assert (shown["training_rollouts"], "training_sampled_tokens" in shown) == (7680, False)
+    # 40 steps of 16 questions, 8 rollouts each; with a budget of tokens nobody knows how many there will be.
+    assert (shown["training_rollouts"], "training_sampled_tokens" in shown) == (5120, False)
     path.write_text(f"step_tokens = 500\n{path.read_text()}")
     shown = one_object(call("show", path, "--json"))
-    assert ("training_rollouts" in shown, shown["training_sampled_tokens"]) == (False, 30_000)
+    assert ("training_rollouts" in shown, shown["training_sampled_tokens"]) == (False, 20_000)
 
 
 def test_show_draws_every_node(call: Call, trained: Path) -> None:
