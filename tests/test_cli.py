@@ -473,7 +473,7 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(call: Call, tmp_path: Path,
 
 def test_flags_win_over_toml_and_toml_over_defaults(call: Call, tmp_path: Path, tiny_folder: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(f"backbone = '{tiny_folder}'\nlr = 0.25\nseed = 3\n[topology]\nwidths = [2, 1]\n")
+    path.write_text(f"backbone = '{tiny_folder}'\nlr = 0.25\nseed = 3\neval_size = 2\n[topology]\nwidths = [2, 1]\n")
     planned = call("train", path, "--seed", "4", "--dry-run")
     settings = json.loads(planned.out[planned.out.index("\n{") :])
     assert (settings["lr"], settings["seed"], settings["topology"]["widths"]) == (0.25, 4, [2, 1])

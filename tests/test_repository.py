@@ -53,6 +53,13 @@ def test_modules_and_functions_stay_small(module: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < LARGEST_FUNCTION, node.name
 
 
+def test_shapes_are_checked_wherever_they_are_written(pytestconfig: pytest.Config) -> None:
+    *checked, checker = pytestconfig.getoption("jaxtyping_packages").split(",")
+    writing = [path for path in MODULES if "from jaxtyping import" in path.read_text()]
+    assert checker == "beartype.beartype"
+    assert sorted(checked) == [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in writing]
+
+
 def test_public_names_are_these() -> None:
     import neuromas
 
