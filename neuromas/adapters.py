@@ -325,11 +325,16 @@ class AdapterBank:
 
 def find_targets(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
     """Return the linear layers whose last name part is a target; ValueError names the targets that can be had."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # The head reads the tokens that are kept, not the stream that is routed.
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head"
+    }
     found = {name: module for name, module in linears.items() if name.rpartition(".")[2] in target_modules}
     missing = set(target_modules) - {name.rpartition(".")[2] for name in found}
     if missing:
-        available = sorted({name.rpartition(".")[2] for name in linears} - {"lm_head"})
+        available = sorted({name.rpartition(".")[2] for name in linears})
         raise ValueError(f"adapter.target_modules must be among {available} for this backbone, got {sorted(missing)}")
     return found
 

@@ -144,9 +144,14 @@ def attend_on_grid(
         read = scaled_dot_product_attention(query_BHGD, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale)
         return read.flatten(1, 2)
     query_BHSD = packed.pad(query_THD).transpose(1, 2)
+    shared = query_BHSD.shape[1] // heads
+    if query_BHSD.is_cuda and shared > 1:
+        # On a GPU, heads that share keys fall back to a kernel that keeps every score, wherever there is a mask.
+        keys_BHKD, values_BHKD = (tensor.repeat_interleave(shared, 1) for tensor in (keys_BHKD, values_BHKD))
+        shared = 1
     read = scaled_dot_product_attention(
         query_BHSD, keys_BHKD, values_BHKD, attn_mask=mask, is_causal=mask is None, scale=scale,
-        enable_gqa=query_BHSD.shape[1] != heads,
+        enable_gqa=shared > 1,
     )  # fmt: skip
     return packed.unpad(read.transpose(1, 2))
 
@@ -185,6 +190,11 @@ class SuffixAttention:
         self._prefix_width = prefixes.packed.width
         self.positions_T = self._lengths_B[packed.row_T] + packed.column_T
         self._masks: dict[int | None, Tensor] = {}
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The windows of the layers that have attended."""
+        return set(self._masks)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         if window not in self._masks:

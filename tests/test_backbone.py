@@ -249,6 +249,20 @@ def test_norms_are_those_of_the_family_in_value_and_gradient(family: str) -> Non
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_that_keeps_its_window_to_itself_is_refused(tmp_path: Path) -> None:
+    """Attention has to be told of a window that is longer than the text that a model is tried with."""
+    folder = save_model(make_model("llama"), tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 4096}))
+    with pytest.raises(ValueError, match=r"cannot be loaded: its kind of sliding window \(llama\) is not supported"):
+        load_backbone(folder)
+
+
+def test_the_head_takes_no_adapter(bare: Backbone) -> None:
+    with pytest.raises(ValueError, match=r"adapter.target_modules must be among \['down_proj', .*got \['lm_head'\]"):
+        bare.add_adapters((1, 2), AdapterConfig(rank=2, target_modules=("q_proj", "lm_head")), seed=0)
+
+
 # The frozen backbone
 
 
