@@ -193,9 +193,8 @@ def test_a_comparison_that_is_ended_ends_its_processes_and_stores_no_failure(tmp
     out = tmp_path / "out"
     command = [sys.executable, "-m", "neuromas.cli", "compare", str(tmp_path / "grid.toml"), "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for _ in range(3000):
-        if found := [path for path in out.glob("runs/*/pid") if path.read_text()]:
-            break
+    while not (found := [path for path in out.glob("runs/*/pid") if path.read_text()]):
+        assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
     _, err = process.communicate(timeout=60)

@@ -54,7 +54,7 @@ def test_modules_and_functions_stay_small(module: Path) -> None:
 
 
 def test_shapes_are_checked_wherever_they_are_written(pytestconfig: pytest.Config) -> None:
-    *checked, checker = pytestconfig.getoption("jaxtyping_packages").split(",")
+    *checked, checker = str(pytestconfig.getoption("jaxtyping_packages")).split(",")
     writing = [path for path in MODULES if "from jaxtyping import" in path.read_text()]
     assert checker == "beartype.beartype"
     assert sorted(checked) == [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in writing]
