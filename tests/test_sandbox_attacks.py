@@ -11,7 +11,7 @@ import pytest
 from attacks import ATTACKS, HELP, HONEST, TESTS, Attack
 from sandboxes import adopt_orphans, available, children, newcomers
 
-from neuromas.sandbox import Limits, Outcome, Program, Sandbox
+from neuromas.sandbox import Limits, Outcome, Program, Sandbox, Status
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ def siege(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         with Sandbox(Limits(seconds=2.5), 2, request.param) as sandbox:
             attacks = [Program(facts + HELP + attack.source, attack.tests, "solve") for attack in ATTACKS]
             outcomes = sandbox.check(attacks)
+        # On a busy machine the clock may stop an attack before the limit that is meant for it does: those get more time.
+        early = [
+            place
+            for place, (attack, outcome) in enumerate(zip(ATTACKS, outcomes, strict=True))
+            if outcome.status is Status.TIMEOUT and Status.TIMEOUT not in attack.status
+        ]
+        with Sandbox(Limits(seconds=30), 2, request.param) as sandbox:
+            for place, outcome in zip(early, sandbox.check([attacks[place] for place in early]), strict=True):
+                outcomes[place] = outcome
             honest = sandbox.check([Program(facts + HELP + HONEST, TESTS, "solve")] * 4)
         after = look(folder, victim)
         connections = sum(map(has_visitor, (tcp, udp, unix)))
