@@ -26,6 +26,8 @@ from neuromas.config import AdapterConfig
 
 DEFAULT_TOTAL_RANK = 24
 HALVES = ("lora_A", "lora_B")
+LONG_STRETCH = 256
+"""Tokens of one node, on average, from which on products of their own cost less than one product with all nodes' ranks."""
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -39,9 +41,11 @@ class Route:
     """Which node's adapter acts on which tokens of a stream."""
 
     runs: tuple[tuple[int, int, int], ...]
-    """Stretches of tokens of one node: (its index, first, one past the last). Where gradients are wanted."""
-    mask_TR: Tensor | None
-    """(tokens, nodes x r): 1 at the ranks of a token's node, else 0. Where none are; None for a single node."""
+    """Stretches of tokens of one node: (its index, first, one past the last). With gradients, or where they are long."""
+    ranks: slice | None = None
+    """The ranks of the one node whose tokens they all are, among all nodes' ranks one behind the other."""
+    mask_TR: Tensor | None = None
+    """(tokens, nodes x r): 1 at the ranks of a token's node, else 0. Where tokens are of several nodes."""
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -123,6 +127,8 @@ class AdaptedLinear(nn.Module):
         else:
             # All nodes' adapters as one, of which a token keeps its node's ranks: two products whatever the number of nodes.
             a, b = self._merged(x.dtype)
+            if route.ranks is not None:
+                a, b = a[:, route.ranks], b[route.ranks]
             inner = x_TI @ a
             if route.mask_TR is not None:
                 inner *= route.mask_TR
@@ -225,7 +231,7 @@ class AdapterBank:
     def routed(self, nodes_T: Int[Tensor, " T"] | None) -> Iterator[None]:
         """Route each token of the forwards inside through the adapter at that index of `nodes`; None: bare backbone.
 
-        With gradients on, tokens of one node should lie together: every stretch is a product of its own.
+        Tokens of one node should lie together: with gradients on, and where stretches are long, each is a product of its own.
         """
         before = self.route
         self.route = None if nodes_T is None else self._route(nodes_T)
@@ -235,14 +241,15 @@ class AdapterBank:
             self.route = before
 
     def _route(self, nodes_T: Tensor) -> Route:
-        if torch.is_grad_enabled():
-            nodes, counts = torch.unique_consecutive(nodes_T, return_counts=True)
+        nodes, counts = torch.unique_consecutive(nodes_T, return_counts=True)
+        if torch.is_grad_enabled() or len(nodes_T) >= LONG_STRETCH * len(nodes):
             ends = counts.cumsum(0)
-            return Route(tuple(zip(nodes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)), None)
-        if len(self.nodes) == 1:
-            return Route((), None)
+            return Route(tuple(zip(nodes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
+        if len(nodes) == 1:
+            first = int(nodes) * self.rank
+            return Route((), ranks=slice(first, first + self.rank))
         places = torch.arange(len(self.nodes) * self.rank, device=nodes_T.device) // self.rank
-        return Route((), (nodes_T[:, None] == places).to(self._dtype))
+        return Route((), mask_TR=(nodes_T[:, None] == places).to(self._dtype))
 
     @contextmanager
     def keep_merged(self) -> Iterator[None]:

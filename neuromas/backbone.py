@@ -23,9 +23,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.adapters import AdapterBank
+from neuromas.attention import PrefixAttention, Prefixes, SuffixAttention
 from neuromas.config import AdapterConfig
 from neuromas.norms import replace_norms
-from neuromas.packing import ATTENTION, Attention, Packed, PrefixAttention, SuffixAttention
+from neuromas.packing import ATTENTION, Attention, Packed
 from neuromas.types import Prompt
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -111,9 +112,9 @@ class Backbone:
         whole = self.model(input_ids=ids, use_cache=False).logits[0, -1:].float()
         cut = ids.shape[1] // 2
         head, tail = (Packed.of([part], self.device) for part in (ids[0, :cut].tolist(), ids[0, cut:].tolist()))
-        prefixes = PrefixAttention(head)
-        self.forward(head.ids_T, head.column_T, None, prefixes, head.ids_T.new_empty(0))
-        attention = SuffixAttention(tail, prefixes, tail.row_T[:1])
+        first = PrefixAttention(head)
+        self.forward(head.ids_T, head.column_T, None, first, head.ids_T.new_empty(0))
+        attention = SuffixAttention(tail, first.prefixes, tail.row_T[:1])
         parts = self.forward(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
         if _slides(self.model) and attention.windows == {None}:
             # The text may be shorter than the window, which is then not tried by comparing.
@@ -198,13 +199,13 @@ class Backbone:
         with self.adapters.routed(nodes_T):
             return self.model(**kwargs).logits[0].float()
 
-    def read_prefixes(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> PrefixAttention:
+    def read_prefixes(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> Prefixes:
         """Compute keys and values of shared prefixes: with the given nodes' adapters (scope `all`), or bare (`suffix`)."""
         attention = PrefixAttention(prefixes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
             nodes_T = node_Q[prefixes.row_T] if self.scope == "all" else None
             self.forward(prefixes.ids_T, prefixes.column_T, nodes_T, attention, prefixes.ids_T.new_empty(0))
-        return attention
+        return attention.prefixes
 
     def logprobs(self, rows: Rows) -> Float[Tensor, " K"]:
         """Return the log-probability of every sampled token under its row's node.

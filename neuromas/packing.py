@@ -9,9 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -128,95 +127,3 @@ class Packed:
         stream = _Unpad.apply(grid, self._places)
         assert isinstance(stream, Tensor)
         return stream
-
-
-def attend_on_grid(
-    packed: Packed, query_THD: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
-    """Return what the tokens of a stream read from the keys and values of their rows; without a mask, causally.
-
-    Several heads of a query may share one head of keys. Keys may be more than queries only where there is a mask.
-    """
-    heads = keys_BHKD.shape[1]
-    if packed.width == 1 and mask is not None:
-        # One query a row: the heads that share keys stand as queries of one head, and nothing is copied.
-        query_BHGD = query_THD.unflatten(1, (heads, -1))
-        read = scaled_dot_product_attention(query_BHGD, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale)
-        return read.flatten(1, 2)
-    query_BHSD = packed.pad(query_THD).transpose(1, 2)
-    shared = query_BHSD.shape[1] // heads
-    if query_BHSD.is_cuda and shared > 1:
-        # On a GPU, heads that share keys fall back to a kernel that keeps every score, wherever there is a mask.
-        keys_BHKD, values_BHKD = (tensor.repeat_interleave(shared, 1) for tensor in (keys_BHKD, values_BHKD))
-        shared = 1
-    read = scaled_dot_product_attention(
-        query_BHSD, keys_BHKD, values_BHKD, attn_mask=mask, is_causal=mask is None, scale=scale,
-        enable_gqa=shared > 1,
-    )  # fmt: skip
-    return packed.unpad(read.transpose(1, 2))
-
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask that is added to scores: 0 where seen, else minus infinity. Made once, it serves every layer."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-
-
-class PrefixAttention:
-    """Rows that see themselves only; keeps their keys and values, (B, H, W, D) by layer, for those that read them later."""
-
-    def __init__(self, packed: Packed) -> None:
-        self.packed = packed
-        self.past: list[tuple[Tensor, Tensor]] = []
-
-    def attend(
-        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
-        keys, values = (self.packed.pad(tensor).transpose(1, 2) for tensor in (keys_THD, values_THD))
-        self.past.append((keys, values))
-        mask = None
-        if window is not None and window < self.packed.width:
-            columns = torch.arange(self.packed.width, device=keys.device)
-            distance = columns[:, None] - columns
-            mask = additive((distance >= 0) & (distance < window), keys.dtype)[None, None]
-        return attend_on_grid(self.packed, query_THD, keys, values, mask, scale)
-
-
-class SuffixAttention:
-    """Rows that go on from prefixes computed before, each from one of them; gradients flow into the prefixes."""
-
-    def __init__(self, packed: Packed, prefixes: PrefixAttention, prefix_of_row_B: Int[Tensor, " B"]) -> None:
-        self.packed, self.past, self._of_row = packed, prefixes.past, prefix_of_row_B
-        self._lengths_B = prefixes.packed.lengths_B[prefix_of_row_B]
-        self._prefix_width = prefixes.packed.width
-        self.positions_T = self._lengths_B[packed.row_T] + packed.column_T
-        self._masks: dict[int | None, Tensor] = {}
-
-    @property
-    def windows(self) -> set[int | None]:
-        """The windows of the layers that have attended."""
-        return set(self._masks)
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        if window not in self._masks:
-            device = self._lengths_B.device
-            prefix_T = torch.arange(self._prefix_width, device=device)
-            own_S = torch.arange(self.packed.width, device=device)
-            seen = torch.cat([
-                (prefix_T < self._lengths_B[:, None])[:, None].expand(-1, len(own_S), -1),
-                (own_S <= own_S[:, None]).expand(len(self._lengths_B), -1, -1),
-            ], dim=2)  # fmt: skip
-            if window is not None:
-                keys = torch.cat([prefix_T.expand(len(seen), -1), self._lengths_B[:, None] + own_S], dim=1)
-                queries = self._lengths_B[:, None] + own_S
-                seen = seen & (queries[:, :, None] - keys[:, None] < window)
-            self._masks[window] = additive(seen, dtype)[:, None]
-        return self._masks[window]
-
-    def attend(
-        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
-        keys, values = (
-            torch.cat([past[self._of_row], self.packed.pad(new).transpose(1, 2)], dim=2)
-            for past, new in zip(self.past[layer], (keys_THD, values_THD), strict=True)
-        )
-        return attend_on_grid(self.packed, query_THD, keys, values, self._mask(window, keys.dtype), scale)

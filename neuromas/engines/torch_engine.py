@@ -1,7 +1,7 @@
 """The default engine: in process, on the learner's own weights, so that what it samples is never stale.
 
-Rows live in slots of a static key-value cache, token by token from the first column on: a row's prefix, copied from where
-each distinct prefix is computed once, then the node's part of the prompt, then what the row writes. Rows of all nodes and
+Each distinct prefix is computed once and kept once, however many rows go on from it. Rows live in slots of a static key-value
+cache, token by token from the first column on: the node's part of the prompt, then what the row writes. Rows of all nodes and
 layers decode together; a row that stops leaves its slot to one that has become ready, or to a later row, so live rows stay in
 front.
 """
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuromas.attention import Prefixes, SuffixAttention, additive, merge, read
 from neuromas.backbone import Backbone
 from neuromas.engines.base import OnSample, uniforms
-from neuromas.packing import Packed, PrefixAttention, additive, attend_on_grid
+from neuromas.packing import Attention, Packed
 from neuromas.types import Prompt, Request, Sample
 
 Keyed = tuple[int, Request]
@@ -52,8 +53,11 @@ class _Slots:
     """By layer: (slots, heads, columns, head size)."""
     values: list[Tensor]
     nodes: Tensor
+    prefix: Tensor
+    """Which of the computed prefixes the row goes on from."""
+    prefix_length: Tensor
     length: Tensor
-    """Tokens in the cache; the next one goes to this column, which is its position too."""
+    """Tokens in the cache; the next one goes to this column."""
     last_token: Tensor
     count: Tensor
     """Tokens sampled so far."""
@@ -63,8 +67,8 @@ class _Slots:
 
     def tensors(self) -> list[Tensor]:
         return [
-            *self.keys, *self.values, self.nodes, self.length, self.last_token, self.count, self.uniforms, self.tokens,
-            self.logprobs,
+            *self.keys, *self.values, self.nodes, self.prefix, self.prefix_length, self.length, self.last_token, self.count,
+            self.uniforms, self.tokens, self.logprobs,
         ]  # fmt: skip
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -75,37 +79,92 @@ class _Slots:
         for tensor in self.tensors()[len(self.keys) + len(self.values) :]:
             tensor[places[1]] = tensor[places[0]]
 
+    def write(self, layer: int, keys_THD: Tensor, values_THD: Tensor, row_T: Tensor, column_T: Tensor) -> None:
+        for cache, new in zip((self.keys[layer], self.values[layer]), (keys_THD, values_THD), strict=True):
+            _, heads, columns, size = cache.shape
+            # One index for rows of a matrix: several times faster than an index for each dimension.
+            place_TH = (row_T[:, None] * heads + torch.arange(heads, device=row_T.device)) * columns + column_T[:, None]
+            cache.view(-1, size).index_copy_(0, place_TH.flatten(), new.flatten(0, 1))
 
-class _SlotAttention:
-    """New tokens of the slots from `first` on: they are written behind what their slots hold, and read all of it."""
 
-    def __init__(self, slots: _Slots, packed: Packed, first: int) -> None:
-        self.slots, self.packed = slots, packed
-        self.rows = slice(first, first + packed.rows)
-        before_B = slots.length[self.rows]
-        self.positions_T = before_B[packed.row_T] + packed.column_T
-        self._row_T = packed.row_T + first
-        self._width = int(self.positions_T.max()) + 1
-        self._query_BS = before_B[:, None] + torch.arange(packed.width, device=before_B.device)
-        self._masks: dict[int | None, Tensor] = {}
+class _PrefillAttention(SuffixAttention):
+    """The first tokens of rows in the slots from `first` on."""
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def __init__(self, slots: _Slots, packed: Packed, prefixes: Prefixes, of_row_B: Tensor, first: int) -> None:
+        super().__init__(packed, prefixes, of_row_B)
+        self._slots, self._row_T = slots, packed.row_T + first
+
+    def attend(
+        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        self._slots.write(layer, keys_THD, values_THD, self._row_T, self.packed.column_T)
+        return super().attend(layer, query_THD, keys_THD, values_THD, scale=scale, window=window)
+
+
+class _Sharing:
+    """Which live rows go on from which prefix: with the queries of a prefix behind each other, (Q, S), it is read once."""
+
+    def __init__(self, prefixes: Prefixes, prefix_B: Tensor, before: "_Sharing | None") -> None:
+        used = prefix_B.unique()
+        # Prefixes are copied together when new ones come, and when half of those that are there have no reader left.
+        if before is not None and 2 * len(used) > len(before.places) and bool(torch.isin(used, before.places).all()):
+            self.places, self.prefixes = before.places, before.prefixes
+        else:
+            self.places, self.prefixes = used, prefixes.select(used)
+        self.row_B = torch.searchsorted(self.places, prefix_B)
+        counts = torch.bincount(self.row_B, minlength=len(self.places))
+        order = self.row_B.argsort(stable=True)
+        self.column_B = torch.empty_like(order)
+        self.column_B[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.row_B[order]]
+        self.width = int(counts.max())
+
+
+class _DecodeAttention:
+    """One new token of each live row: it is written behind what its slot holds, and reads all of it and the row's prefix."""
+
+    def __init__(self, slots: _Slots, sharing: _Sharing) -> None:
+        self._slots, self._sharing = slots, sharing
+        self.column_B = slots.length[: len(sharing.row_B)]
+        self.positions_B = slots.prefix_length[: len(sharing.row_B)] + self.column_B
+        self._row_B = torch.arange(len(sharing.row_B), device=self.column_B.device)
+        self._width = int(self.column_B.max()) + 1
+        self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what is seen of the row's own tokens, (B, 1, 1, columns), and of prefixes, (Q, 1, 1 or S, W)."""
         if window not in self._masks:
-            columns = torch.arange(self._width, device=self._query_BS.device)
-            seen = columns <= self._query_BS[:, :, None]
+            sharing, device = self._sharing, self.column_B.device
+            own = torch.arange(self._width, device=device)
+            seen_own = own <= self.column_B[:, None]
+            of_prefix = torch.arange(sharing.prefixes.width, device=device)
+            seen_prefix = (of_prefix < sharing.prefixes.lengths_Q[:, None])[:, None]
             if window is not None:
-                seen = seen & (self._query_BS[:, :, None] - columns < window)
-            self._masks[window] = additive(seen, dtype)[:, None]
+                seen_own = seen_own & (self.column_B[:, None] - own < window)
+                positions_QS = self.positions_B.new_zeros(len(sharing.places), sharing.width)
+                positions_QS[sharing.row_B, sharing.column_B] = self.positions_B
+                seen_prefix = seen_prefix & (positions_QS[:, :, None] - of_prefix < window)
+            self._masks[window] = additive(seen_own, dtype)[:, None, None], additive(seen_prefix, dtype)[:, None]
         return self._masks[window]
 
     def attend(
         self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
-        caches = self.slots.keys[layer], self.slots.values[layer]
-        for cache, new in zip(caches, (keys_THD, values_THD), strict=True):
-            cache[self._row_T, :, self.positions_T] = new
-        keys, values = (cache[self.rows, :, : self._width] for cache in caches)
-        return attend_on_grid(self.packed, query_THD, keys, values, self._mask(window, query_THD.dtype), scale)
+        slots, sharing = self._slots, self._sharing
+        slots.write(layer, keys_THD, values_THD, self._row_B, self.column_B)
+        seen_own, seen_prefix = self._mask(window, query_THD.dtype)
+        # Heads of queries that share a head of keys stand behind each other as queries of one head.
+        query_TKGD = query_THD.unflatten(1, (keys_THD.shape[1], -1))
+        keys, values = (cache[: len(query_THD), :, : self._width] for cache in (slots.keys[layer], slots.values[layer]))
+        own = read(query_TKGD, keys, values, seen_own, scale=scale)
+        prefix_keys, prefix_values = sharing.prefixes.past[layer]
+        _, heads, shared, size = query_TKGD.shape
+        grid = query_TKGD.new_zeros(len(prefix_keys), heads, sharing.width, shared, size)
+        grid[sharing.row_B, :, sharing.column_B] = query_TKGD
+        if seen_prefix.shape[2] > 1:
+            seen_prefix = seen_prefix.repeat_interleave(shared, 2)
+        of_grid = read(grid.flatten(2, 3), prefix_keys, prefix_values, seen_prefix, scale=scale)
+        out, total = (part.unflatten(2, (sharing.width, shared))[sharing.row_B, :, sharing.column_B] for part in of_grid)
+        return merge((out, total), own).flatten(1, 2)
 
 
 class _Decode:
@@ -118,7 +177,10 @@ class _Decode:
         self.version = backbone.adapters.version if backbone.adapters else 0
         self.rows: list[int] = []
         """Key of the request in each live slot."""
-        self.prefixes: dict[PrefixKey, tuple[PrefixAttention, int]] = {}
+        self.prefixes: Prefixes | None = None
+        self.place_of_prefix: dict[PrefixKey, int] = {}
+        self.sharing: _Sharing | None = None
+        self._sharing_is_old = True
         self.slots: _Slots | None = None
 
     @property
@@ -127,45 +189,55 @@ class _Decode:
 
     def admit(self, requests: Sequence[Keyed]) -> None:
         """Prefill new rows into the slots behind the live ones."""
+        # Tokens of one node lie together: they are then one product of its adapter.
+        requests = sorted(requests, key=lambda keyed: keyed[1].node)
         prompts = [request.prompt for _, request in requests]
         nodes = [self._node_index(request.node) for _, request in requests]
         wanted = [self._prefix_key(prompt, node) for prompt, node in zip(prompts, nodes, strict=True)]
         self._compute_prefixes(wanted, nodes)
-        longest = max(len(prompt.prefix_ids) + len(prompt.suffix_ids) for prompt in prompts)
-        # Prefixes are copied with the padding that they were computed with.
-        columns = max(longest + self.max_new_tokens, *(self.prefixes[key][0].packed.width for key in wanted))
-        self._reserve(self.live + len(prompts), columns)
-        slots, first, device = self.slots, self.live, self.backbone.device
+        self._reserve(self.live + len(prompts), max(len(prompt.suffix_ids) for prompt in prompts) + self.max_new_tokens)
+        slots, prefixes, first, device = self.slots, self.prefixes, self.live, self.backbone.device
         assert slots is not None
+        assert prefixes is not None
         new = slice(first, first + len(prompts))
         self.rows += [key for key, _ in requests]
-        self._copy_prefixes(wanted, first)
-        slots.length[new] = torch.tensor([len(prompt.prefix_ids) for prompt in prompts], device=device)
+        self._sharing_is_old = True
+        slots.prefix[new] = torch.tensor([self.place_of_prefix[key] for key in wanted], device=device)
+        slots.prefix_length[new] = prefixes.lengths_Q[slots.prefix[new]]
+        slots.length[new] = 0
         slots.nodes[new] = torch.tensor(nodes, device=device)
         slots.count[new] = 0
         draws = np.stack([uniforms(request.seed, self.max_new_tokens) for _, request in requests])
         slots.uniforms[new] = torch.from_numpy(draws).to(device)
         suffixes = Packed.of([prompt.suffix_ids for prompt in prompts], device)
-        self._forward(suffixes, first)
+        used, of_row_B = slots.prefix[new].unique(return_inverse=True)
+        attention = _PrefillAttention(slots, suffixes, prefixes.select(used), of_row_B, first)
+        self._forward(suffixes, attention.positions_T, attention, new)
 
     def step(self) -> list[tuple[int, Sample]]:
         """Hand out the rows that have stopped; give every other row its next token."""
         finished = self._take_finished()
         if self.live:
-            assert self.slots is not None
-            self._forward(Packed.column(self.slots.last_token[: self.live]), 0)
+            slots, prefixes = self.slots, self.prefixes
+            assert slots is not None
+            assert prefixes is not None
+            if self._sharing_is_old:
+                self.sharing = _Sharing(prefixes, slots.prefix[: self.live], self.sharing)
+                self._sharing_is_old = False
+            assert self.sharing is not None
+            attention = _DecodeAttention(slots, self.sharing)
+            self._forward(Packed.column(slots.last_token[: self.live]), attention.positions_B, attention, slice(self.live))
         return finished
 
-    def _forward(self, packed: Packed, first: int) -> None:
-        """Write tokens into the slots from `first` on and sample each slot's next."""
+    def _forward(self, packed: Packed, positions_T: Tensor, attention: Attention, rows: slice) -> None:
+        """Write tokens into slots and sample each slot's next."""
         slots = self.slots
         assert slots is not None
-        attention = _SlotAttention(slots, packed, first)
-        nodes_T = slots.nodes[attention.rows][packed.row_T]
+        nodes_T = slots.nodes[rows][packed.row_T]
         last_B = packed.lengths_B.cumsum(0) - 1
-        logits_BV = self.backbone.forward(packed.ids_T, attention.positions_T, nodes_T, attention, last_B)
-        slots.length[attention.rows] += packed.lengths_B
-        self._sample(logits_BV, attention.rows)
+        logits_BV = self.backbone.forward(packed.ids_T, positions_T, nodes_T, attention, last_B)
+        slots.length[rows] += packed.lengths_B
+        self._sample(logits_BV, rows)
 
     def _sample(self, logits_BV: Tensor, rows: slice) -> None:
         """Draw one token per row by inverting the distribution function at the row's own uniform draw."""
@@ -210,6 +282,7 @@ class _Decode:
         for mover, hole in zip(movers, holes, strict=True):
             self.rows[hole] = self.rows[mover]
         del self.rows[left:]
+        self._sharing_is_old = True
         return finished
 
     def _node_index(self, node: int) -> int:
@@ -219,28 +292,14 @@ class _Decode:
         return prompt.prefix_ids, (node if self.backbone.scope == "all" else 0)
 
     def _compute_prefixes(self, wanted: Sequence[PrefixKey], nodes: Sequence[int]) -> None:
-        missing = {key: node for key, node in zip(wanted, nodes, strict=True) if key not in self.prefixes}
+        missing = {key: node for key, node in zip(wanted, nodes, strict=True) if key not in self.place_of_prefix}
         if not missing:
             return
         device = self.backbone.device
         packed = Packed.of([prefix for prefix, _ in missing], device)
         computed = self.backbone.read_prefixes(packed, torch.tensor(list(missing.values()), device=device))
-        self.prefixes |= {key: (computed, at) for at, key in enumerate(missing)}
-
-    def _copy_prefixes(self, wanted: Sequence[PrefixKey], first: int) -> None:
-        """Copy each wanted prefix into its slot, slots counted from `first`; one copy a layer for each computed bunch."""
-        slots, device = self.slots, self.backbone.device
-        assert slots is not None
-        bunches: dict[int, list[int]] = {}
-        for row, key in enumerate(wanted):
-            bunches.setdefault(id(self.prefixes[key][0]), []).append(row)
-        for rows in bunches.values():
-            computed = self.prefixes[wanted[rows[0]]][0]
-            source = torch.tensor([self.prefixes[wanted[row]][1] for row in rows], device=device)
-            target = torch.tensor(rows, device=device) + first
-            for layer, (keys, values) in enumerate(computed.past):
-                slots.keys[layer][target, :, : computed.packed.width] = keys[source]
-                slots.values[layer][target, :, : computed.packed.width] = values[source]
+        self.place_of_prefix |= {key: len(self.place_of_prefix) + at for at, key in enumerate(missing)}
+        self.prefixes = computed if self.prefixes is None else self.prefixes.join(computed)
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Make the cache at least this large, keeping what is in it."""
@@ -251,7 +310,8 @@ class _Decode:
                 return
             # Room to spare: a cache that grows by a little at a time is copied at every growth.
             rows, columns = max(rows, had_rows), max(columns + 32, had_columns)
-        layers = next(iter(self.prefixes.values()))[0].past
+        assert self.prefixes is not None
+        layers = self.prefixes.past
         device = self.backbone.device
 
         def whole(*shape: int) -> Tensor:
@@ -264,6 +324,8 @@ class _Decode:
             keys=[cache_like(keys) for keys, _ in layers],
             values=[cache_like(values) for _, values in layers],
             nodes=whole(rows),
+            prefix=whole(rows),
+            prefix_length=whole(rows),
             length=whole(rows),
             last_token=whole(rows),
             count=whole(rows),

@@ -1,0 +1,289 @@
+"""Who reads whom: rows that read themselves, and rows that go on from a prefix that others go on from too.
+
+A shared prefix is not copied to its rows: their queries stand behind each other as the queries of one row and read it once.
+What a token reads of its prefix and what it reads of its own row are merged by their sums of exponentials, which gives
+attention over both (the online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867). So a row costs its own tokens, and
+memory holds a prefix once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from neuromas.packing import Packed
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ROWS_AT_ONCE = 16
+"""Rows of like length whose own tokens are read in one call: few enough to waste little on the longest."""
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask that is added to scores: 0 where seen, else far below every score.
+
+    Finite, so that a token that sees nothing of one part reads numbers there, which merging then gives no weight.
+    """
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 4)
+
+
+def read(
+    query_BHSD: Tensor, keys_BKLD: Tensor, values_BKLD: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return what queries read, (B, H, S, D), and the logarithm of their sums of exponentials, (B, H, S), in float32.
+
+    Without gradients of its own.
+    """
+    if query_BHSD.device.type == "cpu":
+        return _FLASH(query_BHSD, keys_BKLD, values_BKLD, 0.0, causal, attn_mask=mask, scale=scale)
+    return read_plainly(query_BHSD, keys_BKLD, values_BKLD, mask, scale=scale)
+
+
+def read_plainly(
+    query_BHSD: Tensor, keys_BHLD: Tensor, values_BHLD: Tensor, mask: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Do what `read` does on any device, with all scores at once and a head of keys for each head of queries."""
+    scores_BHSL = query_BHSD.float() @ keys_BHLD.float().mT * scale
+    if mask is not None:
+        scores_BHSL += mask
+    return scores_BHSL.softmax(-1).to(values_BHLD.dtype) @ values_BHLD, scores_BHSL.logsumexp(-1)
+
+
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Return what is read of two parts together, given what is read of each and its sum as `read` returns them."""
+    share = (first[1] - second[1]).sigmoid_().unsqueeze(-1)
+    return torch.lerp(second[0], first[0], share.to(first[0].dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """Keys and values of Q prefixes, (Q, K, W, D) by layer, padded on the right."""
+
+    past: list[tuple[Tensor, Tensor]]
+    lengths_Q: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.past[0][0].shape[2]
+
+    def select(self, places: Tensor) -> "Prefixes":
+        picked = [(keys.index_select(0, places), values.index_select(0, places)) for keys, values in self.past]
+        return Prefixes(picked, self.lengths_Q[places])
+
+    def join(self, other: "Prefixes") -> "Prefixes":
+        width = max(self.width, other.width)
+
+        def both(ours: Tensor, theirs: Tensor) -> Tensor:
+            return torch.cat([pad(tensor, (0, 0, 0, width - tensor.shape[2])) for tensor in (ours, theirs)])
+
+        past = [(both(k, other_k), both(v, other_v)) for (k, v), (other_k, other_v) in zip(self.past, other.past, strict=True)]
+        return Prefixes(past, torch.cat([self.lengths_Q, other.lengths_Q]))
+
+
+class PrefixAttention:
+    """Rows that read themselves only; what they leave behind is `prefixes`, for those that go on from them."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self.prefixes = Prefixes([], packed.lengths_B)
+
+    def attend(
+        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        query, keys, values = (self.packed.pad(tensor).transpose(1, 2) for tensor in (query_THD, keys_THD, values_THD))
+        self.prefixes.past.append((keys, values))
+        mask = None if window is None else _band(self.packed.width, window, query)
+        return self.packed.unpad(_sdpa(query, keys, values, mask, scale).transpose(1, 2))
+
+
+def _band(width: int, window: int, like: Tensor) -> Tensor:
+    """Return the mask of rows that see themselves as far back as a window."""
+    columns = torch.arange(width, device=like.device)
+    distance = columns[:, None] - columns
+    return additive((distance >= 0) & (distance < window), like.dtype)[None, None]
+
+
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return what is read with gradients by torch; without a mask, causally. Heads of queries may share a head of keys."""
+    shared = query.shape[1] // keys.shape[1]
+    if query.is_cuda and shared > 1:
+        # On a GPU, heads that share keys fall back to a kernel that keeps every score, wherever there is a mask.
+        keys, values = (tensor.repeat_interleave(shared, 1) for tensor in (keys, values))
+        shared = 1
+    return scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared > 1
+    )
+
+
+class SuffixAttention:
+    """Rows that go on from prefixes computed before, each from one of them; gradients flow into the prefixes."""
+
+    def __init__(self, packed: Packed, prefixes: Prefixes, prefix_of_row_B: Int[Tensor, " B"]) -> None:
+        self.packed, self.prefixes, self.of_row_B = packed, prefixes, prefix_of_row_B
+        self._lengths_B = prefixes.lengths_Q[prefix_of_row_B]
+        self.positions_T = self._lengths_B[packed.row_T] + packed.column_T
+        self._parts: dict[int | None, _Parts] = {}
+        self._masks: dict[int | None, Tensor] = {}
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The windows of the layers that have attended."""
+        return {*self._parts, *self._masks}
+
+    def attend(
+        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        past = self.prefixes.past[layer]
+        if query_THD.device.type != "cpu" or values_THD.shape[-1] != query_THD.shape[-1]:
+            return self._on_one_grid(past, query_THD, keys_THD, values_THD, scale, window)
+        if window not in self._parts:
+            self._parts[window] = _Parts.of(self.packed, self.prefixes, self.of_row_B, window, query_THD.dtype)
+        out = _ReadBoth.apply(query_THD, keys_THD, values_THD, *past, self._parts[window], scale)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _on_one_grid(
+        self, past: tuple[Tensor, Tensor], query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, scale: float,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Give every row a copy of its prefix: the plain way, with torch's own gradients."""
+        keys, values = (
+            torch.cat([prefix[self.of_row_B], self.packed.pad(new).transpose(1, 2)], dim=2)
+            for prefix, new in zip(past, (keys_THD, values_THD), strict=True)
+        )
+        if window not in self._masks:
+            self._masks[window] = self._mask(window, keys.dtype)
+        query = self.packed.pad(query_THD).transpose(1, 2)
+        return self.packed.unpad(_sdpa(query, keys, values, self._masks[window], scale).transpose(1, 2))
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        device = self._lengths_B.device
+        prefix_L, own_S = torch.arange(self.prefixes.width, device=device), torch.arange(self.packed.width, device=device)
+        seen = torch.cat([
+            (prefix_L < self._lengths_B[:, None])[:, None].expand(-1, len(own_S), -1),
+            (own_S <= own_S[:, None]).expand(len(self._lengths_B), -1, -1),
+        ], dim=2)  # fmt: skip
+        if window is not None:
+            keys = torch.cat([prefix_L.expand(len(seen), -1), self._lengths_B[:, None] + own_S], dim=1)
+            queries = self._lengths_B[:, None] + own_S
+            seen = seen & (queries[:, :, None] - keys[:, None] < window)
+        return additive(seen, dtype)[:, None]
+
+
+class _Grid:
+    """Some tokens of a stream laid out as rows. Padding holds other tokens; what they read is left out when it is undone."""
+
+    def __init__(self, tokens: Tensor, places: Tensor, rows: int, width: int) -> None:
+        self.tokens, self.places = tokens, places
+        """Where in the stream the tokens are, and where in rows x width each of them goes."""
+        self._rows_and_width = rows, width
+        self._sources = places.new_zeros(rows * width).index_copy_(0, places, tokens)
+
+    def pad(self, stream: Tensor) -> Tensor:
+        """(T, H, ...) to (rows, H, width, ...)."""
+        return stream.index_select(0, self._sources).unflatten(0, self._rows_and_width).transpose(1, 2)
+
+    def pad_total(self, total_TH: Tensor) -> Tensor:
+        """Lay out sums of exponentials, padded with one so large that a gradient takes nothing from what is padded."""
+        rows, width = self._rows_and_width
+        chosen = total_TH.index_select(0, self.tokens)
+        grid = chosen.new_full((rows * width, *chosen.shape[1:]), 1e30).index_copy_(0, self.places, chosen)
+        return grid.unflatten(0, self._rows_and_width).transpose(1, 2)
+
+    def unpad(self, grid: Tensor) -> Tensor:
+        """(rows, H, width, ...) to the grid's own tokens."""
+        return grid.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The two parts that the tokens of a stream read."""
+
+    prefix: _Grid
+    """Tokens as rows of those that read one prefix."""
+    prefix_mask: Tensor
+    own: list[tuple[_Grid, Tensor | None]]
+    """Rows as they are, a bunch of like length at a time, each with its mask; without one, causally."""
+
+    @classmethod
+    def of(cls, packed: Packed, prefixes: Prefixes, of_row_B: Tensor, window: int | None, dtype: torch.dtype) -> "_Parts":
+        of_T = of_row_B[packed.row_T]
+        counts_Q = torch.bincount(of_T, minlength=len(prefixes.lengths_Q))
+        order_T = of_T.argsort(stable=True)
+        column_T = torch.empty_like(of_T)
+        column_T[order_T] = torch.arange(len(of_T), device=of_T.device) - (counts_Q.cumsum(0) - counts_Q)[of_T[order_T]]
+        width = int(counts_Q.max())
+        prefix = _Grid(torch.arange(len(of_T), device=of_T.device), of_T * width + column_T, len(counts_Q), width)
+        columns_L = torch.arange(prefixes.width, device=of_T.device)
+        seen_QSL = (columns_L < prefixes.lengths_Q[:, None])[:, None]
+        if window is not None:
+            positions_T = prefixes.lengths_Q[of_T] + packed.column_T
+            positions_QS = prefix.pad(positions_T[:, None])[:, 0]
+            seen_QSL = seen_QSL & (positions_QS[:, :, None] - columns_L < window)
+        return cls(prefix, additive(seen_QSL, dtype)[:, None], list(cls._bunches(packed, window, dtype)))
+
+    @staticmethod
+    def _bunches(packed: Packed, window: int | None, dtype: torch.dtype) -> Sequence[tuple[_Grid, Tensor | None]]:
+        bunches: list[tuple[_Grid, Tensor | None]] = []
+        by_length_B = packed.lengths_B.argsort(stable=True)
+        for rows in by_length_B.split(ROWS_AT_ONCE):
+            row_in_bunch_B = torch.full_like(packed.lengths_B, -1)
+            row_in_bunch_B[rows] = torch.arange(len(rows), device=rows.device)
+            row_T = row_in_bunch_B[packed.row_T]
+            tokens = (row_T >= 0).nonzero()[:, 0]
+            width = int(packed.lengths_B[rows[-1]])
+            grid = _Grid(tokens, row_T[tokens] * width + packed.column_T[tokens], len(rows), width)
+            mask = None if window is None else _band(width, window, torch.empty(0, dtype=dtype, device=rows.device))
+            bunches.append((grid, mask))
+        return bunches
+
+
+class _ReadBoth(torch.autograd.Function):
+    """Attention of a stream's tokens over their prefixes and their own rows, on a CPU.
+
+    Written out: torch has no gradient of `read` that takes what both parts give together, which is all that each part needs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_THD: Tensor, keys_TKD: Tensor, values_TKD: Tensor, prefix_keys: Tensor, prefix_values: Tensor,
+        parts: _Parts, scale: float,
+    ) -> Tensor:  # fmt: skip
+        asked = parts.prefix.pad(query_THD)
+        out, total = read(asked, prefix_keys, prefix_values, parts.prefix_mask, scale=scale)
+        of_prefix = parts.prefix.unpad(out), parts.prefix.unpad(total)
+        of_own = torch.empty_like(of_prefix[0]), torch.empty_like(of_prefix[1])
+        grids: list[Tensor] = []
+        for grid, mask in parts.own:
+            q, k, v = (grid.pad(stream) for stream in (query_THD, keys_TKD, values_TKD))
+            for whole, part in zip(of_own, read(q, k, v, mask, causal=mask is None, scale=scale), strict=True):
+                whole.index_copy_(0, grid.tokens, grid.unpad(part))
+            grids += (q, k, v)
+        out_THD = merge(of_prefix, of_own)
+        total_TH = torch.logaddexp(of_prefix[1], of_own[1])
+        ctx.save_for_backward(out_THD, total_TH, prefix_keys, prefix_values, asked, *grids)
+        ctx.parts, ctx.scale, ctx.shape = parts, scale, keys_TKD.shape
+        return out_THD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out_THD, total_TH, prefix_keys, prefix_values, asked, *grids = ctx.saved_tensors
+        parts: _Parts = ctx.parts
+
+        def part(grid: _Grid, qkv: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            d_out, out, total = grid.pad(grads[0]), grid.pad(out_THD), grid.pad_total(total_TH)
+            return _FLASH_BACKWARD(d_out, *qkv, out, total, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
+
+        d_asked, d_prefix_keys, d_prefix_values = part(parts.prefix, (asked, prefix_keys, prefix_values), parts.prefix_mask)
+        d_query_THD = parts.prefix.unpad(d_asked)
+        d_keys_TKD, d_values_TKD = (grads[0].new_empty(ctx.shape) for _ in range(2))
+        for at, (grid, mask) in enumerate(parts.own):
+            d_q, d_k, d_v = (grid.unpad(d) for d in part(grid, grids[3 * at : 3 * at + 3], mask))
+            d_query_THD.index_add_(0, grid.tokens, d_q)
+            d_keys_TKD.index_copy_(0, grid.tokens, d_k)
+            d_values_TKD.index_copy_(0, grid.tokens, d_v)
+        return d_query_THD, d_keys_TKD, d_values_TKD, d_prefix_keys, d_prefix_values, None, None
