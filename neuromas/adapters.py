@@ -29,6 +29,12 @@ HALVES = ("lora_A", "lora_B")
 LONG_STRETCH = 256
 """Tokens of one node, on average, from which on products of their own cost less than one product with all nodes' ranks."""
 _PEFT_PREFIX = "base_model.model."
+_SUFFIX_CARD = b"""# A LoRA adapter that acts behind the question alone
+
+Trained with `--adapter.scope suffix`: the question is read by the bare model, and only what follows it by the model with this
+adapter. PEFT and vLLM apply an adapter to every token, the question's included, so there it writes other texts than those it
+was trained and scored on. `neuromas eval` and `neuromas ask` do as in training.
+"""
 
 
 def _of_generation(half: str, generation: int) -> str:
@@ -166,6 +172,7 @@ class AdapterBank:
         self.route: Route | None = None
         self.kept: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
         """What modules made of their adapters, inside `keep_merged`."""
+        self.scope = config.scope
         self.target_modules = tuple(config.target_modules)
         targets = find_targets(model, self.target_modules)
         self.parameters_per_rank = sum(m.in_features + m.out_features for m in targets.values())
@@ -301,7 +308,7 @@ class AdapterBank:
         return found
 
     def peft_files(self, node: int, base_model: str) -> dict[str, bytes]:
-        """Return a node's adapter as PEFT's two files, by name."""
+        """Return a node's adapter as PEFT's files, by name; with scope `suffix`, a card that says what they cannot do."""
         tensors = {
             f"{_PEFT_PREFIX}{name}.{half}.weight": self._row(module, half, node).cpu().contiguous()
             for name, module in self.modules.items()
@@ -312,10 +319,11 @@ class AdapterBank:
             "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
             "target_modules": sorted(self.target_modules),
         }  # fmt: skip
-        return {
+        files = {
             "adapter_config.json": json.dumps(config, indent=2).encode(),
             "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
         }
+        return files | ({"README.md": _SUFFIX_CARD} if self.scope == "suffix" else {})
 
     def load_peft(self, node: int, folder: Path) -> None:
         """Read a node's adapter from a PEFT folder; ValueError if its shapes are not this bank's."""

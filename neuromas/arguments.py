@@ -168,6 +168,10 @@ class CompareArguments:
     """Write the report of the cells that are there; run nothing."""
     keep_old: bool = False
     """Take cells that other code made as they are; they are named in the report."""
+    tasks: tuple[str, ...] = ()
+    """Tasks in place of the file's."""
+    seeds: tuple[int, ...] = ()
+    """Seeds in place of the file's."""
     backbone: tuple[str, ...] = ()
     """Backbones in place of the file's."""
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None

@@ -3,13 +3,14 @@
 import functools
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from neuromas.adapters import AdapterBank
 from neuromas.attention import PrefixAttention, Prefixes, SuffixAttention
 from neuromas.config import AdapterConfig
+from neuromas.head import chosen_logprobs
 from neuromas.norms import replace_norms
 from neuromas.packing import ATTENTION, Attention, Packed
 from neuromas.types import Prompt
@@ -113,7 +115,7 @@ class Backbone:
         cut = ids.shape[1] // 2
         head, tail = (Packed.of([part], self.device) for part in (ids[0, :cut].tolist(), ids[0, cut:].tolist()))
         first = PrefixAttention(head)
-        self.forward(head.ids_T, head.column_T, None, first, head.ids_T.new_empty(0))
+        self._hidden(head.ids_T, head.column_T, None, first)
         attention = SuffixAttention(tail, first.prefixes, tail.row_T[:1])
         parts = self.forward(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
         if _slides(self.model) and attention.windows == {None}:
@@ -158,10 +160,15 @@ class Backbone:
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def prompt(self, question: str, node_text: str) -> Prompt:
-        """Return the tokens of a node's prompt: one user message, the question first, the node's own part last."""
-        prefix = (*self._header, *self._encode_text(f"{question}\n\n"))
-        return Prompt(prefix, (*self._encode_text(node_text), *self._footer))
+    def prompt(self, question: str, node_text: str, *, same_in_all: bool = False) -> Prompt:
+        """Return the tokens of a node's prompt: one user message, the question first, the node's own part last.
+
+        That part can be shared too where it is the `same_in_all` rollouts, unless adapters act behind the question alone.
+        """
+        prefix, own = (*self._header, *self._encode_text(f"{question}\n\n")), self._encode_text(node_text)
+        if same_in_all and self.scope == "all" and self._footer:
+            return Prompt((*prefix, *own), self._footer)
+        return Prompt(prefix, (*own, *self._footer))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return text without special tokens."""
@@ -186,25 +193,40 @@ class Backbone:
 
         `nodes_T` are indices into the bank's nodes; None leaves the adapters out.
         """
-        kwargs = {
-            "input_ids": ids_T[None],
-            "position_ids": positions_T[None],
-            "attention_mask": self._no_mask,
-            "use_cache": False,
-            "logits_to_keep": keep_K,
+        with self._routed(nodes_T):
+            return self.model(**self._inputs(ids_T, positions_T, attention), logits_to_keep=keep_K).logits[0].float()
+
+    def _inputs(self, ids_T: Tensor, positions_T: Tensor, attention: Attention) -> dict[str, Any]:
+        return {
+            "input_ids": ids_T[None], "position_ids": positions_T[None], "attention_mask": self._no_mask, "use_cache": False,
             "packed": attention,
-        }
-        if self.adapters is None:
-            return self.model(**kwargs).logits[0].float()
-        with self.adapters.routed(nodes_T):
-            return self.model(**kwargs).logits[0].float()
+        }  # fmt: skip
+
+    def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
+        return self.adapters.routed(nodes_T) if self.adapters else nullcontext()
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def _plain_head(self) -> nn.Linear | None:
+        """The head, if logits are what it makes of hidden states and nothing else; models may scale or bound them."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return None
+        one = Packed.of([[0, 1]], self.device)
+        hidden = self._hidden(one.ids_T, one.column_T, None, PrefixAttention(one))
+        logits = self.forward(one.ids_T, one.column_T, None, PrefixAttention(one), one.column_T)
+        return head if torch.allclose(head(hidden).float(), logits, rtol=1e-3, atol=1e-4) else None
+
+    def _hidden(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention) -> Float[Tensor, "T H"]:
+        with self._routed(nodes_T):
+            return self.model.base_model(**self._inputs(ids_T, positions_T, attention)).last_hidden_state[0]
 
     def read_prefixes(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> Prefixes:
         """Compute keys and values of shared prefixes: with the given nodes' adapters (scope `all`), or bare (`suffix`)."""
         attention = PrefixAttention(prefixes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
             nodes_T = node_Q[prefixes.row_T] if self.scope == "all" else None
-            self.forward(prefixes.ids_T, prefixes.column_T, nodes_T, attention, prefixes.ids_T.new_empty(0))
+            self._hidden(prefixes.ids_T, prefixes.column_T, nodes_T, attention)
         return attention.prefixes
 
     def logprobs(self, rows: Rows) -> Float[Tensor, " K"]:
@@ -216,11 +238,12 @@ class Backbone:
         suffixes = rows.suffixes
         prefixes = self.read_prefixes(rows.prefixes, rows.prefix_node_Q)
         attention = SuffixAttention(suffixes, prefixes, rows.prefix_of_row_B)
-        nodes_T = rows.node_of_row_B[suffixes.row_T]
+        nodes_T, chosen_K = rows.node_of_row_B[suffixes.row_T], suffixes.ids_T[rows.sampled_K]
+        if self._plain_head is not None:
+            hidden_TH = self._hidden(suffixes.ids_T, attention.positions_T, nodes_T, attention)
+            return chosen_logprobs(hidden_TH[rows.sampled_K - 1], self._plain_head, chosen_K, rows.temperature)
         logits_KV = self.forward(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
-        if rows.temperature != 1:
-            logits_KV = logits_KV / rows.temperature
-        return -cross_entropy(logits_KV, suffixes.ids_T[rows.sampled_K], reduction="none")
+        return -cross_entropy(logits_KV / rows.temperature, chosen_K, reduction="none")
 
 
 def resolve_device(device: str) -> str:

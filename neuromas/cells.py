@@ -33,6 +33,7 @@ from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint, Me
 from neuromas.config import MAY_DIFFER, from_json, to_json
 from neuromas.files import replace_file
 from neuromas.grid import describe_cell, find_method
+from neuromas.process import settle
 from neuromas.stop import Interrupted
 
 PACKAGE = Path(__file__).parent
@@ -352,6 +353,7 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    settle()
     try:
         serve()
     except KeyboardInterrupt:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from neuromas.arguments import (
     TrainArguments,
 )
 from neuromas.config import GrowthConfig, TaskConfig, TrainConfig, from_json, load_toml
+from neuromas.process import settle
 
 USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 
@@ -176,7 +176,8 @@ def run_compare(args: Sequence[str]) -> None:
     from neuromas.grid import load_grid
 
     grid = load_grid(
-        parsed.grid, quick=parsed.quick, backbones=parsed.backbone, data=parsed.data, device=parsed.device
+        parsed.grid, quick=parsed.quick, tasks=parsed.tasks, seeds=parsed.seeds, backbones=parsed.backbone,
+        data=parsed.data, device=parsed.device,
     )  # fmt: skip
     if parsed.dry_run:
         print_plan(grid)
@@ -226,9 +227,7 @@ def _parse(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
 
 
 def main() -> None:
-    # Read when torch is loaded, which happens later. Threads that spin for long while they wait make a run ten times slower as
-    # soon as anything else wants a core; threads that sleep at once make it half as fast on a machine of one's own.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    settle()
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)

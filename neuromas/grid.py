@@ -94,11 +94,18 @@ def _load_class(place: str) -> Method:
 
 
 def load_grid(
-    path: Path, *, quick: bool = False, backbones: Sequence[str] = (), data: Path | None = None, device: str | None = None
+    path: Path,
+    *,
+    quick: bool = False,
+    tasks: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    backbones: Sequence[str] = (),
+    data: Path | None = None,
+    device: str | None = None,
 ) -> Grid:
     """Read a comparison file; ValueError names the file and what is wrong with it, before anything runs.
 
-    `backbones`, `data` and `device` go before what the file says.
+    `tasks`, `seeds`, `backbones`, `data` and `device` go before what the file says.
     """
     where = f"config {path}"
     raw = _read(path, where)
@@ -109,17 +116,19 @@ def load_grid(
     _check_keys(short, (*LISTS, "train", "reference", "tolerance"), where, "quick.")
     if quick:
         raw |= {key: value for key, value in short.items() if key != "train"}
+    given = {"tasks": list(tasks), "seeds": list(seeds), "backbones": list(backbones)}
+    raw |= {key: values for key, values in given.items() if values}
     methods, tasks = _distinct(raw, "methods", str, where), _distinct(raw, "tasks", str, where)
     seeds = _distinct(raw, "seeds", int, where)
     if min(seeds) < 0:
         raise ValueError(f"{where}: seeds must be at least 0, got {list(seeds)}")
-    chosen = tuple(backbones) or (_distinct(raw, "backbones", str, where) if "backbones" in raw else ("bundled",))
+    chosen = _distinct(raw, "backbones", str, where) if "backbones" in raw else ("bundled",)
     for table, names in (("method", named["methods"] | set(methods)), ("task", named["tasks"] | set(tasks))):
         if unknown := [name for name in _table(raw, table, where) if name not in names]:
             raise ValueError(f"{where}: [{table}.{unknown[0]}] is about none of the {table}s {', '.join(sorted(names))}")
     _check_methods(methods, where)
-    given = ({"task": {"data": str(data)}} if data else {}) | ({"device": device} if device else {})
-    layers = _Layers(where, raw, quick, given)
+    settings = ({"task": {"data": str(data)}} if data else {}) | ({"device": device} if device else {})
+    layers = _Layers(where, raw, quick, settings)
     resolved = {(task, method): layers.resolve(method, task) for task in tasks for method in methods}
     cells = tuple(
         CellSpec(method, dataclasses.replace(config, backbone=backbone, seed=seed))

@@ -178,7 +178,7 @@ class _Sweep:
         senders = running.routes.senders[node]
         inbox = [m for sender in senders for m in running.completions[sender].messages if m.recipient == node]
         text = messages.render(running.routes.topology, node, running.example, inbox)
-        prompt = self.backbone.prompt(running.example.question, text)
+        prompt = self.backbone.prompt(running.example.question, text, same_in_all=not senders)
         # Rollouts that come from one text of this node.
         topology = running.routes.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1

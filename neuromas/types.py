@@ -50,7 +50,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids of a node's prompt: `prefix_ids` is the same for every node and rollout of an example."""
+    """Token ids of a node's prompt: `prefix_ids` is the same for every rollout of an example, and may be for every node."""
 
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]

@@ -301,6 +301,11 @@ def test_a_prompt_is_one_user_message_with_the_question_first(bare: Backbone) ->
     assert bare.tokenizer.decode([*prompt.prefix_ids, *prompt.suffix_ids]) == text
     assert str(bare.tokenizer.decode(list(prompt.prefix_ids))).endswith("Is 2 even?\n\n")
     assert bare.prompt("Is 2 even?", "You are node 2.").prefix_ids == prompt.prefix_ids
+    shared = bare.prompt("Is 2 even?", "You are node 1.", same_in_all=True)
+    assert shared.prefix_ids + shared.suffix_ids == prompt.prefix_ids + prompt.suffix_ids
+    assert len(shared.prefix_ids) > len(prompt.prefix_ids)
+    bare.scope = "suffix"
+    assert bare.prompt("Is 2 even?", "You are node 1.", same_in_all=True) == prompt
 
 
 def test_control_tokens_in_a_question_or_message_stay_plain_text(bare: Backbone) -> None:
@@ -451,6 +456,11 @@ def test_new_adapters_change_nothing(small: Case, bare: Backbone) -> None:
         before_K = bare.logprobs(rows)
         bare.add_adapters((1, 2, 3), AdapterConfig(rank=2), seed=0)
         assert torch.equal(bare.logprobs(rows), before_K)
+
+
+def test_an_adapter_that_acts_behind_the_question_says_what_cannot_serve_it(bare: Backbone) -> None:
+    bank = bare.add_adapters((1,), AdapterConfig(rank=2, scope="suffix"), seed=0)
+    assert b"behind the question" in bank.peft_files(1, "")["README.md"]
 
 
 def test_peft_files_round_trip_to_the_bit(small: Case, bare: Backbone, tmp_path: Path) -> None:

@@ -131,11 +131,23 @@ def test_presets_resolve(preset: str, quick: bool) -> None:
     assert load_grid(CONFIGS / f"{preset}.toml", backbones=["bundled"]).backbones == ("bundled",)
 
 
+def test_the_command_line_goes_before_the_lists_of_the_file() -> None:
+    for quick in (False, True):
+        grid = load_grid(CONFIGS / "bundled.toml", quick=quick, tasks=["dyck_languages"], seeds=[7, 8])
+        assert (grid.tasks, grid.seeds) == (("dyck_languages",), (7, 8))
+        assert {cell.config.seed for cell in grid.cells} == {7, 8}
+    with pytest.raises(ValueError, match="seeds must be a list of one or more different ints"):
+        load_grid(CONFIGS / "bundled.toml", seeds=[1, 1])
+    with pytest.raises(ValueError, match="nosuchtask"):
+        load_grid(CONFIGS / "bundled.toml", tasks=["nosuchtask"])
+
+
 def test_the_bundled_preset_covers_what_it_must_show() -> None:
     from neuromas.tasks import TASKS
 
     grid = load_grid(CONFIGS / "bundled.toml")
-    assert set(grid.tasks) == set(TASKS)
+    larger = {f"tracking_shuffled_objects_{count}_objects" for count in ("five", "seven")}
+    assert set(grid.tasks) == set(TASKS) - larger
     assert len(grid.seeds) >= 5
     assert {"neuromas_3", "single_rl", "single_rl_vote_3", "shared_adapter", "neuromas_roles"} <= set(grid.methods)
 

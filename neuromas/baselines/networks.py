@@ -109,6 +109,12 @@ def shaped(config: TrainConfig) -> TrainConfig:
     return replace(neuromas(1, 1, 1)(config), format_bonus=config.format_bonus or FORMAT_BONUS)
 
 
+def suffix_only(config: TrainConfig) -> TrainConfig:
+    """NeuroMAS-3 whose adapters act behind the question alone, which all nodes then share as the bare backbone reads it."""
+    config = neuromas(*THREE)(config)
+    return replace(config, adapter=replace(config.adapter, scope="suffix"))
+
+
 def single(config: TrainConfig) -> TrainConfig:
     """One node with one adapter of equally many parameters."""
     return replace(config, topology=TopologyConfig(widths=(1,)), adapter=whole(config.adapter))
@@ -188,6 +194,12 @@ METHODS = (
     ),
     Trained(name="malt", title="MALT-style chain", source="Motwani et al. 2025, arXiv 2412.01928", change=malt),
     Trained(name="neuromas_3", title="NeuroMAS-3", source=PAPER, change=neuromas(*THREE)),
+    Trained(
+        name="neuromas_3_suffix",
+        title="NeuroMAS-3, adapters behind the question",
+        source="control: scope of the adapters",
+        change=suffix_only,
+    ),
     Trained(name="neuromas_3_shaped", title="NeuroMAS-3, shaped reward", source="control: a bonus for form", change=shaped),
     Trained(name="neuromas_5", title="NeuroMAS-5", source=f"{PAPER}, from scratch", change=neuromas(*FIVE)),
     Trained(name="neuromas_7", title="NeuroMAS-7", source=f"{PAPER}, from scratch", change=neuromas(*SEVEN)),
