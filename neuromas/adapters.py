@@ -1,4 +1,4 @@
-"""The bank of adapters: one low-rank update per node and target module, stacked so that one batched product serves all.
+"""The bank of adapters: one low-rank update per node and target module, stacked; tokens of a node are one product.
 
 LoRA (Hu et al. 2022, arXiv 2106.09685): y = W x + (alpha / r) B A x, with W frozen, A of shape (r, in), B of shape (out, r).
 The bank holds A as (N, r, in) and B as (N, out, r) for each target module. Files are PEFT's, one folder per node.
@@ -249,12 +249,12 @@ class AdapterBank:
 
     def _route(self, nodes_T: Tensor) -> Route:
         nodes, counts = torch.unique_consecutive(nodes_T, return_counts=True)
+        if len(nodes) == 1 and not torch.is_grad_enabled():
+            first = int(nodes) * self.rank
+            return Route((), ranks=slice(first, first + self.rank))
         if torch.is_grad_enabled() or len(nodes_T) >= LONG_STRETCH * len(nodes):
             ends = counts.cumsum(0)
             return Route(tuple(zip(nodes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
-        if len(nodes) == 1:
-            first = int(nodes) * self.rank
-            return Route((), ranks=slice(first, first + self.rank))
         places = torch.arange(len(self.nodes) * self.rank, device=nodes_T.device) // self.rank
         return Route((), mask_TR=(nodes_T[:, None] == places).to(self._dtype))
 

@@ -2,8 +2,11 @@
 
 A shared prefix is not copied to its rows: their queries stand behind each other as the queries of one row and read it once.
 What a token reads of its prefix and what it reads of its own row are merged by their sums of exponentials, which gives
-attention over both (the online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867). So a row costs its own tokens, and
-memory holds a prefix once.
+attention over both (the online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867). So a row costs its own tokens. On a GPU
+this holds for sampling one token after the other; there, prefills and the learner give every row a copy of its prefix.
+
+Shapes beyond the legend: H heads, K heads of keys, D size of a head, L columns of keys, S columns of queries, W columns of
+prefixes.
 """
 
 from collections.abc import Sequence
@@ -34,13 +37,18 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 def read(
     query_BHSD: Tensor, keys_BKLD: Tensor, values_BKLD: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return what queries read, (B, H, S, D), and the logarithm of their sums of exponentials, (B, H, S), in float32.
+    """Return what queries read, (B, H, S, D), and the logarithm of their sums of exponentials, (B, H, S), in float32 or wider.
 
     Without gradients of its own.
     """
-    if query_BHSD.device.type == "cpu":
+    if _has_kernel(query_BHSD, values_BKLD):
         return _FLASH(query_BHSD, keys_BKLD, values_BKLD, 0.0, causal, attn_mask=mask, scale=scale)
+    assert not causal, "rows that read themselves are read by the kernel or by torch"
     return read_plainly(query_BHSD, keys_BKLD, values_BKLD, mask, scale=scale)
+
+
+def _has_kernel(query: Tensor, values: Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[-1] == values.shape[-1]
 
 
 def read_plainly(
@@ -56,7 +64,7 @@ def read_plainly(
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
     """Return what is read of two parts together, given what is read of each and its sum as `read` returns them."""
     share = (first[1] - second[1]).sigmoid_().unsqueeze(-1)
-    return torch.lerp(second[0], first[0], share.to(first[0].dtype))
+    return torch.lerp(second[0].to(share.dtype), first[0].to(share.dtype), share).to(first[0].dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +79,13 @@ class Prefixes:
         return self.past[0][0].shape[2]
 
     def select(self, places: Tensor) -> "Prefixes":
-        picked = [(keys.index_select(0, places), values.index_select(0, places)) for keys, values in self.past]
-        return Prefixes(picked, self.lengths_Q[places])
+        """Return those at the given places, which are distinct and in order."""
+        if len(places) == len(self.lengths_Q):
+            return self
+        lengths_Q = self.lengths_Q[places]
+        width = int(lengths_Q.max())
+        picked = [tuple(tensor[:, :, :width].index_select(0, places) for tensor in layer) for layer in self.past]
+        return Prefixes([(keys, values) for keys, values in picked], lengths_Q)
 
     def join(self, other: "Prefixes") -> "Prefixes":
         width = max(self.width, other.width)
@@ -90,13 +103,17 @@ class PrefixAttention:
     def __init__(self, packed: Packed) -> None:
         self.packed = packed
         self.prefixes = Prefixes([], packed.lengths_B)
+        self._masks: dict[int | None, Tensor | None] = {}
 
     def attend(
         self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
         query, keys, values = (self.packed.pad(tensor).transpose(1, 2) for tensor in (query_THD, keys_THD, values_THD))
         self.prefixes.past.append((keys, values))
-        mask = None if window is None else _band(self.packed.width, window, query)
+        if window not in self._masks:
+            width = self.packed.width
+            self._masks[window] = None if window is None or window >= width else _band(width, window, query)
+        mask = self._masks[window]
         return self.packed.unpad(_sdpa(query, keys, values, mask, scale).transpose(1, 2))
 
 
@@ -110,8 +127,8 @@ def _band(width: int, window: int, like: Tensor) -> Tensor:
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Return what is read with gradients by torch; without a mask, causally. Heads of queries may share a head of keys."""
     shared = query.shape[1] // keys.shape[1]
-    if query.is_cuda and shared > 1:
-        # On a GPU, heads that share keys fall back to a kernel that keeps every score, wherever there is a mask.
+    if query.is_cuda and shared > 1 and mask is not None:
+        # On a GPU, heads that share keys fall back to a kernel that keeps every score, where there is a mask.
         keys, values = (tensor.repeat_interleave(shared, 1) for tensor in (keys, values))
         shared = 1
     return scaled_dot_product_attention(
@@ -126,19 +143,20 @@ class SuffixAttention:
         self.packed, self.prefixes, self.of_row_B = packed, prefixes, prefix_of_row_B
         self._lengths_B = prefixes.lengths_Q[prefix_of_row_B]
         self.positions_T = self._lengths_B[packed.row_T] + packed.column_T
+        self.windows: set[int | None] = set()
+        """Those of the layers that have attended."""
+        self._longest = int(self.positions_T.max()) + 1
         self._parts: dict[int | None, _Parts] = {}
         self._masks: dict[int | None, Tensor] = {}
-
-    @property
-    def windows(self) -> set[int | None]:
-        """The windows of the layers that have attended."""
-        return {*self._parts, *self._masks}
 
     def attend(
         self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
         past = self.prefixes.past[layer]
-        if query_THD.device.type != "cpu" or values_THD.shape[-1] != query_THD.shape[-1]:
+        self.windows.add(window)
+        if window is not None and window >= self._longest:
+            window = None
+        if not _has_kernel(query_THD, values_THD):
             return self._on_one_grid(past, query_THD, keys_THD, values_THD, scale, window)
         if window not in self._parts:
             self._parts[window] = _Parts.of(self.packed, self.prefixes, self.of_row_B, window, query_THD.dtype)

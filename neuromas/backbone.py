@@ -33,6 +33,8 @@ from neuromas.types import Prompt
 
 BUNDLED = Path(__file__).parent / "bundled"
 _PLACEHOLDER = "PLACEHOLDER"
+_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings by which models change what their head gives; small logits may not show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +212,13 @@ class Backbone:
     def _plain_head(self) -> nn.Linear | None:
         """The head, if logits are what it makes of hidden states and nothing else; models may scale or bound them."""
         head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        config = self.model.config.get_text_config()
+        if not isinstance(head, nn.Linear) or any(getattr(config, name, None) for name in _LOGIT_CHANGES):
             return None
-        one = Packed.of([[0, 1]], self.device)
+        one = Packed.of([self._encode_text("Is it so? Yes.")], self.device)
         hidden = self._hidden(one.ids_T, one.column_T, None, PrefixAttention(one))
         logits = self.forward(one.ids_T, one.column_T, None, PrefixAttention(one), one.column_T)
-        return head if torch.allclose(head(hidden).float(), logits, rtol=1e-3, atol=1e-4) else None
+        return head if torch.allclose(head(hidden).float(), logits, rtol=1e-5, atol=1e-5) else None
 
     def _hidden(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention) -> Float[Tensor, "T H"]:
         with self._routed(nodes_T):

@@ -178,7 +178,9 @@ class _Sweep:
         senders = running.routes.senders[node]
         inbox = [m for sender in senders for m in running.completions[sender].messages if m.recipient == node]
         text = messages.render(running.routes.topology, node, running.example, inbox)
-        prompt = self.backbone.prompt(running.example.question, text, same_in_all=not senders)
+        # Without messages a text is the same in all rollouts. One adapter for all nodes shares the question among them instead.
+        same_in_all = not senders and (self.backbone.adapters is None or len(self.backbone.adapters.nodes) > 1)
+        prompt = self.backbone.prompt(running.example.question, text, same_in_all=same_in_all)
         # Rollouts that come from one text of this node.
         topology = running.routes.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1

@@ -3,8 +3,8 @@
 import ctypes
 import os
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's mallopt."""
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1)}
+"""Settings of glibc's allocator: the variable that sets one, its number for mallopt, and bytes."""
 
 
 def settle() -> None:
@@ -20,5 +20,6 @@ def settle() -> None:
     except (AttributeError, OSError, TypeError):
         # Another C library: its allocator does what it does.
         return
-    mallopt(_MMAP_THRESHOLD, 32 << 20)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    for variable, (parameter, size) in _MALLOC.items():
+        if variable not in os.environ:
+            mallopt(parameter, size)

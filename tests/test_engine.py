@@ -128,6 +128,16 @@ def test_sampler_and_learner_agree(folders: dict[str, Path], family: str, scope:
     assert largest_gap(make_network(folders[family], scope=scope)) < FLOAT32_BOUND
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_other_devices_do_agrees_too(folders: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernel of a CPU: prefixes are copied to rows for many tokens, and all scores are made for single ones."""
+    usual = samples(rollout(make_network(folders[family])))
+    monkeypatch.setattr("neuromas.attention._has_kernel", lambda *_: False)
+    network = make_network(folders[family])
+    assert largest_gap(network) < FLOAT32_BOUND
+    assert_same_samples(samples(rollout(make_network(folders[family]))), usual)
+
+
 @pytest.mark.parametrize("scope", ["all", "suffix"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampler_and_learner_agree_in_bfloat16(folders: dict[str, Path], family: str, scope: Scope) -> None:

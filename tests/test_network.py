@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -66,7 +67,8 @@ def read(tiny_backbone: Backbone) -> Callable[[Request], list[str]]:
     """The lines of a node's own part of its prompt."""
 
     def lines(request: Request) -> list[str]:
-        return tiny_backbone.decode(request.prompt.suffix_ids).splitlines()
+        whole = tiny_backbone.decode((*request.prompt.prefix_ids, *request.prompt.suffix_ids))
+        return whole.split("?\n\n", 1)[1].splitlines()
 
     return lines
 
@@ -160,14 +162,29 @@ def test_groups_hold_the_rollouts_of_one_example_in_order(make: Make) -> None:
             assert rollout.answer == "Answer: Yes"
 
 
-def test_all_nodes_and_rollouts_of_an_example_share_the_prefix(make: Make, tiny_backbone: Backbone) -> None:
-    topology = Topology.layered([2, 1])
+def test_rollouts_of_an_example_share_a_prefix(make: Make, tiny_backbone: Backbone) -> None:
+    """Nodes that are written to share the question; the text of the others is the same in all rollouts and shared whole."""
+    topology = Topology.layered([2, 1, 1])
     engine = ScriptedEngine(to_all(topology))
     make(topology, engine).rollout(EXAMPLES, 2, seed=(0,))
-    prefixes = {request.seed[1]: request.prompt.prefix_ids for request in engine.requests}
+    for name in "ab":
+        prefixes: dict[int, set[tuple[int, ...]]] = {}
+        for request in engine.requests:
+            if request.seed[1] == name:
+                prefixes.setdefault(request.node, set()).add(request.prompt.prefix_ids)
+        assert all(len(shared) == 1 for shared in prefixes.values())
+        texts = {node: tiny_backbone.decode(*shared) for node, shared in prefixes.items()}
+        assert texts[3] == texts[4]
+        assert texts[3].endswith(f"Question {name}?\n\n")
+        assert f"Question {name}?\n\n" in texts[1]
+        assert len({texts[1], texts[2], texts[3]}) == 3
+
+
+def test_nodes_with_one_adapter_share_the_question(tiny_backbone: Backbone) -> None:
+    topology = Topology.layered([2, 1])
+    engine = ScriptedEngine(to_all(topology))
+    Network(topology, tiny_backbone, adapter=replace(SMALL, shared=True), engine=engine).rollout(EXAMPLES, 2, seed=(0,))
     assert len({request.prompt.prefix_ids for request in engine.requests}) == 2
-    assert "Question a?\n\n" in tiny_backbone.tokenizer.decode(list(prefixes["a"]))
-    assert "Question b?\n\n" in tiny_backbone.tokenizer.decode(list(prefixes["b"]))
 
 
 @pytest.mark.parametrize(

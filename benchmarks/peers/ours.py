@@ -16,7 +16,6 @@ from neuromas.backbone import Backbone
 from neuromas.checkpoint import RunDirectory
 from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
 from neuromas.network import Network
-from neuromas.process import settle
 from neuromas.tasks.base import Task
 from neuromas.train import Setup, Trainer
 from neuromas.types import Completion, Example, Group, Prompt, Request, Rollout, Sample
@@ -174,6 +173,4 @@ def setup(spec: dict[str, Any]) -> Work:
 
 
 if __name__ == "__main__":
-    # As the command line does.
-    settle()
     serve(setup)

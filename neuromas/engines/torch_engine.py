@@ -1,9 +1,9 @@
 """The default engine: in process, on the learner's own weights, so that what it samples is never stale.
 
-Each distinct prefix is computed once and kept once, however many rows go on from it. Rows live in slots of a static key-value
-cache, token by token from the first column on: the node's part of the prompt, then what the row writes. Rows of all nodes and
-layers decode together; a row that stops leaves its slot to one that has become ready, or to a later row, so live rows stay in
-front.
+Each distinct prefix is computed once, however many rows go on from it, and kept to the end of a call. Rows live in slots of a
+static key-value cache, token by token from the first column on: the node's part of the prompt, then what the row writes. Rows
+of all nodes and layers decode together; a row that stops leaves its slot to one that has become ready, or to a later row, so
+live rows stay in front.
 """
 
 from collections import deque
@@ -26,7 +26,10 @@ PrefixKey = tuple[tuple[int, ...], int]
 
 
 class TorchEngine:
-    """Samples from a backbone with its adapters. `max_rows` bounds how many rows decode at once, and so the memory."""
+    """Samples from a backbone with its adapters.
+
+    `max_rows` bounds how many rows decode at once, and so their memory; distinct prefixes take theirs beside it.
+    """
 
     def __init__(self, backbone: Backbone, max_rows: int = 256) -> None:
         self.backbone = backbone
@@ -128,6 +131,7 @@ class _DecodeAttention:
         self.positions_B = slots.prefix_length[: len(sharing.row_B)] + self.column_B
         self._row_B = torch.arange(len(sharing.row_B), device=self.column_B.device)
         self._width = int(self.column_B.max()) + 1
+        self._longest = int(self.positions_B.max()) + 1
         self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,6 +154,8 @@ class _DecodeAttention:
         self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
         slots, sharing = self._slots, self._sharing
+        if window is not None and window >= self._longest:
+            window = None
         slots.write(layer, keys_THD, values_THD, self._row_B, self.column_B)
         seen_own, seen_prefix = self._mask(window, query_THD.dtype)
         # Heads of queries that share a head of keys stand behind each other as queries of one head.
