@@ -123,8 +123,9 @@ class Backbone:
         if _slides(self.model) and attention.windows == {None}:
             # The text may be shorter than the window, which is then not tried by comparing.
             raise ValueError(f"its kind of sliding window ({self.model.config.model_type}) is not supported")
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.5
-        if not (whole - parts).abs().max() <= tolerance * max(1.0, whole.abs().max().item()):
+        # On average: in bfloat16 single logits may be far apart, and a model that is read wrongly is so in all of them.
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.1
+        if not (whole - parts).abs().mean() <= tolerance * whole.std():
             raise ValueError(f"its kind of attention ({self.model.config.model_type}) is not supported")
 
     @classmethod

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from neuromas import Network, Topology, reinforce
 from neuromas.adapters import AdapterBank, resolve_rank
+from neuromas.attention import Prefixes, SuffixAttention
 from neuromas.backbone import Backbone, Rows, config_of, resolve_device
 from neuromas.config import AdapterConfig
 from neuromas.norms import replace_norms
+from neuromas.packing import Packed
 from neuromas.tasks import get_task
 from neuromas.types import Completion, Group
 
@@ -256,6 +258,22 @@ def test_a_model_that_keeps_its_window_to_itself_is_refused(tmp_path: Path) -> N
     (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 4096}))
     with pytest.raises(ValueError, match=r"cannot be loaded: its kind of sliding window \(llama\) is not supported"):
         load_backbone(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_reads_two_parts_otherwise_is_refused(
+    tiny_folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Forgets(SuffixAttention):
+        """Goes on as if the last token of the first part had not been there."""
+
+        def __init__(self, packed: Packed, prefixes: Prefixes, prefix_of_row_B: Tensor) -> None:
+            super().__init__(packed, Prefixes(prefixes.past, prefixes.lengths_Q - 1), prefix_of_row_B)
+
+    Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
+    monkeypatch.setattr("neuromas.backbone.SuffixAttention", Forgets)
+    with pytest.raises(ValueError, match=r"its kind of attention \(qwen3\) is not supported"):
+        Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
 
 
 def test_the_head_takes_no_adapter(bare: Backbone) -> None:
