@@ -265,10 +265,10 @@ def test_a_model_that_reads_two_parts_otherwise_is_refused(
     tiny_folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Forgets(SuffixAttention):
-        """Goes on as if the last token of the first part had not been there."""
+        """Goes on as if only the first token of the first part had been there."""
 
         def __init__(self, packed: Packed, prefixes: Prefixes, prefix_of_row_B: Tensor) -> None:
-            super().__init__(packed, Prefixes(prefixes.past, prefixes.lengths_Q - 1), prefix_of_row_B)
+            super().__init__(packed, Prefixes(prefixes.past, torch.ones_like(prefixes.lengths_Q)), prefix_of_row_B)
 
     Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
     monkeypatch.setattr("neuromas.backbone.SuffixAttention", Forgets)
