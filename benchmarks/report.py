@@ -93,7 +93,7 @@ def scaling(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _family(case: dict[str, Any]) -> tuple[str]:
-    if case["prefix"] != 128 or case["questions"] == 2:
+    if case["prefix"] != 128:
         return ("prompt",)
     rollouts = case["questions"] * case["group"]
     return ("group",) if rollouts in (32, 64) else ("nodes",)
