@@ -144,7 +144,7 @@ def smoke(chosen: Sequence[Case]) -> list[Case]:
 
 def _rollouts_and_updates(model: str, quick: bool) -> list[Case]:
     small = model == "60m"
-    questions, group = ((2, 8) if small else (4, 8)) if quick else ((4, 8) if small else (16, 8))
+    questions, group = ((1, 8) if small else (4, 8)) if quick else ((4, 8) if small else (16, 8))
     new = 16 if quick and small else 32 if small else 48
     made = []
     for widths in ((1, 1, 1),) if quick and small else ((1, 1, 1), (2, 2, 2, 1)):

@@ -85,6 +85,8 @@ def run_grow(args: Sequence[str]) -> None:
     parsed = _parse(GrowArguments, args, "grow")
     if not (parsed.to or parsed.connect or parsed.edges):
         raise ValueError("grow needs --to, --connect or --edges: what to grow to, e.g. --to 2 2 1")
+    if any(width < 1 for width in parsed.to or ()):
+        raise ValueError(f"--to must be positive widths, e.g. 2 2 1, got {' '.join(map(str, parsed.to))}")
     entry = GrowthConfig(
         widths=parsed.to, new_layers=parsed.new_layers, connect=parsed.connect, edges=parsed.edges, start=parsed.start,
         noise=parsed.noise, opening=parsed.opening, open_steps=parsed.open_steps, warmup_new=parsed.warmup_new,
