@@ -67,6 +67,20 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
     return torch.lerp(second[0].to(share.dtype), first[0].to(share.dtype), share).to(first[0].dtype)
 
 
+def columns_of(group_T: Tensor, count: int) -> tuple[Tensor, int]:
+    """Return each one's place among those of its group, in order, and the size of the largest of `count` groups."""
+    sizes = torch.bincount(group_T, minlength=count)
+    order_T = group_T.argsort(stable=True)
+    column_T = torch.empty_like(group_T)
+    column_T[order_T] = torch.arange(len(group_T), device=group_T.device) - (sizes.cumsum(0) - sizes)[group_T[order_T]]
+    return column_T, int(sizes.max())
+
+
+def cutting(window: int | None, longest: int) -> int | None:
+    """Return a layer's window where it hides anything of rows that are at most so long."""
+    return None if window is None or window >= longest else window
+
+
 @dataclass(frozen=True, slots=True)
 class Prefixes:
     """Keys and values of Q prefixes, (Q, K, W, D) by layer, padded on the right."""
@@ -110,11 +124,10 @@ class PrefixAttention:
     ) -> Tensor:
         query, keys, values = (self.packed.pad(tensor).transpose(1, 2) for tensor in (query_THD, keys_THD, values_THD))
         self.prefixes.past.append((keys, values))
+        window = cutting(window, self.packed.width)
         if window not in self._masks:
-            width = self.packed.width
-            self._masks[window] = None if window is None or window >= width else _band(width, window, query)
-        mask = self._masks[window]
-        return self.packed.unpad(_sdpa(query, keys, values, mask, scale).transpose(1, 2))
+            self._masks[window] = None if window is None else _band(self.packed.width, window, query)
+        return self.packed.unpad(_sdpa(query, keys, values, self._masks[window], scale).transpose(1, 2))
 
 
 def _band(width: int, window: int, like: Tensor) -> Tensor:
@@ -154,8 +167,7 @@ class SuffixAttention:
     ) -> Tensor:
         past = self.prefixes.past[layer]
         self.windows.add(window)
-        if window is not None and window >= self._longest:
-            window = None
+        window = cutting(window, self._longest)
         if not _has_kernel(query_THD, values_THD):
             return self._on_one_grid(past, query_THD, keys_THD, values_THD, scale, window)
         if window not in self._parts:
@@ -229,23 +241,19 @@ class _Parts:
 
     @classmethod
     def of(cls, packed: Packed, prefixes: Prefixes, of_row_B: Tensor, window: int | None, dtype: torch.dtype) -> "_Parts":
-        of_T = of_row_B[packed.row_T]
-        counts_Q = torch.bincount(of_T, minlength=len(prefixes.lengths_Q))
-        order_T = of_T.argsort(stable=True)
-        column_T = torch.empty_like(of_T)
-        column_T[order_T] = torch.arange(len(of_T), device=of_T.device) - (counts_Q.cumsum(0) - counts_Q)[of_T[order_T]]
-        width = int(counts_Q.max())
-        prefix = _Grid(torch.arange(len(of_T), device=of_T.device), of_T * width + column_T, len(counts_Q), width)
+        of_T, count = of_row_B[packed.row_T], len(prefixes.lengths_Q)
+        column_T, width = columns_of(of_T, count)
+        prefix = _Grid(torch.arange(len(of_T), device=of_T.device), of_T * width + column_T, count, width)
         columns_L = torch.arange(prefixes.width, device=of_T.device)
         seen_QSL = (columns_L < prefixes.lengths_Q[:, None])[:, None]
         if window is not None:
             positions_T = prefixes.lengths_Q[of_T] + packed.column_T
             positions_QS = prefix.pad(positions_T[:, None])[:, 0]
             seen_QSL = seen_QSL & (positions_QS[:, :, None] - columns_L < window)
-        return cls(prefix, additive(seen_QSL, dtype)[:, None], list(cls._bunches(packed, window, dtype)))
+        return cls(prefix, additive(seen_QSL, dtype)[:, None], cls._bunches(packed, window, dtype))
 
     @staticmethod
-    def _bunches(packed: Packed, window: int | None, dtype: torch.dtype) -> Sequence[tuple[_Grid, Tensor | None]]:
+    def _bunches(packed: Packed, window: int | None, dtype: torch.dtype) -> list[tuple[_Grid, Tensor | None]]:
         bunches: list[tuple[_Grid, Tensor | None]] = []
         by_length_B = packed.lengths_B.argsort(stable=True)
         for rows in by_length_B.split(ROWS_AT_ONCE):

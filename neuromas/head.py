@@ -1,4 +1,7 @@
-"""Log-probabilities of chosen tokens straight from hidden states: no logits are kept, whatever the vocabulary."""
+"""Log-probabilities of chosen tokens straight from hidden states: no logits are kept, whatever the vocabulary.
+
+Beside the legend of shapes: H is the size of a hidden state.
+"""
 
 from typing import Any
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuromas.attention import Prefixes, SuffixAttention, additive, merge, read
+from neuromas.attention import Prefixes, SuffixAttention, additive, columns_of, cutting, merge, read
 from neuromas.backbone import Backbone
 from neuromas.engines.base import OnSample, uniforms
 from neuromas.packing import Attention, Packed
@@ -82,12 +82,23 @@ class _Slots:
         for tensor in self.tensors()[len(self.keys) + len(self.values) :]:
             tensor[places[1]] = tensor[places[0]]
 
-    def write(self, layer: int, keys_THD: Tensor, values_THD: Tensor, row_T: Tensor, column_T: Tensor) -> None:
-        for cache, new in zip((self.keys[layer], self.values[layer]), (keys_THD, values_THD), strict=True):
+
+class _Writing:
+    """Where the new tokens of a forward go in the caches: looked up once, for all layers."""
+
+    def __init__(self, slots: _Slots, row_T: Tensor, column_T: Tensor) -> None:
+        self._slots, self._row_T, self._column_T = slots, row_T, column_T
+        self._places: dict[int, Tensor] = {}
+        """By heads, which may differ between layers."""
+
+    def write(self, layer: int, keys_THD: Tensor, values_THD: Tensor) -> None:
+        for cache, new in zip((self._slots.keys[layer], self._slots.values[layer]), (keys_THD, values_THD), strict=True):
             _, heads, columns, size = cache.shape
-            # One index for rows of a matrix: several times faster than an index for each dimension.
-            place_TH = (row_T[:, None] * heads + torch.arange(heads, device=row_T.device)) * columns + column_T[:, None]
-            cache.view(-1, size).index_copy_(0, place_TH.flatten(), new.flatten(0, 1))
+            if heads not in self._places:
+                # One index for rows of a matrix: several times faster than an index for each dimension.
+                of_head = self._row_T[:, None] * heads + torch.arange(heads, device=self._row_T.device)
+                self._places[heads] = (of_head * columns + self._column_T[:, None]).flatten()
+            cache.view(-1, size).index_copy_(0, self._places[heads], new.flatten(0, 1))
 
 
 class _PrefillAttention(SuffixAttention):
@@ -95,12 +106,12 @@ class _PrefillAttention(SuffixAttention):
 
     def __init__(self, slots: _Slots, packed: Packed, prefixes: Prefixes, of_row_B: Tensor, first: int) -> None:
         super().__init__(packed, prefixes, of_row_B)
-        self._slots, self._row_T = slots, packed.row_T + first
+        self._writing = _Writing(slots, packed.row_T + first, packed.column_T)
 
     def attend(
         self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
-        self._slots.write(layer, keys_THD, values_THD, self._row_T, self.packed.column_T)
+        self._writing.write(layer, keys_THD, values_THD)
         return super().attend(layer, query_THD, keys_THD, values_THD, scale=scale, window=window)
 
 
@@ -115,11 +126,7 @@ class _Sharing:
         else:
             self.places, self.prefixes = used, prefixes.select(used)
         self.row_B = torch.searchsorted(self.places, prefix_B)
-        counts = torch.bincount(self.row_B, minlength=len(self.places))
-        order = self.row_B.argsort(stable=True)
-        self.column_B = torch.empty_like(order)
-        self.column_B[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.row_B[order]]
-        self.width = int(counts.max())
+        self.column_B, self.width = columns_of(self.row_B, len(self.places))
 
 
 class _DecodeAttention:
@@ -129,7 +136,7 @@ class _DecodeAttention:
         self._slots, self._sharing = slots, sharing
         self.column_B = slots.length[: len(sharing.row_B)]
         self.positions_B = slots.prefix_length[: len(sharing.row_B)] + self.column_B
-        self._row_B = torch.arange(len(sharing.row_B), device=self.column_B.device)
+        self._writing = _Writing(slots, torch.arange(len(sharing.row_B), device=self.column_B.device), self.column_B)
         self._width = int(self.column_B.max()) + 1
         self._longest = int(self.positions_B.max()) + 1
         self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}
@@ -154,9 +161,8 @@ class _DecodeAttention:
         self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
         slots, sharing = self._slots, self._sharing
-        if window is not None and window >= self._longest:
-            window = None
-        slots.write(layer, keys_THD, values_THD, self._row_B, self.column_B)
+        window = cutting(window, self._longest)
+        self._writing.write(layer, keys_THD, values_THD)
         seen_own, seen_prefix = self._mask(window, query_THD.dtype)
         # Heads of queries that share a head of keys stand behind each other as queries of one head.
         query_TKGD = query_THD.unflatten(1, (keys_THD.shape[1], -1))
