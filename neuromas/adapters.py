@@ -11,23 +11,18 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from neuromas.config import AdapterConfig
+from neuromas.linear import HALVES, AdaptedLinear, Route, Routing, name_of
 
 DEFAULT_TOTAL_RANK = 24
-HALVES = ("lora_A", "lora_B")
-LONG_STRETCH = 256
-"""Tokens of one node, on average, from which on products of their own cost less than one product with all nodes' ranks."""
 _PEFT_PREFIX = "base_model.model."
 _SUFFIX_CARD = b"""# A LoRA adapter that acts behind the question alone
 
@@ -35,122 +30,6 @@ Trained with `--adapter.scope suffix`: the question is read by the bare model, a
 adapter. PEFT and vLLM apply an adapter to every token, the question's included, so there it writes other texts than those it
 was trained and scored on. `neuromas eval` and `neuromas ask` do as in training.
 """
-
-
-def _of_generation(half: str, generation: int) -> str:
-    """Return the name of a stack: the nodes that a network starts with have the plain one."""
-    return half if generation == 0 else f"{half}_{generation}"
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Which node's adapter acts on which tokens of a stream."""
-
-    runs: tuple[tuple[int, int, int], ...]
-    """Stretches of tokens of one node: (its index, first, one past the last). With gradients, or where they are long."""
-    ranks: slice | None = None
-    """The ranks of the one node whose tokens they all are, among all nodes' ranks one behind the other."""
-    mask_TR: Tensor | None = None
-    """(tokens, nodes x r): 1 at the ranks of a token's node, else 0. Where tokens are of several nodes."""
-
-
-class _RoutedLinear(torch.autograd.Function):
-    """W x plus, stretch by stretch, scaling B A x. Written out: each stretch is added in place and nothing is gathered."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor | None, a_NRI: Tensor, b_NOR: Tensor, scaling: float,
-        runs: tuple[tuple[int, int, int], ...],
-    ) -> Tensor:  # fmt: skip
-        y_TO = functional.linear(x_TI, weight, bias)
-        a, b = a_NRI.to(x_TI.dtype), (scaling * b_NOR).to(x_TI.dtype)
-        inner_TR = x_TI.new_empty(len(x_TI), a.shape[1])
-        for node, first, end in runs:
-            torch.mm(x_TI[first:end], a[node].T, out=inner_TR[first:end])
-            y_TO[first:end].addmm_(inner_TR[first:end], b[node].T)
-        ctx.save_for_backward(x_TI, weight, a, b, inner_TR)
-        ctx.scaling, ctx.runs, ctx.adapter_dtype = scaling, runs, a_NRI.dtype
-        return y_TO
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight, a, b, inner_TR = ctx.saved_tensors
-        dy_TO = grads[0]
-        dx_TI = dy_TO @ weight if ctx.needs_input_grad[0] else None
-        da, db = (torch.zeros(tensor.shape, dtype=ctx.adapter_dtype, device=tensor.device) for tensor in (a, b))
-        for node, first, end in ctx.runs:
-            dy = dy_TO[first:end]
-            d_inner = dy @ b[node]
-            da[node] += d_inner.T @ x_TI[first:end]
-            db[node] += ctx.scaling * (dy.T @ inner_TR[first:end])
-            if dx_TI is not None:
-                dx_TI[first:end].addmm_(d_inner, a[node])
-        return dx_TI, None, None, da, db, None, None
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer plus, for each token of a stream, the update of that token's node."""
-
-    def __init__(self, base: nn.Linear, bank: "AdapterBank", rank: int) -> None:
-        super().__init__()
-        self.base = base
-        # A tuple hides the bank from nn.Module: it already owns these parameters through the model.
-        self._bank = (bank,)
-        self._rank = rank
-        self.lora_A, self.lora_B = self._zeros(len(bank.nodes))
-
-    def _zeros(self, nodes: int) -> tuple[nn.Parameter, nn.Parameter]:
-        like = {"device": self.base.weight.device, "dtype": torch.float32}
-        return (
-            nn.Parameter(torch.zeros(nodes, self._rank, self.base.in_features, **like)),
-            nn.Parameter(torch.zeros(nodes, self.base.out_features, self._rank, **like)),
-        )
-
-    def add_generation(self, generation: int, nodes: int) -> None:
-        """Make room for nodes that join; the tensors of those before are not touched."""
-        for half, parameter in zip(HALVES, self._zeros(nodes), strict=True):
-            self.register_parameter(_of_generation(half, generation), parameter)
-
-    def stack(self, half: str, generation: int) -> nn.Parameter:
-        """Return `lora_A`, (nodes, r, in), or `lora_B`, (nodes, out, r), of the nodes that joined together."""
-        return self.get_parameter(_of_generation(half, generation))
-
-    def _all(self, half: str) -> Tensor:
-        stacks: list[Tensor] = [self.stack(half, generation) for generation in range(len(self._bank[0].generations))]
-        return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
-
-    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        bank, base = self._bank[0], self.base
-        route = bank.route
-        if route is None:
-            return base(x)
-        x_TI = x.flatten(0, -2)
-        if route.runs:
-            y_TO = _RoutedLinear.apply(
-                x_TI, base.weight, base.bias, self._all("lora_A"), self._all("lora_B"), bank.scaling, route.runs
-            )
-            assert isinstance(y_TO, Tensor)
-        else:
-            # All nodes' adapters as one, of which a token keeps its node's ranks: two products whatever the number of nodes.
-            a, b = self._merged(x.dtype)
-            if route.ranks is not None:
-                a, b = a[:, route.ranks], b[route.ranks]
-            inner = x_TI @ a
-            if route.mask_TR is not None:
-                inner *= route.mask_TR
-            y_TO = base(x_TI).addmm_(inner, b)
-        return y_TO.unflatten(0, x.shape[:-1])
-
-    def _merged(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the A of all nodes, (in, nodes x r), and scaling times their B, (nodes x r, out)."""
-        kept = self._bank[0].kept
-        if kept is not None and self in kept:
-            return kept[self]
-        a = self._all("lora_A").to(dtype).flatten(0, 1).T
-        b = (self._bank[0].scaling * self._all("lora_B")).to(dtype).mT.flatten(0, 1)
-        if kept is not None:
-            kept[self] = (a, b)
-        return a, b
 
 
 class AdapterBank:
@@ -169,21 +48,18 @@ class AdapterBank:
         speaks."""
         self.version = 0
         """Counts optimizer steps; a completion carries the version that wrote it."""
-        self.route: Route | None = None
-        self.kept: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
-        """What modules made of their adapters, inside `keep_merged`."""
         self.scope = config.scope
         self.target_modules = tuple(config.target_modules)
         targets = find_targets(model, self.target_modules)
         self.parameters_per_rank = sum(m.in_features + m.out_features for m in targets.values())
         self.rank = resolve_rank(config, len(self.nodes), self.parameters_per_rank)
         self.alpha = config.alpha if config.alpha is not None else 2.0 * self.rank
-        self.scaling = self.alpha / self.rank
+        self.routing = Routing(self.alpha / self.rank, generations=self.generations)
         self._dtype = next(iter(targets.values())).weight.dtype
         self.modules: dict[str, AdaptedLinear] = {}
         for name, linear in targets.items():
             parent, _, child = name.rpartition(".")
-            self.modules[name] = AdaptedLinear(linear, self, self.rank)
+            self.modules[name] = AdaptedLinear(linear, self.routing, self.rank)
             setattr(model.get_submodule(parent), child, self.modules[name])
         self._seed = seed
         for node in self.nodes:
@@ -240,32 +116,22 @@ class AdapterBank:
 
         Tokens of one node should lie together: with gradients on, and where stretches are long, each is a product of its own.
         """
-        before = self.route
-        self.route = None if nodes_T is None else self._route(nodes_T)
+        routing = self.routing
+        before = routing.route
+        routing.route = None if nodes_T is None else Route.of(nodes_T, len(self.nodes), self.rank, self._dtype)
         try:
             yield
         finally:
-            self.route = before
-
-    def _route(self, nodes_T: Tensor) -> Route:
-        nodes, counts = torch.unique_consecutive(nodes_T, return_counts=True)
-        if len(nodes) == 1 and not torch.is_grad_enabled():
-            first = int(nodes) * self.rank
-            return Route((), ranks=slice(first, first + self.rank))
-        if torch.is_grad_enabled() or len(nodes_T) >= LONG_STRETCH * len(nodes):
-            ends = counts.cumsum(0)
-            return Route(tuple(zip(nodes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
-        places = torch.arange(len(self.nodes) * self.rank, device=nodes_T.device) // self.rank
-        return Route((), mask_TR=(nodes_T[:, None] == places).to(self._dtype))
+            routing.route = before
 
     @contextmanager
     def keep_merged(self) -> Iterator[None]:
         """Prepare adapters for products once for all forwards inside, which have no gradients and change no adapter."""
-        self.kept = {}
+        self.routing.kept = {}
         try:
             yield
         finally:
-            self.kept = None
+            self.routing.kept = None
 
     def index(self, node: int) -> int:
         return self.nodes.index(node) if len(self.nodes) > 1 else 0
@@ -274,7 +140,7 @@ class AdapterBank:
         """Return every trainable tensor by name, or those of one generation."""
         wanted = range(len(self.generations)) if generation is None else [generation]
         return {
-            f"{name}.{_of_generation(half, number)}": module.stack(half, number)
+            f"{name}.{name_of(half, number)}": module.stack(half, number)
             for number in wanted
             for name, module in self.modules.items()
             for half in HALVES

@@ -122,12 +122,18 @@ class PrefixAttention:
     def attend(
         self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
-        query, keys, values = (self.packed.pad(tensor).transpose(1, 2) for tensor in (query_THD, keys_THD, values_THD))
-        self.prefixes.past.append((keys, values))
+        keys, values = self.leave(keys_THD, values_THD)
+        query = self.packed.pad(query_THD).transpose(1, 2)
         window = cutting(window, self.packed.width)
         if window not in self._masks:
             self._masks[window] = None if window is None else _band(self.packed.width, window, query)
         return self.packed.unpad(_sdpa(query, keys, values, self._masks[window], scale).transpose(1, 2))
+
+    def leave(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave a layer's keys and values behind, and return them as rows."""
+        keys, values = (self.packed.pad(tensor).transpose(1, 2) for tensor in (keys_THD, values_THD))
+        self.prefixes.past.append((keys, values))
+        return keys, values
 
 
 def _band(width: int, window: int, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from neuromas.adapters import AdapterBank
 from neuromas.attention import PrefixAttention, Prefixes, SuffixAttention
 from neuromas.config import AdapterConfig
+from neuromas.decoder import Decoder, slides
 from neuromas.head import chosen_logprobs
 from neuromas.norms import replace_norms
 from neuromas.packing import ATTENTION, Attention, Packed
@@ -33,8 +34,6 @@ from neuromas.types import Prompt
 
 BUNDLED = Path(__file__).parent / "bundled"
 _PLACEHOLDER = "PLACEHOLDER"
-_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Settings by which models change what their head gives; small logits may not show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +71,8 @@ class Backbone:
         self.stop_ids = _stop_ids(model, tokenizer)
         self._header, self._footer = _chat_frame(tokenizer)
         self._no_mask = _no_mask(model)
+        self.decoder = Decoder.of(model)
+        """Our own forward; None: the model's, of which nothing need be known but that it attends to keys and values."""
         self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
 
     @classmethod
@@ -117,10 +118,10 @@ class Backbone:
         cut = ids.shape[1] // 2
         head, tail = (Packed.of([part], self.device) for part in (ids[0, :cut].tolist(), ids[0, cut:].tolist()))
         first = PrefixAttention(head)
-        self._hidden(head.ids_T, head.column_T, None, first)
+        self._fill(head, None, first)
         attention = SuffixAttention(tail, first.prefixes, tail.row_T[:1])
         parts = self.forward(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
-        if _slides(self.model) and attention.windows == {None}:
+        if slides(self.model) and attention.windows == {None}:
             # The text may be shorter than the window, which is then not tried by comparing.
             raise ValueError(f"its kind of sliding window ({self.model.config.model_type}) is not supported")
         # On average: in bfloat16 single logits may be far apart, and a model that is read wrongly is so in all of them.
@@ -151,6 +152,7 @@ class Backbone:
             raise ValueError("this backbone carries the adapters of another network; load a new Backbone for this one")
         self.adapters = AdapterBank(self.model, nodes, config, seed)
         self.scope = config.scope
+        self.decoder = Decoder.of(self.model, self.adapters)
         return self.adapters
 
     def checksum(self) -> str:
@@ -196,6 +198,8 @@ class Backbone:
 
         `nodes_T` are indices into the bank's nodes; None leaves the adapters out.
         """
+        if self.decoder is not None:
+            return self.decoder.logits(ids_T, positions_T, nodes_T, attention, keep_K)
         with self._routed(nodes_T):
             return self.model(**self._inputs(ids_T, positions_T, attention), logits_to_keep=keep_K).logits[0].float()
 
@@ -208,29 +212,20 @@ class Backbone:
     def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
         return self.adapters.routed(nodes_T) if self.adapters else nullcontext()
 
-    @functools.cached_property
-    @torch.inference_mode()
-    def _plain_head(self) -> nn.Linear | None:
-        """The head, if logits are what it makes of hidden states and nothing else; models may scale or bound them."""
-        head = self.model.get_output_embeddings()
-        config = self.model.config.get_text_config()
-        if not isinstance(head, nn.Linear) or any(getattr(config, name, None) for name in _LOGIT_CHANGES):
-            return None
-        one = Packed.of([self._encode_text("Is it so? Yes.")], self.device)
-        hidden = self._hidden(one.ids_T, one.column_T, None, PrefixAttention(one))
-        logits = self.forward(one.ids_T, one.column_T, None, PrefixAttention(one), one.column_T)
-        return head if torch.allclose(head(hidden).float(), logits, rtol=1e-5, atol=1e-5) else None
-
-    def _hidden(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention) -> Float[Tensor, "T H"]:
+    def _fill(self, rows: Packed, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
+        """Compute what rows leave behind for others."""
+        if self.decoder is not None:
+            self.decoder.fill(rows.ids_T, rows.column_T, nodes_T, attention)
+            return
         with self._routed(nodes_T):
-            return self.model.base_model(**self._inputs(ids_T, positions_T, attention)).last_hidden_state[0]
+            self.model.base_model(**self._inputs(rows.ids_T, rows.column_T, attention))
 
     def read_prefixes(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> Prefixes:
         """Compute keys and values of shared prefixes: with the given nodes' adapters (scope `all`), or bare (`suffix`)."""
         attention = PrefixAttention(prefixes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
             nodes_T = node_Q[prefixes.row_T] if self.scope == "all" else None
-            self._hidden(prefixes.ids_T, prefixes.column_T, nodes_T, attention)
+            self._fill(prefixes, nodes_T, attention)
         return attention.prefixes
 
     def logprobs(self, rows: Rows) -> Float[Tensor, " K"]:
@@ -243,9 +238,9 @@ class Backbone:
         prefixes = self.read_prefixes(rows.prefixes, rows.prefix_node_Q)
         attention = SuffixAttention(suffixes, prefixes, rows.prefix_of_row_B)
         nodes_T, chosen_K = rows.node_of_row_B[suffixes.row_T], suffixes.ids_T[rows.sampled_K]
-        if self._plain_head is not None:
-            hidden_TH = self._hidden(suffixes.ids_T, attention.positions_T, nodes_T, attention)
-            return chosen_logprobs(hidden_TH[rows.sampled_K - 1], self._plain_head, chosen_K, rows.temperature)
+        if self.decoder is not None:
+            hidden_KH = self.decoder.hidden(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
+            return chosen_logprobs(hidden_KH, self.decoder.head, chosen_K, rows.temperature)
         logits_KV = self.forward(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
         return -cross_entropy(logits_KV / rows.temperature, chosen_K, reduction="none")
 
@@ -278,14 +273,8 @@ def config_of(name: str) -> Any:
 def _no_mask(model: PreTrainedModel) -> Any:
     """Return what a model takes for a mask as it is, so that it makes none: `Attention` knows who sees whom."""
     mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=model.device)
-    by_kind = _slides(model) and getattr(model.config, "layer_types", None)
+    by_kind = slides(model) and getattr(model.config, "layer_types", None)
     return dict.fromkeys(("full_attention", "sliding_attention"), mask) if by_kind else mask
-
-
-def _slides(model: PreTrainedModel) -> bool:
-    """Say whether any layer sees a window only. Without a list of kinds all layers slide."""
-    kinds = getattr(model.config, "layer_types", None)
-    return bool(getattr(model.config, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

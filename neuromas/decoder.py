@@ -1,0 +1,317 @@
+"""A backbone's layers on a stream of tokens, with as few operations as they take.
+
+Most open models have one kind of layer (Llama, Qwen, Gemma 3, SmolLM and their like): norm, attention with rotary positions
+(Su et al. 2021, arXiv 2104.09864), norm, gated feed-forward (Shazeer 2020, arXiv 2002.05202), each added to what came in. Those
+are computed here: modules that read the same tokens are one product, the last layer treats only the tokens that somebody asks
+for, and gradients are written out where torch would pass over memory more often. Any other model keeps its own forward.
+
+Shapes beyond the legend: H size of a hidden state, X heads of queries and keys, D size of a head, I size of the feed-forward.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+from transformers import PreTrainedModel
+
+from neuromas.adapters import AdapterBank
+from neuromas.attention import PrefixAttention
+from neuromas.linear import LinearGroup
+from neuromas.norms import RMSNorm, normalised, normalised_backward
+from neuromas.packing import Attention, Packed
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_AROUND_MLP = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
+_GATES = {"silu": None, "gelu": "none", "gelu_pytorch_tanh": "tanh"}
+"""What torch calls an activation's way of computing, by transformers' name; silu has one way."""
+_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping")
+"""Settings by which models change logits or scores; small ones may not show it."""
+
+
+class _Heads(torch.autograd.Function):
+    """One product's columns to queries, keys and values: queries and keys normed, where the model does so, and rotated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: tuple[int, int], scale_XD: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        queries, keys = heads
+        qkv = qkv_TC.unflatten(1, (queries + 2 * keys, -1))
+        x = qkv[:, : queries + keys]
+        if scale_XD is not None:
+            normal, inverse = normalised(x, eps)
+            ctx.save_for_backward(cos_TD, sin_TD, normal, inverse, scale_XD)
+            x = normal * scale_XD
+        else:
+            ctx.save_for_backward(cos_TD, sin_TD)
+        rotated = _rotate(x, cos_TD, sin_TD, 1).to(qkv_TC.dtype)
+        return rotated[:, :queries], rotated[:, queries:], qkv[:, queries + keys :].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_queries, d_keys, d_values = grads
+        cos_TD, sin_TD, *norm = ctx.saved_tensors
+        tokens, queries, size = d_queries.shape
+        both = queries + d_keys.shape[1]
+        d_qkv = d_queries.new_empty(tokens, both + d_values.shape[1], size)
+        d_qkv[:, both:] = d_values
+        for part, d_rotated in ((slice(0, queries), d_queries), (slice(queries, both), d_keys)):
+            dx = _rotate(d_rotated, cos_TD, sin_TD, -1)
+            if norm:
+                normal, inverse, scale_XD = norm
+                dx = normalised_backward(dx.mul_(scale_XD[part]), normal[:, part], inverse[:, part])
+            d_qkv[:, part] = dx
+        return d_qkv.flatten(1), None, None, None, None, None
+
+
+def _rotate(x_TXD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: int) -> Tensor:
+    """Turn each pair (i, i + D/2) of a head by its token's angle, or back; in float32 or wider, as the angles are."""
+    half, x_TXD = x_TXD.shape[-1] // 2, x_TXD.to(cos_TD.dtype)
+    y = x_TXD * cos_TD[:, None]
+    sin = sin_TD[:, None]
+    y[..., :half].addcmul_(x_TXD[..., half:], sin, value=-sign)
+    y[..., half:].addcmul_(x_TXD[..., :half], sin, value=sign)
+    return y
+
+
+class _Gate(torch.autograd.Function):
+    """activation(gate) * up, of both beside each other. Written out: their gradients are made where they are read."""
+
+    @staticmethod
+    def forward(ctx: Any, both_TC: Tensor, activation: str) -> Tensor:
+        gate, up = both_TC.chunk(2, 1)
+        acted = silu(gate) if activation == "silu" else gelu(gate, approximate=_GATES[activation])
+        ctx.save_for_backward(both_TC, acted)
+        ctx.activation = activation
+        return acted * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        both_TC, acted = ctx.saved_tensors
+        gate, up = both_TC.chunk(2, 1)
+        d_both = torch.empty_like(both_TC)
+        d_gate, d_up = d_both.chunk(2, 1)
+        torch.mul(grads[0], acted, out=d_up)
+        d_acted = grads[0] * up
+        if ctx.activation == "silu":
+            torch.ops.aten.silu_backward.grad_input(d_acted, gate, grad_input=d_gate)
+        else:
+            torch.ops.aten.gelu_backward.grad_input(d_acted, gate, approximate=_GATES[ctx.activation], grad_input=d_gate)
+        return d_both, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    qkv: LinearGroup
+    out: LinearGroup
+    gate_up: LinearGroup
+    down: LinearGroup
+    before_attention: RMSNorm
+    behind_attention: RMSNorm | None
+    before_mlp: RMSNorm
+    behind_mlp: RMSNorm | None
+    heads: tuple[int, int]
+    """Of queries, and of keys."""
+    head_scale_XD: Tensor | None
+    """Weights of the norms of queries and keys."""
+    head_eps: float
+    scale: float
+    window: int | None
+    kind: str
+    """Which of the model's rotary frequencies it uses."""
+    activation: str
+
+    def query_keys_values(self, hidden_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(self.before_attention(hidden_TH))
+        parts = _Heads.apply(qkv, *angles, self.heads, self.head_scale_XD, self.head_eps)
+        assert isinstance(parts, tuple)
+        return parts
+
+    def rest(self, hidden_TH: Tensor, read_TXD: Tensor) -> Tensor:
+        """Add what tokens have read to them, then what the feed-forward makes of them."""
+        hidden_TH = _added(hidden_TH, self.out, read_TXD.flatten(1), self.behind_attention)
+        gated = _Gate.apply(self.gate_up(self.before_mlp(hidden_TH)), self.activation)
+        assert isinstance(gated, Tensor)
+        return _added(hidden_TH, self.down, gated, self.behind_mlp)
+
+
+def _added(hidden_TH: Tensor, linear: LinearGroup, x_TI: Tensor, norm: RMSNorm | None) -> Tensor:
+    return linear(x_TI, hidden_TH) if norm is None else hidden_TH + norm(linear(x_TI))
+
+
+class Decoder:
+    """The layers of a model with the adapters on it; made by `of`, which knows whether a model is of the kind described."""
+
+    def __init__(self, model: PreTrainedModel, adapters: AdapterBank | None) -> None:
+        base: Any = model.base_model
+        self._embedding, self._norm = base.embed_tokens, base.norm
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        self.head = head
+        self._adapters = adapters
+        self._layers = [_layer(layer, model.config.get_text_config()) for layer in base.layers]
+        self._frequencies = {kind: _frequencies(base.rotary_emb, kind) for kind in {layer.kind for layer in self._layers}}
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, adapters: AdapterBank | None = None) -> "Decoder | None":
+        """Return None where a model's layers have other parts, or where its logits are others than ours on random tokens."""
+        if not _has_our_parts(model):
+            return None
+        decoder = cls(model, adapters)
+        generator = torch.Generator().manual_seed(0)
+        window = max(layer.window or 0 for layer in decoder._layers)
+        if slides(model) and not window:
+            # A text may be shorter than the window, which is then not tried by comparing.
+            return None
+        ids = torch.randint(0, decoder._embedding.num_embeddings, (32 + min(window, 128),), generator=generator)
+        packed = Packed.of([ids.tolist()], model.device)
+        theirs = model(input_ids=packed.ids_T[None], use_cache=False).logits[0].float()
+        ours = decoder.logits(packed.ids_T, packed.column_T, None, PrefixAttention(packed), packed.column_T)
+        # On average: in bfloat16 single logits may be far apart, and a model that is read wrongly is so in most of them.
+        tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.1
+        return decoder if (ours - theirs).abs().mean() <= tolerance * theirs.std() else None
+
+    def hidden(
+        self,
+        ids_T: Int[Tensor, " T"],
+        positions_T: Int[Tensor, " T"],
+        nodes_T: Int[Tensor, " T"] | None,
+        attention: Attention,
+        keep_K: Int[Tensor, " K"],
+    ) -> Float[Tensor, "K H"]:
+        """Return what the head reads, of the tokens at the given places of the stream; they are in order."""
+        hidden_TH, streams = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
+        last, number = self._layers[-1], len(self._layers) - 1
+        read_TXD = attention.attend(number, *streams, scale=last.scale, window=last.window)
+        if len(keep_K) < len(ids_T):
+            hidden_TH, read_TXD = hidden_TH.index_select(0, keep_K), read_TXD.index_select(0, keep_K)
+            nodes_T = None if nodes_T is None else nodes_T[keep_K]
+        with self._routed(nodes_T):
+            return self._norm(last.rest(hidden_TH, read_TXD))
+
+    def logits(
+        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor
+    ) -> Float[Tensor, "K V"]:
+        """Return float32 logits of the tokens at the given places."""
+        return self.head(self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)).float()
+
+    def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
+        """Compute no more than what others read of these tokens."""
+        _, (_, keys, values) = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
+        attention.leave(keys, values)
+
+    def _to_last_layer(
+        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Return hidden states before the last layer, and what it makes of them for attention."""
+        hidden_TH = self._embedding(ids_T)
+        dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+        angles = {kind: _angles(positions_T, *frequencies, dtype) for kind, frequencies in self._frequencies.items()}
+        with self._routed(nodes_T):
+            for number, layer in enumerate(self._layers[:-1]):
+                streams = layer.query_keys_values(hidden_TH, angles[layer.kind])
+                hidden_TH = layer.rest(hidden_TH, attention.attend(number, *streams, scale=layer.scale, window=layer.window))
+            last = self._layers[-1]
+            return hidden_TH, last.query_keys_values(hidden_TH, angles[last.kind])
+
+    def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
+        return self._adapters.routed(nodes_T) if self._adapters else nullcontext()
+
+
+def _angles(positions_T: Tensor, frequencies_D: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosines, (T, D), and sines, (T, D/2), of the angles that a head's pairs are turned by."""
+    angles = positions_T[:, None] * frequencies_D
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    if scaling != 1:
+        cos, sin = cos * scaling, sin * scaling
+    return torch.cat([cos, cos], 1), sin
+
+
+def _frequencies(rotary: Any, kind: str) -> tuple[Tensor, float]:
+    prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+    return getattr(rotary, f"{prefix}inv_freq").float(), float(getattr(rotary, f"{prefix}attention_scaling"))
+
+
+def _layer(layer: Any, config: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    around = hasattr(layer, "pre_feedforward_layernorm")
+    size = int(attention.head_dim)
+    heads = config.num_attention_heads, config.num_key_value_heads
+    norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    scales = [norm.scale.expand(count, -1) for norm, count in zip(norms, heads, strict=False)]
+    assert not scales or scales[0].shape[-1] == size
+    return _Layer(
+        qkv=LinearGroup([attention.q_proj, attention.k_proj, attention.v_proj]),
+        out=LinearGroup([attention.o_proj]),
+        gate_up=LinearGroup([mlp.gate_proj, mlp.up_proj]),
+        down=LinearGroup([mlp.down_proj]),
+        before_attention=layer.input_layernorm,
+        behind_attention=layer.post_attention_layernorm if around else None,
+        before_mlp=layer.pre_feedforward_layernorm if around else layer.post_attention_layernorm,
+        behind_mlp=layer.post_feedforward_layernorm if around else None,
+        heads=heads,
+        head_scale_XD=torch.cat(scales).float() if scales else None,
+        head_eps=norms[0].eps if norms else 0.0,
+        scale=float(attention.scaling),
+        window=getattr(attention, "sliding_window", None),
+        kind=getattr(attention, "layer_type", None) or "",
+        activation=_activation(config),
+    )
+
+
+def slides(model: PreTrainedModel) -> bool:
+    """Say whether any layer sees a window only. Without a list of kinds all layers slide."""
+    kinds = getattr(model.config, "layer_types", None)
+    return bool(getattr(model.config, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
+
+
+def _activation(config: Any) -> str:
+    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
+
+
+def _has_our_parts(model: PreTrainedModel) -> bool:
+    """Say whether a model is made of the modules that `_layer` looks for, and of no other."""
+    base: Any = model.base_model
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in _LOGIT_CHANGES) or _activation(config) not in _GATES:
+        return False
+    if {name for name, _ in base.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        return False
+    kinds = getattr(base.rotary_emb, "rope_type", "")
+    if any(kind in ("dynamic", "longrope") for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
+        # Their angles depend on how long the text is.
+        return False
+    return isinstance(model.get_output_embeddings(), nn.Linear) and all(_is_our_layer(layer, config) for layer in base.layers)
+
+
+def _is_our_layer(layer: nn.Module, config: Any) -> bool:
+    parts = dict(layer.named_children())
+    if set(parts) not in (_LAYER, _LAYER | _AROUND_MLP):
+        return False
+    attention, mlp = dict(parts["self_attn"].named_children()), dict(parts["mlp"].named_children())
+    norms: Sequence[nn.Module] = [part for name, part in parts.items() if name.endswith("layernorm")]
+    if {"q_norm", "k_norm"} <= set(attention):
+        norms = [*norms, q_norm := attention.pop("q_norm"), k_norm := attention.pop("k_norm")]
+        size = getattr(parts["self_attn"], "head_dim", None)
+        if not all(isinstance(n, RMSNorm) and len(n.weight) == size for n in (q_norm, k_norm)) or q_norm.eps != k_norm.eps:
+            return False
+    mlp.pop("act_fn", None)
+    linears = [*attention.values(), *mlp.values()]
+    return (
+        set(attention) == _ATTENTION
+        and set(mlp) == _MLP
+        and all(isinstance(norm, RMSNorm) for norm in norms)
+        and all(isinstance(getattr(linear, "base", linear), nn.Linear) for linear in linears)
+        and len({getattr(attention[name], "base", attention[name]).bias is None for name in ("q_proj", "k_proj", "v_proj")})
+        == 1
+        and hasattr(parts["self_attn"], "scaling")
+        and config.num_attention_heads % config.num_key_value_heads == 0
+    )

@@ -1,0 +1,216 @@
+"""Frozen linear modules with low-rank updates: for each token of a stream, the update of that token's node.
+
+LoRA (Hu et al. 2022, arXiv 2106.09685): y = W x + (alpha / r) B A x, with W frozen, A of shape (r, in), B of shape (out, r).
+Modules that read the same tokens are one product: their W stand below each other, and so do their A.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+HALVES = ("lora_A", "lora_B")
+LONG_STRETCH = 256
+"""Tokens of one node, on average, from which on products of their own cost less than one product with all nodes' ranks."""
+Runs = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which node's adapter acts on which tokens of a stream."""
+
+    runs: Runs
+    """Stretches of tokens of one node: (its index, first, one past the last). With gradients, or where they are long."""
+    node: int | None = None
+    """Index of the one node whose tokens they all are."""
+    mask_TR: Tensor | None = None
+    """(tokens, nodes x r): 1 at the ranks of a token's node, else 0. Where tokens are of several nodes."""
+
+    @classmethod
+    def of(cls, nodes_T: Tensor, nodes: int, rank: int, dtype: torch.dtype) -> "Route":
+        stretches, counts = torch.unique_consecutive(nodes_T, return_counts=True)
+        if len(stretches) == 1 and not torch.is_grad_enabled():
+            return cls((), node=int(stretches))
+        if torch.is_grad_enabled() or len(nodes_T) >= LONG_STRETCH * len(stretches):
+            ends = counts.cumsum(0)
+            return cls(tuple(zip(stretches.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
+        places = torch.arange(nodes * rank, device=nodes_T.device) // rank
+        return cls((), mask_TR=(nodes_T[:, None] == places).to(dtype))
+
+
+@dataclass(slots=True)
+class Routing:
+    """What a bank tells its modules: where tokens of the present forward go."""
+
+    scaling: float
+    """alpha / r."""
+    route: Route | None = None
+    """None: no adapter acts."""
+    kept: "dict[tuple[tuple[AdaptedLinear, ...], int | None], tuple[Tensor, list[Tensor]]] | None" = None
+    """What modules made of their adapters for forwards without gradients, while adapters do not change."""
+    generations: list[tuple[int, ...]] = field(default_factory=list)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with a low-rank update per node."""
+
+    def __init__(self, base: nn.Linear, routing: Routing, rank: int) -> None:
+        super().__init__()
+        self.base, self.routing, self.rank = base, routing, rank
+        self.lora_A, self.lora_B = self._zeros(len(routing.generations[0]))
+
+    def _zeros(self, nodes: int) -> tuple[nn.Parameter, nn.Parameter]:
+        like = {"device": self.base.weight.device, "dtype": torch.float32}
+        return (
+            nn.Parameter(torch.zeros(nodes, self.rank, self.base.in_features, **like)),
+            nn.Parameter(torch.zeros(nodes, self.base.out_features, self.rank, **like)),
+        )
+
+    def add_generation(self, generation: int, nodes: int) -> None:
+        """Make room for nodes that join; the tensors of those before are not touched."""
+        for half, parameter in zip(HALVES, self._zeros(nodes), strict=True):
+            self.register_parameter(name_of(half, generation), parameter)
+
+    def stack(self, half: str, generation: int) -> nn.Parameter:
+        """Return `lora_A`, (nodes, r, in), or `lora_B`, (nodes, out, r), of the nodes that joined together."""
+        return self.get_parameter(name_of(half, generation))
+
+    def all_nodes(self, half: str) -> Tensor:
+        """Return the stacks of all nodes as one."""
+        stacks: list[Tensor] = [self.stack(half, generation) for generation in range(len(self.routing.generations))]
+        return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        base = self.base
+        if self.routing.route is None:
+            return base(x)
+        y_TO = product(x.flatten(0, -2), base.weight, base.bias, (self,), (slice(0, base.out_features),))
+        return y_TO.unflatten(0, x.shape[:-1])
+
+
+def name_of(half: str, generation: int) -> str:
+    """Return the name of a stack: the nodes that a network starts with have the plain one."""
+    return half if generation == 0 else f"{half}_{generation}"
+
+
+class LinearGroup:
+    """Linear modules that read the same tokens, as one product; each may have adapters or none.
+
+    Weights of several modules are copied behind each other and the modules made to look into the copy, so none is held twice.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        bases = [module.base if isinstance(module, AdaptedLinear) else module for module in modules]
+        linears = [base for base in bases if isinstance(base, nn.Linear)]
+        self.weight, self.bias = linears[0].weight.data, linears[0].bias
+        if len(linears) > 1:
+            self.weight = torch.cat([linear.weight.data for linear in linears])
+            if self.bias is not None:
+                self.bias = torch.cat([linear.bias.data for linear in linears])
+        self._adapted: list[AdaptedLinear] = []
+        self._columns: list[slice] = []
+        first = 0
+        for module, linear in zip(modules, linears, strict=True):
+            columns = slice(first, first + linear.out_features)
+            first = columns.stop
+            linear.weight.data = self.weight[columns]
+            if isinstance(module, AdaptedLinear):
+                self._adapted.append(module)
+                self._columns.append(columns)
+
+    def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        """Return the outputs of the modules beside each other, (T, sum of out), plus the residual."""
+        return product(x_TI, self.weight, self.bias, tuple(self._adapted), tuple(self._columns), residual_TO)
+
+
+def product(
+    x_TI: Tensor, weight: Tensor, bias: Tensor | None, adapted: tuple[AdaptedLinear, ...], columns: tuple[slice, ...],
+    residual_TO: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return W x plus the bias, the residual and, in each adapted module's columns, the update of a token's node."""
+    routing = adapted[0].routing if adapted else None
+    if routing is None or routing.route is None:
+        return _linear(x_TI, weight, bias, residual_TO)
+    route = routing.route
+    if route.runs:
+        halves = [module.all_nodes(half) for module in adapted for half in HALVES]
+        y = _RoutedLinear.apply(x_TI, weight, bias, residual_TO, routing.scaling, route.runs, columns, *halves)
+        assert isinstance(y, Tensor)
+        return y
+    y_TO = _linear(x_TI, weight, bias, residual_TO)
+    # All nodes' adapters as one, of which a token keeps its node's ranks: as many products whatever the number of nodes.
+    a, bs = _merged(routing, adapted, route.node, x_TI.dtype)
+    inner = x_TI @ a
+    if route.mask_TR is not None:
+        inner.view(len(inner), len(adapted), -1).mul_(route.mask_TR[:, None])
+    for part, b, where in zip(inner.chunk(len(adapted), 1), bs, columns, strict=True):
+        y_TO[:, where].addmm_(part, b)
+    return y_TO
+
+
+def _linear(x_TI: Tensor, weight: Tensor, bias: Tensor | None, residual_TO: Tensor | None) -> Tensor:
+    if residual_TO is None:
+        return functional.linear(x_TI, weight, bias)
+    y_TO = torch.addmm(residual_TO, x_TI, weight.T)
+    return y_TO if bias is None else y_TO + bias
+
+
+def _merged(
+    routing: Routing, adapted: tuple[AdaptedLinear, ...], node: int | None, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the A of all modules and nodes, (in, modules x nodes x r), and scaling times each module's B, (nodes x r, out)."""
+    kept, key = routing.kept, (adapted, node)
+    if kept is not None and key in kept:
+        return kept[key]
+    wanted = slice(None) if node is None else slice(node, node + 1)
+    a = torch.cat([module.all_nodes("lora_A")[wanted].to(dtype).flatten(0, 1) for module in adapted]).T
+    bs = [(routing.scaling * module.all_nodes("lora_B")[wanted]).to(dtype).mT.flatten(0, 1) for module in adapted]
+    if kept is not None:
+        kept[key] = (a, bs)
+    return a, bs
+
+
+class _RoutedLinear(torch.autograd.Function):
+    """W x plus, stretch by stretch, scaling B A x. Written out: each stretch is added in place and nothing is gathered."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor | None, residual_TO: Tensor | None, scaling: float, runs: Runs,
+        columns: tuple[slice, ...], *halves: Tensor,
+    ) -> Tensor:  # fmt: skip
+        y_TO = _linear(x_TI, weight, bias, residual_TO)
+        every_a = [half.to(x_TI.dtype) for half in halves[::2]]
+        rank, a = every_a[0].shape[1], torch.cat(every_a, 1)
+        bs = [(scaling * half).to(x_TI.dtype) for half in halves[1::2]]
+        inner_TR = x_TI.new_empty(len(x_TI), a.shape[1])
+        for node, first, end in runs:
+            inner = torch.mm(x_TI[first:end], a[node].T, out=inner_TR[first:end])
+            for b, where, part in zip(bs, columns, inner.split(rank, 1), strict=True):
+                y_TO[first:end, where].addmm_(part, b[node].T)
+        ctx.save_for_backward(x_TI, weight, inner_TR, a, *bs)
+        ctx.scaling, ctx.runs, ctx.columns = scaling, runs, columns
+        ctx.like = [(half.shape, half.dtype) for half in halves]
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight, inner_TR, a, *bs = ctx.saved_tensors
+        dy_TO, rank = grads[0], bs[0].shape[2]
+        dx_TI = dy_TO @ weight if ctx.needs_input_grad[0] else None
+        d_halves = [torch.zeros(shape, dtype=dtype, device=a.device) for shape, dtype in ctx.like]
+        for node, first, end in ctx.runs:
+            inner = inner_TR[first:end]
+            d_inner = torch.empty_like(inner)
+            for place, (b, where) in enumerate(zip(bs, ctx.columns, strict=True)):
+                ranks, dy = slice(place * rank, (place + 1) * rank), dy_TO[first:end, where]
+                d_inner[:, ranks] = dy @ b[node]
+                d_halves[2 * place + 1][node] += ctx.scaling * (dy.T @ inner[:, ranks])
+            for d_a, part in zip(d_halves[::2], (d_inner.T @ x_TI[first:end]).split(rank), strict=True):
+                d_a[node] += part
+            if dx_TI is not None:
+                dx_TI[first:end].addmm_(d_inner, a[node])
+        return dx_TI, None, None, dy_TO if ctx.needs_input_grad[3] else None, None, None, None, *d_halves
