@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from neuromas.packing import Packed
+from neuromas.packing import Packed, among_all
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -120,14 +120,18 @@ class PrefixAttention:
         self._masks: dict[int | None, Tensor | None] = {}
 
     def attend(
-        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None,
+        keep_K: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if keep_K is not None:
+            query_THD = among_all(query_THD, keep_K, len(keys_THD))
         keys, values = self.leave(keys_THD, values_THD)
         query = self.packed.pad(query_THD).transpose(1, 2)
         window = cutting(window, self.packed.width)
         if window not in self._masks:
             self._masks[window] = None if window is None else _band(self.packed.width, window, query)
-        return self.packed.unpad(_sdpa(query, keys, values, self._masks[window], scale).transpose(1, 2))
+        read_THD = self.packed.unpad(_sdpa(query, keys, values, self._masks[window], scale).transpose(1, 2))
+        return read_THD if keep_K is None else read_THD[keep_K]
 
     def leave(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
         """Leave a layer's keys and values behind, and return them as rows."""
@@ -165,20 +169,26 @@ class SuffixAttention:
         self.windows: set[int | None] = set()
         """Those of the layers that have attended."""
         self._longest = int(self.positions_T.max()) + 1
-        self._parts: dict[int | None, _Parts] = {}
+        self._parts: dict[tuple[int | None, bool], _Parts] = {}
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None,
+        keep_K: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         past = self.prefixes.past[layer]
         self.windows.add(window)
         window = cutting(window, self._longest)
         if not _has_kernel(query_THD, values_THD):
-            return self._on_one_grid(past, query_THD, keys_THD, values_THD, scale, window)
-        if window not in self._parts:
-            self._parts[window] = _Parts.of(self.packed, self.prefixes, self.of_row_B, window, query_THD.dtype)
-        out = _ReadBoth.apply(query_THD, keys_THD, values_THD, *past, self._parts[window], scale)
+            if keep_K is None:
+                return self._on_one_grid(past, query_THD, keys_THD, values_THD, scale, window)
+            query_THD = among_all(query_THD, keep_K, len(keys_THD))
+            return self._on_one_grid(past, query_THD, keys_THD, values_THD, scale, window)[keep_K]
+        # Whoever keeps some tokens keeps the same ones in every layer.
+        case = window, keep_K is not None
+        if case not in self._parts:
+            self._parts[case] = _Parts.of(self.packed, self.prefixes, self.of_row_B, window, keep_K, query_THD.dtype)
+        out = _ReadBoth.apply(query_THD, keys_THD, values_THD, *past, self._parts[case], scale)
         assert isinstance(out, Tensor)
         return out
 
@@ -236,42 +246,70 @@ class _Grid:
 
 
 @dataclass(frozen=True, slots=True)
+class _Bunch:
+    """Rows of like length, whose tokens read their own row."""
+
+    asking: _Grid
+    asked: _Grid
+    mask: Tensor | None
+    """Without one, a row is read causally by as many as it has tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Parts:
     """The two parts that the tokens of a stream read."""
 
     prefix: _Grid
     """Tokens as rows of those that read one prefix."""
     prefix_mask: Tensor
-    own: list[tuple[_Grid, Tensor | None]]
-    """Rows as they are, a bunch of like length at a time, each with its mask; without one, causally."""
+    own: list[_Bunch]
 
     @classmethod
-    def of(cls, packed: Packed, prefixes: Prefixes, of_row_B: Tensor, window: int | None, dtype: torch.dtype) -> "_Parts":
-        of_T, count = of_row_B[packed.row_T], len(prefixes.lengths_Q)
+    def of(
+        cls, packed: Packed, prefixes: Prefixes, of_row_B: Tensor, window: int | None, keep_K: Tensor | None, dtype: torch.dtype
+    ) -> "_Parts":
+        row_T, place_T = (packed.row_T, packed.column_T) if keep_K is None else (packed.row_T[keep_K], packed.column_T[keep_K])
+        of_T, count = of_row_B[row_T], len(prefixes.lengths_Q)
         column_T, width = columns_of(of_T, count)
         prefix = _Grid(torch.arange(len(of_T), device=of_T.device), of_T * width + column_T, count, width)
         columns_L = torch.arange(prefixes.width, device=of_T.device)
         seen_QSL = (columns_L < prefixes.lengths_Q[:, None])[:, None]
         if window is not None:
-            positions_T = prefixes.lengths_Q[of_T] + packed.column_T
-            positions_QS = prefix.pad(positions_T[:, None])[:, 0]
+            positions_QS = prefix.pad((prefixes.lengths_Q[of_T] + place_T)[:, None])[:, 0]
             seen_QSL = seen_QSL & (positions_QS[:, :, None] - columns_L < window)
-        return cls(prefix, additive(seen_QSL, dtype)[:, None], cls._bunches(packed, window, dtype))
+        mask = additive(seen_QSL, dtype)[:, None]
+        bunches = cls._bunches(packed, row_T, place_T, window, whole=keep_K is None, dtype=dtype)
+        return cls(prefix, mask, bunches)
 
     @staticmethod
-    def _bunches(packed: Packed, window: int | None, dtype: torch.dtype) -> list[tuple[_Grid, Tensor | None]]:
-        bunches: list[tuple[_Grid, Tensor | None]] = []
-        by_length_B = packed.lengths_B.argsort(stable=True)
-        for rows in by_length_B.split(ROWS_AT_ONCE):
+    def _bunches(
+        packed: Packed, row_T: Tensor, place_T: Tensor, window: int | None, *, whole: bool, dtype: torch.dtype
+    ) -> list[_Bunch]:
+        bunches: list[_Bunch] = []
+        for rows in packed.lengths_B.argsort(stable=True).split(ROWS_AT_ONCE):
             row_in_bunch_B = torch.full_like(packed.lengths_B, -1)
             row_in_bunch_B[rows] = torch.arange(len(rows), device=rows.device)
-            row_T = row_in_bunch_B[packed.row_T]
-            tokens = (row_T >= 0).nonzero()[:, 0]
             width = int(packed.lengths_B[rows[-1]])
-            grid = _Grid(tokens, row_T[tokens] * width + packed.column_T[tokens], len(rows), width)
-            mask = None if window is None else _band(width, window, torch.empty(0, dtype=dtype, device=rows.device))
-            bunches.append((grid, mask))
+            asked = _rows(row_in_bunch_B[packed.row_T], packed.column_T, len(rows), width)
+            if whole:
+                mask = None if window is None else _band(width, window, torch.empty(0, dtype=dtype, device=rows.device))
+                bunches.append(_Bunch(asked, asked, mask))
+                continue
+            in_bunch_T = row_in_bunch_B[row_T]
+            if not len(chosen := (in_bunch_T >= 0).nonzero()[:, 0]):
+                continue
+            column_S, most = columns_of(in_bunch_T[chosen], len(rows))
+            asking = _Grid(chosen, in_bunch_T[chosen] * most + column_S, len(rows), most)
+            distance = asking.pad(place_T[:, None])[:, 0, :, None] - torch.arange(width, device=rows.device)
+            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            bunches.append(_Bunch(asking, asked, additive(seen, dtype)[:, None]))
         return bunches
+
+
+def _rows(row_T: Tensor, column_T: Tensor, rows: int, width: int) -> _Grid:
+    """Return the grid of those tokens that are of a row; others have -1."""
+    tokens = (row_T >= 0).nonzero()[:, 0]
+    return _Grid(tokens, row_T[tokens] * width + column_T[tokens], rows, width)
 
 
 class _ReadBoth(torch.autograd.Function):
@@ -290,10 +328,11 @@ class _ReadBoth(torch.autograd.Function):
         of_prefix = parts.prefix.unpad(out), parts.prefix.unpad(total)
         of_own = torch.empty_like(of_prefix[0]), torch.empty_like(of_prefix[1])
         grids: list[Tensor] = []
-        for grid, mask in parts.own:
-            q, k, v = (grid.pad(stream) for stream in (query_THD, keys_TKD, values_TKD))
-            for whole, part in zip(of_own, read(q, k, v, mask, causal=mask is None, scale=scale), strict=True):
-                whole.index_copy_(0, grid.tokens, grid.unpad(part))
+        for bunch in parts.own:
+            q, k, v = bunch.asking.pad(query_THD), bunch.asked.pad(keys_TKD), bunch.asked.pad(values_TKD)
+            found = read(q, k, v, bunch.mask, causal=bunch.mask is None, scale=scale)
+            for whole, part in zip(of_own, found, strict=True):
+                whole.index_copy_(0, bunch.asking.tokens, bunch.asking.unpad(part))
             grids += (q, k, v)
         out_THD = merge(of_prefix, of_own)
         total_TH = torch.logaddexp(of_prefix[1], of_own[1])
@@ -312,10 +351,11 @@ class _ReadBoth(torch.autograd.Function):
 
         d_asked, d_prefix_keys, d_prefix_values = part(parts.prefix, (asked, prefix_keys, prefix_values), parts.prefix_mask)
         d_query_THD = parts.prefix.unpad(d_asked)
-        d_keys_TKD, d_values_TKD = (grads[0].new_empty(ctx.shape) for _ in range(2))
-        for at, (grid, mask) in enumerate(parts.own):
-            d_q, d_k, d_v = (grid.unpad(d) for d in part(grid, grids[3 * at : 3 * at + 3], mask))
-            d_query_THD.index_add_(0, grid.tokens, d_q)
-            d_keys_TKD.index_copy_(0, grid.tokens, d_k)
-            d_values_TKD.index_copy_(0, grid.tokens, d_v)
+        # Rows that nobody asks are in no bunch.
+        d_keys_TKD, d_values_TKD = (grads[0].new_zeros(ctx.shape) for _ in range(2))
+        for at, bunch in enumerate(parts.own):
+            d_q, d_k, d_v = part(bunch.asking, grids[3 * at : 3 * at + 3], bunch.mask)
+            d_query_THD.index_add_(0, bunch.asking.tokens, bunch.asking.unpad(d_q))
+            d_keys_TKD.index_copy_(0, bunch.asked.tokens, bunch.asked.unpad(d_k))
+            d_values_TKD.index_copy_(0, bunch.asked.tokens, bunch.asked.unpad(d_v))
         return d_query_THD, d_keys_TKD, d_values_TKD, d_prefix_keys, d_prefix_values, None, None

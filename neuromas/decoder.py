@@ -36,39 +36,35 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "a
 
 
 class _Heads(torch.autograd.Function):
-    """One product's columns to queries, keys and values: queries and keys normed, where the model does so, and rotated."""
+    """A product's columns as heads: the first `turned` normed, where the model does so, and rotated; the rest as they are."""
 
     @staticmethod
     def forward(
-        ctx: Any, qkv_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: tuple[int, int], scale_XD: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        queries, keys = heads
-        qkv = qkv_TC.unflatten(1, (queries + 2 * keys, -1))
-        x = qkv[:, : queries + keys]
+        ctx: Any, columns_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, turned: int, scale_XD: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        heads = columns_TC.unflatten(1, (-1, cos_TD.shape[1]))
+        x = heads[:, :turned]
         if scale_XD is not None:
             normal, inverse = normalised(x, eps)
             ctx.save_for_backward(cos_TD, sin_TD, normal, inverse, scale_XD)
             x = normal * scale_XD
         else:
             ctx.save_for_backward(cos_TD, sin_TD)
-        rotated = _rotate(x, cos_TD, sin_TD, 1).to(qkv_TC.dtype)
-        return rotated[:, :queries], rotated[:, queries:], qkv[:, queries + keys :].clone()
+        return _rotate(x, cos_TD, sin_TD, 1).to(columns_TC.dtype), heads[:, turned:].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_queries, d_keys, d_values = grads
+        d_turned, d_rest = grads
         cos_TD, sin_TD, *norm = ctx.saved_tensors
-        tokens, queries, size = d_queries.shape
-        both = queries + d_keys.shape[1]
-        d_qkv = d_queries.new_empty(tokens, both + d_values.shape[1], size)
-        d_qkv[:, both:] = d_values
-        for part, d_rotated in ((slice(0, queries), d_queries), (slice(queries, both), d_keys)):
-            dx = _rotate(d_rotated, cos_TD, sin_TD, -1)
-            if norm:
-                normal, inverse, scale_XD = norm
-                dx = normalised_backward(dx.mul_(scale_XD[part]), normal[:, part], inverse[:, part])
-            d_qkv[:, part] = dx
-        return d_qkv.flatten(1), None, None, None, None, None
+        tokens, turned, size = d_turned.shape
+        d_heads = d_turned.new_empty(tokens, turned + d_rest.shape[1], size)
+        d_heads[:, turned:] = d_rest
+        dx = _rotate(d_turned, cos_TD, sin_TD, -1)
+        if norm:
+            normal, inverse, scale_XD = norm
+            dx = normalised_backward(dx.mul_(scale_XD), normal, inverse)
+        d_heads[:, :turned] = dx
+        return d_heads.flatten(1), None, None, None, None, None
 
 
 def _rotate(x_TXD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: int) -> Tensor:
@@ -128,9 +124,23 @@ class _Layer:
     """Which of the model's rotary frequencies it uses."""
     activation: str
 
-    def query_keys_values(self, hidden_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(self.before_attention(hidden_TH))
-        parts = _Heads.apply(qkv, *angles, self.heads, self.head_scale_XD, self.head_eps)
+    def query_keys_values(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        turned, values = self._turned(self.qkv, normal_TH, angles, slice(sum(self.heads)))
+        query, keys = turned.split(self.heads, 1)
+        return query, keys, values
+
+    def query(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        return self._turned(self.qkv.select(0, 1), normal_TH, angles, slice(self.heads[0]))[0]
+
+    def keys_values(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._turned(self.qkv.select(1, 3), normal_TH, angles, slice(self.heads[0], sum(self.heads)))
+
+    def _turned(
+        self, linear: LinearGroup, normal_TH: Tensor, angles: tuple[Tensor, Tensor], heads: slice
+    ) -> tuple[Tensor, Tensor]:
+        scale_XD = None if self.head_scale_XD is None else self.head_scale_XD[heads]
+        turned = heads.stop - (heads.start or 0)
+        parts = _Heads.apply(linear(normal_TH), *angles, turned, scale_XD, self.head_eps)
         assert isinstance(parts, tuple)
         return parts
 
@@ -188,12 +198,20 @@ class Decoder:
         keep_K: Int[Tensor, " K"],
     ) -> Float[Tensor, "K H"]:
         """Return what the head reads, of the tokens at the given places of the stream; they are in order."""
-        hidden_TH, streams = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
-        last, number = self._layers[-1], len(self._layers) - 1
-        read_TXD = attention.attend(number, *streams, scale=last.scale, window=last.window)
-        if len(keep_K) < len(ids_T):
-            hidden_TH, read_TXD = hidden_TH.index_select(0, keep_K), read_TXD.index_select(0, keep_K)
-            nodes_T = None if nodes_T is None else nodes_T[keep_K]
+        hidden_TH, normal_TH, angles = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
+        last, keep = self._layers[-1], None if len(keep_K) == len(ids_T) else keep_K
+        if keep is None:
+            with self._routed(nodes_T):
+                streams = last.query_keys_values(normal_TH, angles)
+        else:
+            with self._routed(nodes_T):
+                keys_values = last.keys_values(normal_TH, angles)
+            hidden_TH, normal_TH = hidden_TH.index_select(0, keep), normal_TH.index_select(0, keep)
+            nodes_T = None if nodes_T is None else nodes_T[keep]
+            with self._routed(nodes_T):
+                streams = last.query(normal_TH, (angles[0][keep], angles[1][keep])), *keys_values
+        number = len(self._layers) - 1
+        read_TXD = attention.attend(number, *streams, scale=last.scale, window=last.window, keep_K=keep)
         with self._routed(nodes_T):
             return self._norm(last.rest(hidden_TH, read_TXD))
 
@@ -205,22 +223,24 @@ class Decoder:
 
     def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
         """Compute no more than what others read of these tokens."""
-        _, (_, keys, values) = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
-        attention.leave(keys, values)
+        _, normal_TH, angles = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
+        with self._routed(nodes_T):
+            attention.leave(*self._layers[-1].keys_values(normal_TH, angles))
 
     def _to_last_layer(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Return hidden states before the last layer, and what it makes of them for attention."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Return hidden states before the last layer, the same normed as it does, and the angles of its kind."""
         hidden_TH = self._embedding(ids_T)
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         angles = {kind: _angles(positions_T, *frequencies, dtype) for kind, frequencies in self._frequencies.items()}
         with self._routed(nodes_T):
             for number, layer in enumerate(self._layers[:-1]):
-                streams = layer.query_keys_values(hidden_TH, angles[layer.kind])
-                hidden_TH = layer.rest(hidden_TH, attention.attend(number, *streams, scale=layer.scale, window=layer.window))
-            last = self._layers[-1]
-            return hidden_TH, last.query_keys_values(hidden_TH, angles[last.kind])
+                streams = layer.query_keys_values(layer.before_attention(hidden_TH), angles[layer.kind])
+                read_TXD = attention.attend(number, *streams, scale=layer.scale, window=layer.window)
+                hidden_TH = layer.rest(hidden_TH, read_TXD)
+        last = self._layers[-1]
+        return hidden_TH, last.before_attention(hidden_TH), angles[last.kind]
 
     def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
         return self._adapters.routed(nodes_T) if self._adapters else nullcontext()

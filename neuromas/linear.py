@@ -4,7 +4,9 @@ LoRA (Hu et al. 2022, arXiv 2106.09685): y = W x + (alpha / r) B A x, with W fro
 Modules that read the same tokens are one product: their W stand below each other, and so do their A.
 """
 
+import itertools
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,27 +106,45 @@ class LinearGroup:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        bases = [module.base if isinstance(module, AdaptedLinear) else module for module in modules]
-        linears = [base for base in bases if isinstance(base, nn.Linear)]
+        self._modules = tuple(modules)
+        linears = [_base(module) for module in modules]
+        self._ends = list(itertools.accumulate(linear.out_features for linear in linears))
         self.weight, self.bias = linears[0].weight.data, linears[0].bias
         if len(linears) > 1:
             self.weight = torch.cat([linear.weight.data for linear in linears])
             if self.bias is not None:
                 self.bias = torch.cat([linear.bias.data for linear in linears])
-        self._adapted: list[AdaptedLinear] = []
-        self._columns: list[slice] = []
-        first = 0
-        for module, linear in zip(modules, linears, strict=True):
-            columns = slice(first, first + linear.out_features)
-            first = columns.stop
+        for linear, columns in zip(linears, self._columns(), strict=True):
             linear.weight.data = self.weight[columns]
-            if isinstance(module, AdaptedLinear):
-                self._adapted.append(module)
-                self._columns.append(columns)
+        self._keep_adapted()
+
+    def _columns(self) -> list[slice]:
+        return [slice(first, end) for first, end in zip([0, *self._ends], self._ends, strict=False)]
+
+    def _keep_adapted(self) -> None:
+        pairs = zip(self._modules, self._columns(), strict=True)
+        adapted = [(module, columns) for module, columns in pairs if isinstance(module, AdaptedLinear)]
+        self._adapted, self._adapted_columns = tuple(m for m, _ in adapted), tuple(columns for _, columns in adapted)
+
+    def select(self, first: int, end: int) -> "LinearGroup":
+        """Return some of the modules as a group that looks into the same weights."""
+        columns = self._columns()[first:end]
+        rows = slice(columns[0].start, columns[-1].stop)
+        part = copy(self)
+        part._modules, part._ends = self._modules[first:end], [stop.stop - rows.start for stop in columns]
+        part.weight, part.bias = self.weight[rows], None if self.bias is None else self.bias[rows]
+        part._keep_adapted()
+        return part
 
     def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
         """Return the outputs of the modules beside each other, (T, sum of out), plus the residual."""
-        return product(x_TI, self.weight, self.bias, tuple(self._adapted), tuple(self._columns), residual_TO)
+        return product(x_TI, self.weight, self.bias, self._adapted, self._adapted_columns, residual_TO)
+
+
+def _base(module: nn.Module) -> nn.Linear:
+    linear = module.base if isinstance(module, AdaptedLinear) else module
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def product(

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,9 +32,18 @@ class Attention(Protocol):
         *,
         scale: float,
         window: int | None,
+        keep_K: Int[Tensor, " K"] | None = None,
     ) -> Float[Tensor, "T H D"]:
-        """Return what each token reads. With a `window`, a token sees that many, itself among them."""
+        """Return what each token reads. With a `window`, a token sees that many, itself among them.
+
+        With `keep_K`, queries are those of the tokens at these places alone, and so is what is returned.
+        """
         ...
+
+
+def among_all(query_KHD: Tensor, keep_K: Tensor, tokens: int) -> Tensor:
+    """Return queries of some tokens as those of all, 0 elsewhere: for attention that has all tokens read."""
+    return query_KHD.new_zeros(tokens, *query_KHD.shape[1:]).index_copy(0, keep_K, query_KHD)
 
 
 def _attention(

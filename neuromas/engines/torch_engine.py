@@ -109,10 +109,11 @@ class _PrefillAttention(SuffixAttention):
         self._writing = _Writing(slots, packed.row_T + first, packed.column_T)
 
     def attend(
-        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None,
+        keep_K: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         self._writing.write(layer, keys_THD, values_THD)
-        return super().attend(layer, query_THD, keys_THD, values_THD, scale=scale, window=window)
+        return super().attend(layer, query_THD, keys_THD, values_THD, scale=scale, window=window, keep_K=keep_K)
 
 
 class _Sharing:
@@ -158,8 +159,10 @@ class _DecodeAttention:
         return self._masks[window]
 
     def attend(
-        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+        self, layer: int, query_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, *, scale: float, window: int | None,
+        keep_K: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert keep_K is None, "every row's one token is asked for"
         slots, sharing = self._slots, self._sharing
         window = cutting(window, self._longest)
         self._writing.write(layer, keys_THD, values_THD)
