@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from neuromas.config import AdapterConfig
-from neuromas.linear import HALVES, AdaptedLinear, Route, Routing, name_of
+from neuromas.linear import HALVES, KEPT_AT_MOST, AdaptedLinear, Route, Routing, name_of
 
 DEFAULT_TOTAL_RANK = 24
 _PEFT_PREFIX = "base_model.model."
@@ -118,7 +118,9 @@ class AdapterBank:
         """
         routing = self.routing
         before = routing.route
-        routing.route = None if nodes_T is None else Route.of(nodes_T, len(self.nodes), self.rank, self._dtype)
+        routing.route = None if nodes_T is None else Route.of(
+            nodes_T, len(self.nodes), self.rank, self._dtype, kept_whole=routing.whole is not None
+        )  # fmt: skip
         try:
             yield
         finally:
@@ -128,10 +130,16 @@ class AdapterBank:
     def keep_merged(self) -> Iterator[None]:
         """Prepare adapters for products once for all forwards inside, which have no gradients and change no adapter."""
         self.routing.kept = {}
+        self.routing.whole = {} if self._whole_bytes <= KEPT_AT_MOST and self._dtype.itemsize >= 4 else None
         try:
             yield
         finally:
-            self.routing.kept = None
+            self.routing.kept = self.routing.whole = None
+
+    @property
+    def _whole_bytes(self) -> int:
+        weights = (module.base.weight for module in self.modules.values())
+        return len(self.nodes) * sum(weight.numel() * weight.itemsize for weight in weights)
 
     def index(self, node: int) -> int:
         return self.nodes.index(node) if len(self.nodes) > 1 else 0

@@ -18,6 +18,12 @@ from torch.nn import functional
 HALVES = ("lora_A", "lora_B")
 LONG_STRETCH = 256
 """Tokens of one node, on average, from which on products of their own cost less than one product with all nodes' ranks."""
+SHORT_STRETCH = 8
+"""The same where each node's whole weights are kept."""
+KEPT_AT_MOST = 2**26
+"""Bytes of all nodes' whole weights, W + scaling B A, that are kept while sampling."""
+_WHOLE_FROM = 4
+"""A stretch of in x out / (in + out) tokens, times this, is read by whole weights made for it."""
 Runs = tuple[tuple[int, int, int], ...]
 
 
@@ -33,13 +39,14 @@ class Route:
     """(tokens, nodes x r): 1 at the ranks of a token's node, else 0. Where tokens are of several nodes."""
 
     @classmethod
-    def of(cls, nodes_T: Tensor, nodes: int, rank: int, dtype: torch.dtype) -> "Route":
+    def of(cls, nodes_T: Tensor, nodes: int, rank: int, dtype: torch.dtype, *, kept_whole: bool) -> "Route":
         stretches, counts = torch.unique_consecutive(nodes_T, return_counts=True)
-        if len(stretches) == 1 and not torch.is_grad_enabled():
-            return cls((), node=int(stretches))
-        if torch.is_grad_enabled() or len(nodes_T) >= LONG_STRETCH * len(stretches):
+        shortest = SHORT_STRETCH if kept_whole else LONG_STRETCH
+        if torch.is_grad_enabled() or len(nodes_T) >= shortest * len(stretches):
             ends = counts.cumsum(0)
             return cls(tuple(zip(stretches.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
+        if len(stretches) == 1:
+            return cls((), node=int(stretches))
         places = torch.arange(nodes * rank, device=nodes_T.device) // rank
         return cls((), mask_TR=(nodes_T[:, None] == places).to(dtype))
 
@@ -54,6 +61,9 @@ class Routing:
     """None: no adapter acts."""
     kept: "dict[tuple[tuple[AdaptedLinear, ...], int | None], tuple[Tensor, list[Tensor]]] | None" = None
     """What modules made of their adapters for forwards without gradients, while adapters do not change."""
+    whole: dict[tuple[int, int, int], Tensor] | None = None
+    """The same as whole weights, W + scaling B A, by where W lies, its rows and the node; None where they are too large, or have
+    too few digits to hold B A."""
     generations: list[tuple[int, ...]] = field(default_factory=list)
 
 
@@ -156,6 +166,8 @@ def product(
     if routing is None or routing.route is None:
         return _linear(x_TI, weight, bias, residual_TO)
     route = routing.route
+    if route.runs and routing.whole is not None:
+        return _by_whole_weights(x_TI, weight, bias, adapted, columns, residual_TO)
     if route.runs:
         halves = [module.all_nodes(half) for module in adapted for half in HALVES]
         y = _RoutedLinear.apply(x_TI, weight, bias, residual_TO, routing.scaling, route.runs, columns, *halves)
@@ -179,6 +191,34 @@ def _linear(x_TI: Tensor, weight: Tensor, bias: Tensor | None, residual_TO: Tens
     return y_TO if bias is None else y_TO + bias
 
 
+def _by_whole_weights(
+    x_TI: Tensor, weight: Tensor, bias: Tensor | None, adapted: tuple[AdaptedLinear, ...], columns: tuple[slice, ...],
+    residual_TO: Tensor | None,
+) -> Tensor:  # fmt: skip
+    routing = adapted[0].routing
+    assert routing.route is not None
+    assert routing.whole is not None
+    y_TO = x_TI.new_empty(len(x_TI), len(weight))
+    for node, first, end in routing.route.runs:
+        key = weight.data_ptr(), len(weight), node
+        if key not in routing.whole:
+            pairs = [(module.all_nodes("lora_A")[node], module.all_nodes("lora_B")[node]) for module in adapted]
+            routing.whole[key] = whole_weight(weight, columns, pairs, routing.scaling).T
+        if residual_TO is None:
+            torch.mm(x_TI[first:end], routing.whole[key], out=y_TO[first:end])
+        else:
+            torch.addmm(residual_TO[first:end], x_TI[first:end], routing.whole[key], out=y_TO[first:end])
+    return y_TO if bias is None else y_TO.add_(bias)
+
+
+def whole_weight(weight: Tensor, columns: tuple[slice, ...], pairs: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
+    """Return W + scaling B A, (out, in)."""
+    whole = weight.clone()
+    for where, (a, b) in zip(columns, pairs, strict=True):
+        whole[where].addmm_(b, a, alpha=scaling)
+    return whole
+
+
 def _merged(
     routing: Routing, adapted: tuple[AdaptedLinear, ...], node: int | None, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor]]:
@@ -195,42 +235,66 @@ def _merged(
 
 
 class _RoutedLinear(torch.autograd.Function):
-    """W x plus, stretch by stretch, scaling B A x. Written out: each stretch is added in place and nothing is gathered."""
+    """W x plus, stretch by stretch, scaling B A x. Written out: each stretch is added in place and nothing is gathered.
+
+    A long stretch is read by W + scaling B A, made for it and made again for its gradient: one product in place of three. Not
+    in bfloat16, whose digits lose small updates of a weight.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor | None, residual_TO: Tensor | None, scaling: float, runs: Runs,
         columns: tuple[slice, ...], *halves: Tensor,
     ) -> Tensor:  # fmt: skip
-        y_TO = _linear(x_TI, weight, bias, residual_TO)
-        every_a = [half.to(x_TI.dtype) for half in halves[::2]]
-        rank, a = every_a[0].shape[1], torch.cat(every_a, 1)
-        bs = [(scaling * half).to(x_TI.dtype) for half in halves[1::2]]
-        inner_TR = x_TI.new_empty(len(x_TI), a.shape[1])
+        every_a, every_b = ([half.to(x_TI.dtype) for half in halves[which::2]] for which in (0, 1))
+        y_TO = x_TI.new_empty(len(x_TI), len(weight))
         for node, first, end in runs:
-            inner = torch.mm(x_TI[first:end], a[node].T, out=inner_TR[first:end])
-            for b, where, part in zip(bs, columns, inner.split(rank, 1), strict=True):
-                y_TO[first:end, where].addmm_(part, b[node].T)
-        ctx.save_for_backward(x_TI, weight, inner_TR, a, *bs)
+            x, y = x_TI[first:end], y_TO[first:end]
+            pairs = [(a[node], b[node]) for a, b in zip(every_a, every_b, strict=True)]
+            long = _is_long(end - first, weight)
+            used = whole_weight(weight, columns, pairs, scaling) if long else weight
+            if residual_TO is None:
+                torch.mm(x, used.T, out=y)
+            else:
+                torch.addmm(residual_TO[first:end], x, used.T, out=y)
+            if not long:
+                for where, (a, b) in zip(columns, pairs, strict=True):
+                    y[:, where].addmm_(x @ a.T, b.T, alpha=scaling)
+        if bias is not None:
+            y_TO += bias
+        ctx.save_for_backward(x_TI, weight, *every_a, *every_b)
         ctx.scaling, ctx.runs, ctx.columns = scaling, runs, columns
         ctx.like = [(half.shape, half.dtype) for half in halves]
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight, inner_TR, a, *bs = ctx.saved_tensors
-        dy_TO, rank = grads[0], bs[0].shape[2]
-        dx_TI = dy_TO @ weight if ctx.needs_input_grad[0] else None
-        d_halves = [torch.zeros(shape, dtype=dtype, device=a.device) for shape, dtype in ctx.like]
+        x_TI, weight, *halves = ctx.saved_tensors
+        count, columns, scaling, dy_TO = len(ctx.columns), ctx.columns, ctx.scaling, grads[0]
+        every_a, every_b = halves[:count], halves[count:]
+        rank = every_a[0].shape[1]
+        dx_TI = torch.empty_like(x_TI) if ctx.needs_input_grad[0] else None
+        d_halves = [torch.zeros(shape, dtype=dtype, device=x_TI.device) for shape, dtype in ctx.like]
         for node, first, end in ctx.runs:
-            inner = inner_TR[first:end]
-            d_inner = torch.empty_like(inner)
-            for place, (b, where) in enumerate(zip(bs, ctx.columns, strict=True)):
-                ranks, dy = slice(place * rank, (place + 1) * rank), dy_TO[first:end, where]
-                d_inner[:, ranks] = dy @ b[node]
-                d_halves[2 * place + 1][node] += ctx.scaling * (dy.T @ inner[:, ranks])
-            for d_a, part in zip(d_halves[::2], (d_inner.T @ x_TI[first:end]).split(rank), strict=True):
-                d_a[node] += part
+            x, dy = x_TI[first:end], dy_TO[first:end]
+            pairs = [(a[node], b[node]) for a, b in zip(every_a, every_b, strict=True)]
+            every = torch.cat([a for a, _ in pairs])
+            inner, d_inner = x @ every.T, x.new_empty(len(x), len(every))
+            for place, (where, (_, b)) in enumerate(zip(columns, pairs, strict=True)):
+                ranks = slice(place * rank, (place + 1) * rank)
+                d_inner[:, ranks] = dy[:, where] @ b
+                # This way around it takes less than half the time.
+                d_halves[2 * place + 1][node].add_((inner[:, ranks].T @ dy[:, where]).T, alpha=scaling)
+            for d_a, part in zip(d_halves[::2], (d_inner.T @ x).split(rank), strict=True):
+                d_a[node].add_(part, alpha=scaling)
             if dx_TI is not None:
-                dx_TI[first:end].addmm_(d_inner, a[node])
+                long = _is_long(end - first, weight)
+                dx = torch.mm(dy, whole_weight(weight, columns, pairs, scaling) if long else weight, out=dx_TI[first:end])
+                if not long:
+                    dx.addmm_(d_inner, every, alpha=scaling)
         return dx_TI, None, None, dy_TO if ctx.needs_input_grad[3] else None, None, None, None, *d_halves
+
+
+def _is_long(tokens: int, weight: Tensor) -> bool:
+    rows, columns = weight.shape
+    return weight.dtype.itemsize >= 4 and tokens * (rows + columns) >= _WHOLE_FROM * rows * columns
