@@ -296,8 +296,8 @@ class _Parts:
                 bunches.append(_Bunch(asked, asked, mask))
                 continue
             in_bunch_T = row_in_bunch_B[row_T]
-            if not len(chosen := (in_bunch_T >= 0).nonzero()[:, 0]):
-                continue
+            chosen = (in_bunch_T >= 0).nonzero()[:, 0]
+            assert len(chosen), "some token of every row is kept"
             column_S, most = columns_of(in_bunch_T[chosen], len(rows))
             asking = _Grid(chosen, in_bunch_T[chosen] * most + column_S, len(rows), most)
             distance = asking.pad(place_T[:, None])[:, 0, :, None] - torch.arange(width, device=rows.device)
@@ -351,8 +351,7 @@ class _ReadBoth(torch.autograd.Function):
 
         d_asked, d_prefix_keys, d_prefix_values = part(parts.prefix, (asked, prefix_keys, prefix_values), parts.prefix_mask)
         d_query_THD = parts.prefix.unpad(d_asked)
-        # Rows that nobody asks are in no bunch.
-        d_keys_TKD, d_values_TKD = (grads[0].new_zeros(ctx.shape) for _ in range(2))
+        d_keys_TKD, d_values_TKD = (grads[0].new_empty(ctx.shape) for _ in range(2))
         for at, bunch in enumerate(parts.own):
             d_q, d_k, d_v = part(bunch.asking, grids[3 * at : 3 * at + 3], bunch.mask)
             d_query_THD.index_add_(0, bunch.asking.tokens, bunch.asking.unpad(d_q))

@@ -209,8 +209,9 @@ class TrainConfig:
     terminal reward alone, the paper's."""
     normalize: bool = False
     """Divide a group's advantages by the standard deviation of its rewards."""
-    rows_per_micro_batch: int = 64
-    """Completions in one forward and backward pass: less takes less memory and changes nothing else."""
+    tokens_per_micro_batch: int = 8192
+    """Tokens in one forward and backward pass, prompts among them, but one completion at least: fewer take less memory and
+    change nothing else."""
 
     eval_size: int = 500
     """Held-out generated problems that the network answers before and after training."""
@@ -233,7 +234,7 @@ class TrainConfig:
             "num_steps",
             "examples_per_step",
             "max_new_tokens",
-            "rows_per_micro_batch",
+            "tokens_per_micro_batch",
             "eval_size",
             "validation_size",
             "save_every",

@@ -62,8 +62,9 @@ class _Heads(torch.autograd.Function):
         dx = _rotate(d_turned, cos_TD, sin_TD, -1)
         if norm:
             normal, inverse, scale_XD = norm
-            dx = normalised_backward(dx.mul_(scale_XD), normal, inverse)
-        d_heads[:, :turned] = dx
+            normalised_backward(dx.mul_(scale_XD), normal, inverse, d_heads[:, :turned])
+        else:
+            d_heads[:, :turned] = dx
         return d_heads.flatten(1), None, None, None, None, None
 
 

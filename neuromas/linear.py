@@ -62,8 +62,8 @@ class Routing:
     kept: "dict[tuple[tuple[AdaptedLinear, ...], int | None], tuple[Tensor, list[Tensor]]] | None" = None
     """What modules made of their adapters for forwards without gradients, while adapters do not change."""
     whole: dict[tuple[int, int, int], Tensor] | None = None
-    """The same as whole weights, W + scaling B A, by where W lies, its rows and the node; None where they are too large, or have
-    too few digits to hold B A."""
+    """The same as whole weights, W + scaling B A, by where W lies, its rows and the node; None where they are too large, or
+    have too few digits to hold B A."""
     generations: list[tuple[int, ...]] = field(default_factory=list)
 
 

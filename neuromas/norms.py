@@ -13,10 +13,10 @@ def normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
-def normalised_backward(grad: Tensor, normal: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient at x, given that at x / rms(x), which is overwritten."""
+def normalised_backward(grad: Tensor, normal: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
+    """Write the gradient at x into `out`, given that at x / rms(x), which is overwritten and may be `out`."""
     along = torch.linalg.vecdot(grad, normal).unsqueeze(-1).div_(normal.shape[-1])
-    return grad.addcmul_(normal, along, value=-1).mul_(inverse)
+    return torch.mul(grad.addcmul_(normal, along, value=-1), inverse, out=out)
 
 
 class _Normalise(torch.autograd.Function):
@@ -32,7 +32,8 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         normal, inverse, scale = ctx.saved_tensors
-        return normalised_backward(grads[0] * scale.to(normal.dtype), normal, inverse).to(ctx.dtype), None, None
+        grad = grads[0] * scale.to(normal.dtype)
+        return normalised_backward(grad, normal, inverse, grad).to(ctx.dtype), None, None
 
 
 class RMSNorm(nn.Module):

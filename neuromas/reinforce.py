@@ -70,19 +70,34 @@ class Batch:
     temperature: float
     scope: Literal["all", "suffix"]
 
-    def split(self, rows_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
-        for start in range(0, len(self.completions), rows_per_micro_batch):
-            yield self._tensors(self.completions[start : start + rows_per_micro_batch], device)
+    def split(self, tokens_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
+        """Yield rows whose own tokens and distinct prefixes are at most so many together, one row at least."""
+        part: list[tuple[Completion, float]] = []
+        prefixes: set[tuple[tuple[int, ...], int]] = set()
+        tokens = 0
+        for item in self.completions:
+            prompt, key = item[0].prompt, self._prefix_key(item[0])
+            own = len(prompt.suffix_ids) + len(item[0].sample.token_ids)
+            if part and tokens + own + (key not in prefixes) * len(prompt.prefix_ids) > tokens_per_micro_batch:
+                yield self._tensors(part, device)
+                part, prefixes, tokens = [], set(), 0
+            tokens += own + (key not in prefixes) * len(prompt.prefix_ids)
+            prefixes.add(key)
+            part.append(item)
+        if part:
+            yield self._tensors(part, device)
+
+    def _index(self, node: int) -> int:
+        # A single adapter serves whoever speaks.
+        return self.nodes.index(node) if len(self.nodes) > 1 else 0
+
+    def _prefix_key(self, completion: Completion) -> tuple[tuple[int, ...], int]:
+        # With scope `suffix` a prefix is read without any adapter, so all nodes share it; the node in its key is then 0.
+        return completion.prompt.prefix_ids, (self._index(completion.node) if self.scope == "all" else 0)
 
     def _tensors(self, part: Sequence[tuple[Completion, float]], device: torch.device) -> MicroBatch:
-        index = {node: i for i, node in enumerate(self.nodes)}
-        # A single adapter serves whoever speaks.
-        nodes = [index[completion.node] if len(index) > 1 else 0 for completion, _ in part]
-        # With scope `suffix` a prefix is read without any adapter, so all nodes share it; the node in its key is then 0.
-        keys = [
-            (completion.prompt.prefix_ids, node if self.scope == "all" else 0)
-            for (completion, _), node in zip(part, nodes, strict=True)
-        ]
+        nodes = [self._index(completion.node) for completion, _ in part]
+        keys = [self._prefix_key(completion) for completion, _ in part]
         distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
         samples = [completion.sample for completion, _ in part]
         suffixes = Packed.of([(*completion.prompt.suffix_ids, *completion.sample.token_ids) for completion, _ in part], device)

@@ -248,7 +248,7 @@ class Trainer:
             scope=self.backbone.scope,
         )  # fmt: skip
         loss_sum = gap = 0.0
-        for micro_batch in batch.split(config.rows_per_micro_batch, self.backbone.device):
+        for micro_batch in batch.split(config.tokens_per_micro_batch, self.backbone.device):
             logprobs_K = self.backbone.logprobs(micro_batch.rows)
             loss = reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts)
             loss.backward()

@@ -66,11 +66,11 @@ class Case:
         )  # fmt: skip
 
     def rows(self) -> Rows:
-        (micro,) = self.batch().split(1000, self.backbone.device)
+        (micro,) = self.batch().split(10**6, self.backbone.device)
         return micro.rows
 
-    def gradients(self, batch: reinforce.Batch, rows_per_micro_batch: int = 1000) -> dict[str, Tensor]:
-        for micro in batch.split(rows_per_micro_batch, self.backbone.device):
+    def gradients(self, batch: reinforce.Batch, tokens_per_micro_batch: int = 10**6) -> dict[str, Tensor]:
+        for micro in batch.split(tokens_per_micro_batch, self.backbone.device):
             logprobs_K = self.backbone.logprobs(micro.rows)
             reinforce.loss(logprobs_K, micro.advantages_K, batch.num_rollouts).backward()
         return self.take_gradients()
@@ -182,7 +182,7 @@ def test_gradients_through_the_shared_prefix_equal_the_unshared_computation(case
 def test_what_lies_beside_a_row_changes_nothing(case: Case) -> None:
     """Alone, a row is a grid without padding; among others its prefix and its text are padded to the longest."""
     batch = case.batch()
-    (whole,) = batch.split(1000, case.backbone.device)
+    (whole,) = batch.split(10**6, case.backbone.device)
     assert len({len(c.prompt.prefix_ids) for c, _ in batch.completions}) > 1, "no prefix is padded"
     assert whole.rows.suffixes.rows * whole.rows.suffixes.width > len(whole.rows.suffixes.ids_T), "no text is padded"
     with torch.no_grad():
@@ -193,11 +193,11 @@ def test_what_lies_beside_a_row_changes_nothing(case: Case) -> None:
 def test_row_order_and_micro_batch_size_change_nothing(case: Case) -> None:
     batch = case.batch()
     whole = case.gradients(batch)
-    assert_gradients_close(case.gradients(batch, rows_per_micro_batch=1), whole)
-    assert_gradients_close(case.gradients(batch, rows_per_micro_batch=5), whole)
+    assert_gradients_close(case.gradients(batch, tokens_per_micro_batch=1), whole)
+    assert_gradients_close(case.gradients(batch, tokens_per_micro_batch=60), whole)
     backwards = replace(batch, completions=batch.completions[::-1])
     assert_gradients_close(case.gradients(backwards), whole)
-    (micro,), (turned,) = (b.split(1000, case.backbone.device) for b in (batch, backwards))
+    (micro,), (turned,) = (b.split(10**6, case.backbone.device) for b in (batch, backwards))
     with torch.no_grad():
         straight_K, turned_K = case.backbone.logprobs(micro.rows), case.backbone.logprobs(turned.rows)
     by_row = turned_K.split([len(completion.sample.token_ids) for completion, _ in backwards.completions])

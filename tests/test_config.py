@@ -123,7 +123,7 @@ NAN = float("nan")
         ({"num_steps": 0}, "--num-steps must be at least 1, got 0"),
         ({"examples_per_step": 0}, "--examples-per-step must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
-        ({"rows_per_micro_batch": 0}, "--rows-per-micro-batch must be at least 1, got 0"),
+        ({"tokens_per_micro_batch": 0}, "--tokens-per-micro-batch must be at least 1, got 0"),
         ({"eval_size": 0}, "--eval-size must be at least 1, got 0"),
         ({"validation_size": 0}, "--validation-size must be at least 1, got 0"),
         ({"save_every": 0}, "--save-every must be at least 1, got 0"),

@@ -117,7 +117,7 @@ def test_what_is_learned_is_sampled_tokens_and_the_stop_token_and_nothing_else()
     second = completion(7, [1, 2], [8, *parents_text], [5, STOP])
     cut_off = completion(7, [1, 2, 3], [8], [6, 6, 6])
     batch = build([group([first, second]), group([cut_off])], [[2.0], [-1.0]])
-    (micro,) = batch.split(8, CPU)
+    (micro,) = batch.split(1000, CPU)
     rows = micro.rows
     assert rows_of(rows.prefixes) == [[1, 2], [1, 2, 3]]
     assert rows.prefix_of_row_B.tolist() == [0, 0, 1]
@@ -140,7 +140,7 @@ def test_a_prefix_is_kept_once_for_all_its_readers(
     scope: Literal["all", "suffix"], prefixes: list[list[int]], prefix_nodes: list[int], prefix_of_row: list[int]
 ) -> None:
     four, seven = completion(4, [1, 2], [3], [STOP]), completion(7, [1, 2], [8], [STOP])
-    (micro,) = build([group([four, seven], [four])], [[1.0, 1.0]], scope=scope).split(8, CPU)
+    (micro,) = build([group([four, seven], [four])], [[1.0, 1.0]], scope=scope).split(1000, CPU)
     assert rows_of(micro.rows.prefixes) == prefixes
     assert micro.rows.prefix_node_Q.tolist() == prefix_nodes
     assert micro.rows.prefix_of_row_B.tolist() == prefix_of_row
@@ -150,9 +150,14 @@ def test_a_prefix_is_kept_once_for_all_its_readers(
 def test_micro_batches_hold_every_row_once() -> None:
     groups = [group(*[[completion(4, [1], [3], [token, STOP])] for token in (5, 6, 7)])]
     batch = build(groups, [[1.0, 2.0, 3.0]])
-    parts = list(batch.split(2, CPU))
+    # A prefix of one token and rows of three: seven for two rows, which share it.
+    parts = list(batch.split(7, CPU))
     assert [part.advantages_K.tolist() for part in parts] == [[1.0, 1.0, 2.0, 2.0], [3.0, 3.0]]
     assert [rows_of(part.rows.suffixes) for part in parts] == [[[3, 5, STOP], [3, 6, STOP]], [[3, 7, STOP]]]
+    assert [part.rows.suffixes.rows for part in batch.split(6, CPU)] == [1, 1, 1]
+    assert [part.rows.suffixes.rows for part in batch.split(1, CPU)] == [1, 1, 1], (
+        "a row may be longer than all that is allowed"
+    )
 
 
 def test_rollouts_without_an_advantage_make_no_row_but_count_in_the_denominator() -> None:

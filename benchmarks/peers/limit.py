@@ -1,8 +1,10 @@
 """The limit: the bare matrix products of a case's tokens, without a model, padding, softmax, sampling or an optimizer.
 
 Products of frozen weights, adapters, output head and attention, at the shapes that the work needs at least: each distinct
-prefix once (a question and node with scope `all`, a question with scope `suffix`), every other token once, log-probabilities
-only where tokens were sampled. Nothing that is not a product is in it, so 1.0 cannot be reached.
+prefix once (a question and node with scope `all`, a question with scope `suffix`), every other token once, the last layer for
+tokens that somebody goes on from (of the others their keys and values alone), log-probabilities only where tokens were sampled.
+Adapters are part of the weights in a forward pass and its gradient; the gradients of their halves have products of their own.
+Nothing that is not a product is in it, so 1.0 cannot be reached.
 """
 
 import json
@@ -20,6 +22,8 @@ from benchmarks.peers.protocol import Work, serve
 
 TOKENS_AT_ONCE = 2048
 """Rows of a product over many tokens: enough to be as fast as it gets, and few enough to stay in a cache."""
+KEYS_AND_VALUES = (1, 2)
+"""Their places among a layer's linear modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +74,24 @@ class Products:
             self.buffer = self._random(math.prod(size) * 5 // 4)
         return self.buffer[: math.prod(size)].view(size)
 
-    def tokens(self, count: int, *, adapted: bool, backward: bool) -> None:
-        """Pass this many tokens of one node through the linear modules of all layers."""
-        for start in range(0, count, TOKENS_AT_ONCE):
-            n = min(TOKENS_AT_ONCE, count - start)
-            for layer in self.weights:
-                for weight, (a, b) in zip(layer, self.halves, strict=True):
-                    self._linear(weight, a, b, n, adapted=adapted, backward=backward)
+    def tokens(self, count: int, kept: int, *, adapted: bool, backward: bool) -> None:
+        """Pass this many tokens of one node through the linear modules of all layers, the kept ones to the end of the last."""
+        for number, layer in enumerate(self.weights):
+            for place, (weight, (a, b)) in enumerate(zip(layer, self.halves, strict=True)):
+                all_are_read = number + 1 < len(self.weights) or place in KEYS_AND_VALUES
+                left = count if all_are_read else kept
+                while left > 0:
+                    self._linear(weight, a, b, min(TOKENS_AT_ONCE, left), adapted=adapted, backward=backward)
+                    left -= TOKENS_AT_ONCE
 
     def _linear(self, weight: Tensor, a: Tensor, b: Tensor, n: int, *, adapted: bool, backward: bool) -> None:
         x, dy = self.input[:n, : weight.shape[1]], self.input[:n, : weight.shape[0]]
         torch.matmul(x, weight.T)
         if backward:
             torch.matmul(dy, weight)
-        if adapted:
-            h = x @ a.T
-            torch.matmul(h, b.T)
-            if backward:
-                dh = dy @ b
-                torch.matmul(dh, a)
-                torch.matmul(dh.T, x)
-                torch.matmul(dy.T, h)
+        if adapted and backward:
+            torch.matmul((dy @ b).T, x)
+            torch.matmul((x @ a.T).T, dy)
 
     def logits(self, count: int, *, backward: bool) -> None:
         for start in range(0, count, TOKENS_AT_ONCE):
@@ -99,15 +100,17 @@ class Products:
             if backward:
                 torch.matmul(out, self.head)
 
-    def attention(self, rows: int, queries: int, keys: int, *, backward: bool) -> None:
-        """Score and mix as many rows as given in all layers; queries of a group of heads share their keys."""
+    def attention(self, rows: int, queries: int, keys: int, *, layers: int, backward: bool) -> None:
+        """Score and mix as many rows as given; queries of a group of heads share their keys."""
+        if not layers or not queries:
+            return
         s = self.shape
         at_once = max(1, min(rows, 2**22 // max(1, s.heads * queries * keys)))
         q = self._lent(at_once * s.kv_heads, queries * s.heads // s.kv_heads, s.head)
         k = self._lent(at_once * s.kv_heads, keys, s.head)
         for start in range(0, rows, at_once):
             n = min(at_once, rows - start) * s.kv_heads
-            for _ in range(s.layers):
+            for _ in range(layers):
                 scores = q[:n] @ k[:n].mT
                 torch.matmul(scores, k[:n])
                 if backward:
@@ -128,20 +131,23 @@ class Products:
         for (_, node), length in self.distinct.items():
             by_node[node] += length
         for count in by_node.values():
-            self.tokens(count, adapted=adapted, backward=backward)
+            self.tokens(count, 0, adapted=adapted, backward=backward)
         mean = sum(self.distinct.values()) // len(self.distinct)
-        self.attention(len(self.distinct), mean, mean, backward=backward)
+        self.attention(len(self.distinct), mean, mean, layers=self.shape.layers - 1, backward=backward)
 
     def suffixes(self, rows: list[Row], *, written: bool) -> None:
         """Pass the rows' own tokens, in an update with what they wrote, through everything but the head."""
         lengths = [len(row.prompt) + len(row.written) * written for row in rows]
-        by_node: Counter[int] = Counter()
+        by_node, kept_by_node = Counter[int](), Counter[int]()
         for row, length in zip(rows, lengths, strict=True):
             by_node[row.node] += length
-        for count in by_node.values():
-            self.tokens(count, adapted=True, backward=written)
+            kept_by_node[row.node] += len(row.written) if written else 1
+        for node, count in by_node.items():
+            self.tokens(count, kept_by_node[node], adapted=True, backward=written)
         mean, prefix = sum(lengths) // len(rows), sum(len(row.prefix) for row in rows) // len(rows)
-        self.attention(len(rows), mean, prefix + mean, backward=written)
+        kept = sum(kept_by_node.values()) // len(rows)
+        self.attention(len(rows), mean, prefix + mean, layers=self.shape.layers - 1, backward=written)
+        self.attention(len(rows), kept, prefix + mean, layers=1, backward=written)
 
     def check(self) -> dict[str, Any]:
         return {}
@@ -176,19 +182,12 @@ class RolloutLimit(Products):
         return len(self.rows) * self.spec["new"]
 
     def _decode(self, rows: list[Row]) -> None:
-        nodes = len({row.node for row in rows})
         filled = sum(len(row.prefix) + len(row.prompt) for row in rows) // len(rows)
-        # Adapters of all nodes in one batched product, as many rows to each.
-        each = -(-len(rows) // nodes)
-        stacks = [(a.expand(nodes, *a.shape), b.expand(nodes, *b.shape)) for a, b in self.halves]
         for step in range(self.spec["new"]):
             for layer in self.weights:
-                for weight, (a, b) in zip(layer, stacks, strict=True):
-                    x = self.input[: len(rows), : weight.shape[1]]
-                    torch.matmul(x, weight.T)
-                    grouped = self.input[: nodes * each, : weight.shape[1]].view(nodes, each, -1)
-                    torch.bmm(torch.bmm(grouped, a.mT), b.mT)
-            self.attention(len(rows), 1, filled + step + 1, backward=False)
+                for weight in layer:
+                    torch.matmul(self.input[: len(rows), : weight.shape[1]], weight.T)
+            self.attention(len(rows), 1, filled + step + 1, layers=self.shape.layers, backward=False)
             self.logits(len(rows), backward=False)
 
 

@@ -112,7 +112,7 @@ def make_trainer(spec: dict[str, Any], steps: Sequence[Sequence[str]]) -> Traine
         topology=TopologyConfig(widths=tuple(spec["widths"])), adapter=AdapterConfig(rank=spec["rank"], scope=spec["scope"]),
         backbone=spec["model_folder"], dtype=spec["dtype"], device="cuda" if device.type == "cuda" else "cpu",
         num_steps=1_000_000, examples_per_step=spec["questions"], group_size=spec["group"], max_new_tokens=spec["new"],
-        lr=spec["lr"], eval_every=0, rows_per_micro_batch=spec["rows_per_micro_batch"], run_dir=folder / "run",
+        lr=spec["lr"], eval_every=0, run_dir=folder / "run",
     )  # fmt: skip
     run = RunDirectory.create(config)
     run.initialise()

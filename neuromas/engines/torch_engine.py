@@ -18,7 +18,7 @@ from torch import Tensor
 from neuromas.attention import Prefixes, SuffixAttention, additive, columns_of, cutting, merge, read
 from neuromas.backbone import Backbone
 from neuromas.engines.base import OnSample, uniforms
-from neuromas.packing import Attention, Packed
+from neuromas.packing import Packed
 from neuromas.types import Prompt, Request, Sample
 
 Keyed = tuple[int, Request]
@@ -116,10 +116,24 @@ class _PrefillAttention(SuffixAttention):
         return super().attend(layer, query_THD, keys_THD, values_THD, scale=scale, window=window, keep_K=keep_K)
 
 
-class _Sharing:
-    """Which live rows go on from which prefix: with the queries of a prefix behind each other, (Q, S), it is read once."""
+class _Order:
+    """Live rows by node, so that a node's tokens lie together, as long as none comes or goes.
 
-    def __init__(self, prefixes: Prefixes, prefix_B: Tensor, before: "_Sharing | None") -> None:
+    And which go on from which prefix: with the queries of a prefix behind each other, (Q, S), it is read once.
+    """
+
+    def __init__(self, prefixes: Prefixes, slots: _Slots, live: int, before: "_Order | None") -> None:
+        self.slot_B = slots.nodes[:live].argsort(stable=True)
+        in_order = torch.equal(self.slot_B, torch.arange(live, device=self.slot_B.device))
+        self.place_of_slot_B = None if in_order else self.slot_B.argsort()
+        """Where among the live rows each slot's row stands; None where slots are in order."""
+        self.node_B = slots.nodes[self.slot_B]
+        self._share(prefixes, slots.prefix[self.slot_B], before)
+
+    def by_slot(self, stream: Tensor) -> Tensor:
+        return stream if self.place_of_slot_B is None else stream.index_select(0, self.place_of_slot_B)
+
+    def _share(self, prefixes: Prefixes, prefix_B: Tensor, before: "_Order | None") -> None:
         used = prefix_B.unique()
         # Prefixes are copied together when new ones come, and when half of those that are there have no reader left.
         if before is not None and 2 * len(used) > len(before.places) and bool(torch.isin(used, before.places).all()):
@@ -133,11 +147,11 @@ class _Sharing:
 class _DecodeAttention:
     """One new token of each live row: it is written behind what its slot holds, and reads all of it and the row's prefix."""
 
-    def __init__(self, slots: _Slots, sharing: _Sharing) -> None:
-        self._slots, self._sharing = slots, sharing
-        self.column_B = slots.length[: len(sharing.row_B)]
-        self.positions_B = slots.prefix_length[: len(sharing.row_B)] + self.column_B
-        self._writing = _Writing(slots, torch.arange(len(sharing.row_B), device=self.column_B.device), self.column_B)
+    def __init__(self, slots: _Slots, order: _Order) -> None:
+        self._slots, self._order = slots, order
+        self.column_B = slots.length[order.slot_B]
+        self.positions_B = slots.prefix_length[order.slot_B] + self.column_B
+        self._writing = _Writing(slots, order.slot_B, self.column_B)
         self._width = int(self.column_B.max()) + 1
         self._longest = int(self.positions_B.max()) + 1
         self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}
@@ -145,15 +159,15 @@ class _DecodeAttention:
     def _mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return what is seen of the row's own tokens, (B, 1, 1, columns), and of prefixes, (Q, 1, 1 or S, W)."""
         if window not in self._masks:
-            sharing, device = self._sharing, self.column_B.device
-            own = torch.arange(self._width, device=device)
-            seen_own = own <= self.column_B[:, None]
-            of_prefix = torch.arange(sharing.prefixes.width, device=device)
-            seen_prefix = (of_prefix < sharing.prefixes.lengths_Q[:, None])[:, None]
+            order, device = self._order, self.column_B.device
+            own, column_of_slot_B = torch.arange(self._width, device=device), order.by_slot(self.column_B)
+            seen_own = own <= column_of_slot_B[:, None]
+            of_prefix = torch.arange(order.prefixes.width, device=device)
+            seen_prefix = (of_prefix < order.prefixes.lengths_Q[:, None])[:, None]
             if window is not None:
-                seen_own = seen_own & (self.column_B[:, None] - own < window)
-                positions_QS = self.positions_B.new_zeros(len(sharing.places), sharing.width)
-                positions_QS[sharing.row_B, sharing.column_B] = self.positions_B
+                seen_own = seen_own & (column_of_slot_B[:, None] - own < window)
+                positions_QS = self.positions_B.new_zeros(len(order.places), order.width)
+                positions_QS[order.row_B, order.column_B] = self.positions_B
                 seen_prefix = seen_prefix & (positions_QS[:, :, None] - of_prefix < window)
             self._masks[window] = additive(seen_own, dtype)[:, None, None], additive(seen_prefix, dtype)[:, None]
         return self._masks[window]
@@ -163,22 +177,24 @@ class _DecodeAttention:
         keep_K: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         assert keep_K is None, "every row's one token is asked for"
-        slots, sharing = self._slots, self._sharing
+        slots, order = self._slots, self._order
         window = cutting(window, self._longest)
         self._writing.write(layer, keys_THD, values_THD)
         seen_own, seen_prefix = self._mask(window, query_THD.dtype)
         # Heads of queries that share a head of keys stand behind each other as queries of one head.
         query_TKGD = query_THD.unflatten(1, (keys_THD.shape[1], -1))
         keys, values = (cache[: len(query_THD), :, : self._width] for cache in (slots.keys[layer], slots.values[layer]))
-        own = read(query_TKGD, keys, values, seen_own, scale=scale)
-        prefix_keys, prefix_values = sharing.prefixes.past[layer]
+        own = read(order.by_slot(query_TKGD), keys, values, seen_own, scale=scale)
+        prefix_keys, prefix_values = order.prefixes.past[layer]
         _, heads, shared, size = query_TKGD.shape
-        grid = query_TKGD.new_zeros(len(prefix_keys), heads, sharing.width, shared, size)
-        grid[sharing.row_B, :, sharing.column_B] = query_TKGD
+        grid = query_TKGD.new_zeros(len(prefix_keys), heads, order.width, shared, size)
+        grid[order.row_B, :, order.column_B] = query_TKGD
         if seen_prefix.shape[2] > 1:
             seen_prefix = seen_prefix.repeat_interleave(shared, 2)
         of_grid = read(grid.flatten(2, 3), prefix_keys, prefix_values, seen_prefix, scale=scale)
-        out, total = (part.unflatten(2, (sharing.width, shared))[sharing.row_B, :, sharing.column_B] for part in of_grid)
+        out, total = (part.unflatten(2, (order.width, shared))[order.row_B, :, order.column_B] for part in of_grid)
+        if order.place_of_slot_B is not None:
+            own = own[0].index_select(0, order.slot_B), own[1].index_select(0, order.slot_B)
         return merge((out, total), own).flatten(1, 2)
 
 
@@ -194,8 +210,8 @@ class _Decode:
         """Key of the request in each live slot."""
         self.prefixes: Prefixes | None = None
         self.place_of_prefix: dict[PrefixKey, int] = {}
-        self.sharing: _Sharing | None = None
-        self._sharing_is_old = True
+        self.order: _Order | None = None
+        self._order_is_old = True
         self.slots: _Slots | None = None
 
     @property
@@ -216,7 +232,7 @@ class _Decode:
         assert prefixes is not None
         new = slice(first, first + len(prompts))
         self.rows += [key for key, _ in requests]
-        self._sharing_is_old = True
+        self._order_is_old = True
         slots.prefix[new] = torch.tensor([self.place_of_prefix[key] for key in wanted], device=device)
         slots.prefix_length[new] = prefixes.lengths_Q[slots.prefix[new]]
         slots.length[new] = 0
@@ -227,7 +243,10 @@ class _Decode:
         suffixes = Packed.of([prompt.suffix_ids for prompt in prompts], device)
         used, of_row_B = slots.prefix[new].unique(return_inverse=True)
         attention = _PrefillAttention(slots, suffixes, prefixes.select(used), of_row_B, first)
-        self._forward(suffixes, attention.positions_T, attention, new)
+        last_B = suffixes.lengths_B.cumsum(0) - 1
+        nodes_T = slots.nodes[new][suffixes.row_T]
+        logits_BV = self.backbone.forward(suffixes.ids_T, attention.positions_T, nodes_T, attention, last_B)
+        self._advance(logits_BV, suffixes.lengths_B, new)
 
     def step(self) -> list[tuple[int, Sample]]:
         """Hand out the rows that have stopped; give every other row its next token."""
@@ -236,28 +255,21 @@ class _Decode:
             slots, prefixes = self.slots, self.prefixes
             assert slots is not None
             assert prefixes is not None
-            if self._sharing_is_old:
-                self.sharing = _Sharing(prefixes, slots.prefix[: self.live], self.sharing)
-                self._sharing_is_old = False
-            assert self.sharing is not None
-            attention = _DecodeAttention(slots, self.sharing)
-            self._forward(Packed.column(slots.last_token[: self.live]), attention.positions_B, attention, slice(self.live))
+            if self._order_is_old:
+                self.order = _Order(prefixes, slots, self.live, self.order)
+                self._order_is_old = False
+            assert self.order is not None
+            attention = _DecodeAttention(slots, self.order)
+            last = Packed.column(slots.last_token[self.order.slot_B])
+            logits_BV = self.backbone.forward(last.ids_T, attention.positions_B, self.order.node_B, attention, last.row_T)
+            self._advance(self.order.by_slot(logits_BV), last.lengths_B, slice(self.live))
         return finished
 
-    def _forward(self, packed: Packed, positions_T: Tensor, attention: Attention, rows: slice) -> None:
-        """Write tokens into slots and sample each slot's next."""
+    def _advance(self, logits_BV: Tensor, written_B: Tensor, rows: slice) -> None:
+        """Count the tokens now in slots; draw each slot's next by inverting the distribution function at its uniform draw."""
         slots = self.slots
         assert slots is not None
-        nodes_T = slots.nodes[rows][packed.row_T]
-        last_B = packed.lengths_B.cumsum(0) - 1
-        logits_BV = self.backbone.forward(packed.ids_T, positions_T, nodes_T, attention, last_B)
-        slots.length[rows] += packed.lengths_B
-        self._sample(logits_BV, rows)
-
-    def _sample(self, logits_BV: Tensor, rows: slice) -> None:
-        """Draw one token per row by inverting the distribution function at the row's own uniform draw."""
-        slots = self.slots
-        assert slots is not None
+        slots.length[rows] += written_B
         count = slots.count[rows]
         every = torch.arange(len(count), device=count.device)
         if self.temperature not in (0, 1):
@@ -297,7 +309,7 @@ class _Decode:
         for mover, hole in zip(movers, holes, strict=True):
             self.rows[hole] = self.rows[mover]
         del self.rows[left:]
-        self._sharing_is_old = True
+        self._order_is_old = True
         return finished
 
     def _node_index(self, node: int) -> int:
