@@ -209,7 +209,7 @@ class TrainConfig:
     terminal reward alone, the paper's."""
     normalize: bool = False
     """Divide a group's advantages by the standard deviation of its rewards."""
-    tokens_per_micro_batch: int = 8192
+    tokens_per_micro_batch: int = 10_000
     """Tokens in one forward and backward pass, prompts among them, but one completion at least: fewer take less memory and
     change nothing else."""
 

@@ -8,6 +8,7 @@ trains every node through the log-probability of what it wrote itself,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -71,19 +72,25 @@ class Batch:
     scope: Literal["all", "suffix"]
 
     def split(self, tokens_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
-        """Yield rows whose own tokens and distinct prefixes are at most so many together, one row at least."""
+        """Yield rows whose own tokens and prefixes are at most so many together, one row at least.
+
+        Rows that share a prefix stay together where they can: it is then read once.
+        """
         part: list[tuple[Completion, float]] = []
-        prefixes: set[tuple[tuple[int, ...], int]] = set()
         tokens = 0
-        for item in self.completions:
-            prompt, key = item[0].prompt, self._prefix_key(item[0])
-            own = len(prompt.suffix_ids) + len(item[0].sample.token_ids)
-            if part and tokens + own + (key not in prefixes) * len(prompt.prefix_ids) > tokens_per_micro_batch:
+        for (prefix_ids, _), sharing in groupby(self.completions, lambda item: self._prefix_key(item[0])):
+            rows = [(item, len(item[0].prompt.suffix_ids) + len(item[0].sample.token_ids)) for item in sharing]
+            whole = len(prefix_ids) + sum(own for _, own in rows)
+            if part and tokens + whole > tokens_per_micro_batch:
                 yield self._tensors(part, device)
-                part, prefixes, tokens = [], set(), 0
-            tokens += own + (key not in prefixes) * len(prompt.prefix_ids)
-            prefixes.add(key)
-            part.append(item)
+                part, tokens = [], 0
+            tokens += len(prefix_ids)
+            for item, own in rows:
+                if part and tokens + own > tokens_per_micro_batch:
+                    yield self._tensors(part, device)
+                    part, tokens = [], len(prefix_ids)
+                tokens += own
+                part.append(item)
         if part:
             yield self._tensors(part, device)
 

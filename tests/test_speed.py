@@ -108,7 +108,7 @@ def shared_update(backbone: Backbone, completions: Sequence[Completion]) -> dict
     batch = Batch(tuple((row, 1.0) for row in rows), 1, NODES, 1.0, "all")
     total = dict.fromkeys(NODES, 0.0)
     place = 0
-    for micro_batch in batch.split(8192, backbone.device):
+    for micro_batch in batch.split(10_000, backbone.device):
         logprobs_BC = backbone.logprobs(micro_batch.rows).view(-1, NEW)
         logprobs_BC.sum().backward()
         for value in logprobs_BC.sum(1).tolist():
