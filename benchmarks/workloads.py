@@ -149,8 +149,13 @@ def _rollouts_and_updates(model: str, quick: bool) -> list[Case]:
     made = []
     for widths in ((1, 1, 1),) if quick and small else ((1, 1, 1), (2, 2, 2, 1)):
         size: dict[str, Any] = {"model": model, "widths": widths, "questions": questions, "group": group, "new": new}
-        made.append(Case(workload="W1", kind="rollout", peers=ROLLOUT_PEERS, **size))
-        made.append(Case(workload="W2", kind="update", peers=UPDATE_PEERS, **size))
+        # Mixed batches are slower than the loop over nodes, and their updates of the larger model want more than 16 GB.
+        without_mixed = ("peft_mixed",) if quick and small else ()
+        rollout_peers, update_peers = (
+            tuple(p for p in peers if p not in without_mixed) for peers in (ROLLOUT_PEERS, UPDATE_PEERS)
+        )
+        made.append(Case(workload="W1", kind="rollout", peers=rollout_peers, **size))
+        made.append(Case(workload="W2", kind="update", peers=update_peers, **size))
         if not quick or (widths == (1, 1, 1) and not small):
             made.append(Case(workload="W1", kind="rollout", scope="suffix", peers=("limit",), **size))
             made.append(Case(workload="W2", kind="update", scope="suffix", peers=("limit",), **size))
