@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -130,6 +131,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    # Workers are in sessions of their own and may be stopped: they end when this process does what is under `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(1)
     chosen = [case for case in cases(options.quick, options.only) if case.model in options.models]
     chosen = smoke(chosen) if options.smoke else chosen

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -19,7 +20,10 @@ class PeerFailed(Exception):
 
 
 class Worker:
-    """One peer's process. It stays while cases of a model follow each other, so that rounds of peers can alternate."""
+    """One peer's process. It stays while cases of a model follow each other, so that rounds of peers can alternate.
+
+    With the processes that it starts it is stopped while nothing is asked of it: some peers' threads are busy when they wait.
+    """
 
     def __init__(self, name: str, folder: Path, *, threads: int, install: bool) -> None:
         python = interpreter(PEERS[name], folder / "environments", install=install)
@@ -29,7 +33,7 @@ class Worker:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [python, "-m", f"benchmarks.peers.{script}"], cwd=ROOT, env=_environment(threads), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
             )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -44,6 +48,7 @@ class Worker:
     def ask(self, message: dict[str, Any], patience: float) -> dict[str, Any]:
         """Return the answer to a message; PeerFailed if there is none within `patience` seconds."""
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
@@ -55,6 +60,7 @@ class Worker:
             line = ""
         if not line:
             raise PeerFailed(f"died with exit code {self.process.wait()}, see {self.log}")
+        self._signal(signal.SIGSTOP)
         reply = json.loads(line)
         if "error" in reply:
             raise PeerFailed(reply["error"])
@@ -62,6 +68,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the process, whether it listens or not."""
+        self._signal(signal.SIGCONT)
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -69,11 +76,17 @@ class Worker:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        self._signal(signal.SIGKILL)
         self._reader.join(5)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Tell the process and all that it has started; whoever has ended hears nothing."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
 
 def _environment(threads: int) -> dict[str, str]:

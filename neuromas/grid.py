@@ -118,17 +118,19 @@ def load_grid(
         raw |= {key: value for key, value in short.items() if key != "train"}
     given = {"tasks": list(tasks), "seeds": list(seeds), "backbones": list(backbones)}
     raw |= {key: values for key, values in given.items() if values}
-    methods, tasks = _distinct(raw, "methods", str, where), _distinct(raw, "tasks", str, where)
-    seeds = _distinct(raw, "seeds", int, where)
+    flags = {"tasks": "--tasks", "seeds": "--seeds", "backbones": "--backbone"}
+    from_where = {key: flags[key] if values else where for key, values in given.items()}
+    methods, tasks = _distinct(raw, "methods", str, where), _distinct(raw, "tasks", str, from_where["tasks"])
+    seeds = _distinct(raw, "seeds", int, from_where["seeds"])
     if min(seeds) < 0:
-        raise ValueError(f"{where}: seeds must be at least 0, got {list(seeds)}")
-    chosen = _distinct(raw, "backbones", str, where) if "backbones" in raw else ("bundled",)
+        raise ValueError(f"{from_where['seeds']}: seeds must be at least 0, got {list(seeds)}")
+    chosen = _distinct(raw, "backbones", str, from_where["backbones"]) if "backbones" in raw else ("bundled",)
     for table, names in (("method", named["methods"] | set(methods)), ("task", named["tasks"] | set(tasks))):
         if unknown := [name for name in _table(raw, table, where) if name not in names]:
             raise ValueError(f"{where}: [{table}.{unknown[0]}] is about none of the {table}s {', '.join(sorted(names))}")
     _check_methods(methods, where)
     settings = ({"task": {"data": str(data)}} if data else {}) | ({"device": device} if device else {})
-    layers = _Layers(where, raw, quick, settings)
+    layers = _Layers(where, from_where["tasks"], raw, quick, settings)
     resolved = {(task, method): layers.resolve(method, task) for task in tasks for method in methods}
     cells = tuple(
         CellSpec(method, dataclasses.replace(config, backbone=backbone, seed=seed))
@@ -158,6 +160,8 @@ class _Layers:
     """Settings over each other: defaults, [train], [task.NAME], [method.NAME], [quick.train], the command line."""
 
     where: str
+    tasks_from: str
+    """Where the tasks are named."""
     raw: Mapping[str, Any]
     quick: bool
     command_line: Mapping[str, Any]
@@ -180,6 +184,9 @@ class _Layers:
         config = dataclasses.replace(config, task=named)
         try:
             from_config(named)
+        except ValueError as error:
+            raise ValueError(f"{self.tasks_from}: {method} on {task}: {error}") from error
+        try:
             return config.check()
         except ValueError as error:
             raise ValueError(f"{self.where}: {method} on {task}: {error}") from error

@@ -1,6 +1,7 @@
 """Comparison files: what they resolve to, and one clear line for what is wrong with them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,10 +137,20 @@ def test_the_command_line_goes_before_the_lists_of_the_file() -> None:
         grid = load_grid(CONFIGS / "bundled.toml", quick=quick, tasks=["dyck_languages"], seeds=[7, 8])
         assert (grid.tasks, grid.seeds) == (("dyck_languages",), (7, 8))
         assert {cell.config.seed for cell in grid.cells} == {7, 8}
-    with pytest.raises(ValueError, match="seeds must be a list of one or more different ints"):
-        load_grid(CONFIGS / "bundled.toml", seeds=[1, 1])
-    with pytest.raises(ValueError, match="nosuchtask"):
-        load_grid(CONFIGS / "bundled.toml", tasks=["nosuchtask"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": [1, 1]}, "^--seeds: seeds must be a list of one or more different ints"),
+        ({"seeds": [-1]}, r"^--seeds: seeds must be at least 0, got \[-1\]"),
+        ({"tasks": ["nosuchtask"]}, "^--tasks: direct on nosuchtask: task must be one of"),
+        ({"backbones": ["a", "a"]}, "^--backbone: backbones must be a list"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_told_by_its_flag(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_grid(CONFIGS / "bundled.toml", **given)
 
 
 def test_the_bundled_preset_covers_what_it_must_show() -> None:
