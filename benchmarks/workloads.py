@@ -149,8 +149,8 @@ def _rollouts_and_updates(model: str, quick: bool) -> list[Case]:
     made = []
     for widths in ((1, 1, 1),) if quick and small else ((1, 1, 1), (2, 2, 2, 1)):
         size: dict[str, Any] = {"model": model, "widths": widths, "questions": questions, "group": group, "new": new}
-        # Mixed batches are slower than the loop over nodes, and their updates of the larger model want more than 16 GB.
-        without_mixed = ("peft_mixed",) if quick and small else ()
+        # Mixed batches are slower than the loop over nodes, and their updates of the 60M model want more than 16 GB.
+        without_mixed = ("peft_mixed",) if quick and model == "60m" else ()
         rollout_peers, update_peers = (
             tuple(p for p in peers if p not in without_mixed) for peers in (ROLLOUT_PEERS, UPDATE_PEERS)
         )

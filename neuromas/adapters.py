@@ -56,6 +56,9 @@ class AdapterBank:
         self.alpha = config.alpha if config.alpha is not None else 2.0 * self.rank
         self.routing = Routing(self.alpha / self.rank, generations=self.generations)
         self._dtype = next(iter(targets.values())).weight.dtype
+        # Modules without an adapter too: a product of several is kept as a whole.
+        linears = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name)
+        self._linear_bytes = sum(linear.weight.nbytes for linear in linears)
         self.modules: dict[str, AdaptedLinear] = {}
         for name, linear in targets.items():
             parent, _, child = name.rpartition(".")
@@ -130,16 +133,12 @@ class AdapterBank:
     def keep_merged(self) -> Iterator[None]:
         """Prepare adapters for products once for all forwards inside, which have no gradients and change no adapter."""
         self.routing.kept = {}
-        self.routing.whole = {} if self._whole_bytes <= KEPT_AT_MOST and self._dtype.itemsize >= 4 else None
+        small = len(self.nodes) * self._linear_bytes <= KEPT_AT_MOST
+        self.routing.whole = {} if small and self._dtype.itemsize >= 4 else None
         try:
             yield
         finally:
             self.routing.kept = self.routing.whole = None
-
-    @property
-    def _whole_bytes(self) -> int:
-        weights = (module.base.weight for module in self.modules.values())
-        return len(self.nodes) * sum(weight.numel() * weight.itemsize for weight in weights)
 
     def index(self, node: int) -> int:
         return self.nodes.index(node) if len(self.nodes) > 1 else 0

@@ -297,7 +297,7 @@ class _Parts:
                 continue
             in_bunch_T = row_in_bunch_B[row_T]
             chosen = (in_bunch_T >= 0).nonzero()[:, 0]
-            assert len(chosen), "some token of every row is kept"
+            assert len(chosen), "of every row some token is kept"
             column_S, most = columns_of(in_bunch_T[chosen], len(rows))
             asking = _Grid(chosen, in_bunch_T[chosen] * most + column_S, len(rows), most)
             distance = asking.pad(place_T[:, None])[:, 0, :, None] - torch.arange(width, device=rows.device)

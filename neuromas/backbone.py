@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from neuromas.adapters import AdapterBank
 from neuromas.attention import PrefixAttention, Prefixes, SuffixAttention
 from neuromas.config import AdapterConfig
-from neuromas.decoder import Decoder, slides
+from neuromas.decoder import LOGIT_CHANGES, Decoder, slides
 from neuromas.head import chosen_logprobs
 from neuromas.norms import replace_norms
 from neuromas.packing import ATTENTION, Attention, Packed
@@ -152,7 +152,8 @@ class Backbone:
             raise ValueError("this backbone carries the adapters of another network; load a new Backbone for this one")
         self.adapters = AdapterBank(self.model, nodes, config, seed)
         self.scope = config.scope
-        self.decoder = Decoder.of(self.model, self.adapters)
+        if self.decoder is not None:
+            self.decoder = Decoder(self.model, self.adapters)
         return self.adapters
 
     def checksum(self) -> str:
@@ -212,6 +213,19 @@ class Backbone:
     def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
         return self.adapters.routed(nodes_T) if self.adapters else nullcontext()
 
+    @functools.cached_property
+    @torch.inference_mode()
+    def _plain_head(self) -> nn.Linear | None:
+        """The head, if logits are what it makes of hidden states and nothing else; models may scale or bound them."""
+        head = self.model.get_output_embeddings()
+        config = self.model.config.get_text_config()
+        if not isinstance(head, nn.Linear) or any(getattr(config, name, None) for name in LOGIT_CHANGES):
+            return None
+        ids = torch.tensor([self._encode_text("Is it so? Yes.")], device=self.device)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        return head if torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5) else None
+
     def _fill(self, rows: Packed, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
         """Compute what rows leave behind for others."""
         if self.decoder is not None:
@@ -241,6 +255,11 @@ class Backbone:
         if self.decoder is not None:
             hidden_KH = self.decoder.hidden(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
             return chosen_logprobs(hidden_KH, self.decoder.head, chosen_K, rows.temperature)
+        if self._plain_head is not None:
+            with self._routed(nodes_T):
+                inputs = self._inputs(suffixes.ids_T, attention.positions_T, attention)
+                hidden_TH = self.model.base_model(**inputs).last_hidden_state[0]
+            return chosen_logprobs(hidden_TH[rows.sampled_K - 1], self._plain_head, chosen_K, rows.temperature)
         logits_KV = self.forward(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
         return -cross_entropy(logits_KV / rows.temperature, chosen_K, reduction="none")
 

@@ -1,9 +1,10 @@
 """A backbone's layers on a stream of tokens, with as few operations as they take.
 
-Most open models have one kind of layer (Llama, Qwen, Gemma 3, SmolLM and their like): norm, attention with rotary positions
-(Su et al. 2021, arXiv 2104.09864), norm, gated feed-forward (Shazeer 2020, arXiv 2002.05202), each added to what came in. Those
-are computed here: modules that read the same tokens are one product, the last layer treats only the tokens that somebody asks
-for, and gradients are written out where torch would pass over memory more often. Any other model keeps its own forward.
+Many open models have one kind of layer (Llama and SmolLM2, Mistral, Qwen 2 and 3, Gemma 3): norm, attention with rotary
+positions (Su et al. 2021, arXiv 2104.09864), norm, gated feed-forward (Shazeer 2020, arXiv 2002.05202), each added to what came
+in. Those are computed here: modules that read the same tokens are one product, the last layer treats only the tokens that
+somebody asks for, and gradients are written out where torch would pass over memory more often. Any other model keeps its own
+forward.
 
 Shapes beyond the legend: H size of a hidden state, X heads of queries and keys, D size of a head, I size of the feed-forward.
 """
@@ -25,13 +26,15 @@ from neuromas.linear import LinearGroup
 from neuromas.norms import RMSNorm, normalised, normalised_backward
 from neuromas.packing import Attention, Packed
 
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""Whose sources are as described. Others may be made of the same modules and differ in what a short text does not show."""
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _AROUND_MLP = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 _GATES = {"silu": None, "gelu": "none", "gelu_pytorch_tanh": "tanh"}
 """What torch calls an activation's way of computing, by transformers' name; silu has one way."""
-_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping")
+LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping")
 """Settings by which models change logits or scores; small ones may not show it."""
 
 
@@ -107,6 +110,8 @@ class _Gate(torch.autograd.Function):
 @dataclass(frozen=True, slots=True)
 class _Layer:
     qkv: LinearGroup
+    q: LinearGroup
+    kv: LinearGroup
     out: LinearGroup
     gate_up: LinearGroup
     down: LinearGroup
@@ -131,10 +136,10 @@ class _Layer:
         return query, keys, values
 
     def query(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        return self._turned(self.qkv.select(0, 1), normal_TH, angles, slice(self.heads[0]))[0]
+        return self._turned(self.q, normal_TH, angles, slice(self.heads[0]))[0]
 
     def keys_values(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._turned(self.qkv.select(1, 3), normal_TH, angles, slice(self.heads[0], sum(self.heads)))
+        return self._turned(self.kv, normal_TH, angles, slice(self.heads[0], sum(self.heads)))
 
     def _turned(
         self, linear: LinearGroup, normal_TH: Tensor, angles: tuple[Tensor, Tensor], heads: slice
@@ -172,11 +177,11 @@ class Decoder:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: PreTrainedModel, adapters: AdapterBank | None = None) -> "Decoder | None":
+    def of(cls, model: PreTrainedModel) -> "Decoder | None":
         """Return None where a model's layers have other parts, or where its logits are others than ours on random tokens."""
         if not _has_our_parts(model):
             return None
-        decoder = cls(model, adapters)
+        decoder = cls(model, None)
         generator = torch.Generator().manual_seed(0)
         window = max(layer.window or 0 for layer in decoder._layers)
         if slides(model) and not window:
@@ -199,22 +204,24 @@ class Decoder:
         keep_K: Int[Tensor, " K"],
     ) -> Float[Tensor, "K H"]:
         """Return what the head reads, of the tokens at the given places of the stream; they are in order."""
-        hidden_TH, normal_TH, angles = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
         last, keep = self._layers[-1], None if len(keep_K) == len(ids_T) else keep_K
-        if keep is None:
-            with self._routed(nodes_T):
-                streams = last.query_keys_values(normal_TH, angles)
-        else:
-            with self._routed(nodes_T):
-                keys_values = last.keys_values(normal_TH, angles)
-            hidden_TH, normal_TH = hidden_TH.index_select(0, keep), normal_TH.index_select(0, keep)
-            nodes_T = None if nodes_T is None else nodes_T[keep]
-            with self._routed(nodes_T):
-                streams = last.query(normal_TH, (angles[0][keep], angles[1][keep])), *keys_values
-        number = len(self._layers) - 1
-        read_TXD = attention.attend(number, *streams, scale=last.scale, window=last.window, keep_K=keep)
         with self._routed(nodes_T):
-            return self._norm(last.rest(hidden_TH, read_TXD))
+            hidden_TH, normal_TH, angles = self._to_last_layer(ids_T, positions_T, attention)
+            if keep is None:
+                query, keys, values = last.query_keys_values(normal_TH, angles)
+                return self._finish(hidden_TH, query, keys, values, attention, None)
+            keys, values = last.keys_values(normal_TH, angles)
+        hidden_TH, normal_TH = hidden_TH.index_select(0, keep), normal_TH.index_select(0, keep)
+        with self._routed(None if nodes_T is None else nodes_T[keep]):
+            query = last.query(normal_TH, (angles[0][keep], angles[1][keep]))
+            return self._finish(hidden_TH, query, keys, values, attention, keep)
+
+    def _finish(
+        self, hidden_KH: Tensor, query: Tensor, keys: Tensor, values: Tensor, attention: Attention, keep_K: Tensor | None
+    ) -> Tensor:
+        last, number = self._layers[-1], len(self._layers) - 1
+        read_KXD = attention.attend(number, query, keys, values, scale=last.scale, window=last.window, keep_K=keep_K)
+        return self._norm(last.rest(hidden_KH, read_KXD))
 
     def logits(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor
@@ -224,22 +231,21 @@ class Decoder:
 
     def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
         """Compute no more than what others read of these tokens."""
-        _, normal_TH, angles = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
         with self._routed(nodes_T):
+            _, normal_TH, angles = self._to_last_layer(ids_T, positions_T, attention)
             attention.leave(*self._layers[-1].keys_values(normal_TH, angles))
 
     def _to_last_layer(
-        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention
+        self, ids_T: Tensor, positions_T: Tensor, attention: Attention
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Return hidden states before the last layer, the same normed as it does, and the angles of its kind."""
         hidden_TH = self._embedding(ids_T)
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         angles = {kind: _angles(positions_T, *frequencies, dtype) for kind, frequencies in self._frequencies.items()}
-        with self._routed(nodes_T):
-            for number, layer in enumerate(self._layers[:-1]):
-                streams = layer.query_keys_values(layer.before_attention(hidden_TH), angles[layer.kind])
-                read_TXD = attention.attend(number, *streams, scale=layer.scale, window=layer.window)
-                hidden_TH = layer.rest(hidden_TH, read_TXD)
+        for number, layer in enumerate(self._layers[:-1]):
+            streams = layer.query_keys_values(layer.before_attention(hidden_TH), angles[layer.kind])
+            read_TXD = attention.attend(number, *streams, scale=layer.scale, window=layer.window)
+            hidden_TH = layer.rest(hidden_TH, read_TXD)
         last = self._layers[-1]
         return hidden_TH, last.before_attention(hidden_TH), angles[last.kind]
 
@@ -269,8 +275,11 @@ def _layer(layer: Any, config: Any) -> _Layer:
     norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
     scales = [norm.scale.expand(count, -1) for norm, count in zip(norms, heads, strict=False)]
     assert not scales or scales[0].shape[-1] == size
+    qkv = LinearGroup([attention.q_proj, attention.k_proj, attention.v_proj])
     return _Layer(
-        qkv=LinearGroup([attention.q_proj, attention.k_proj, attention.v_proj]),
+        qkv=qkv,
+        q=qkv.select(0, 1),
+        kv=qkv.select(1, 3),
         out=LinearGroup([attention.o_proj]),
         gate_up=LinearGroup([mlp.gate_proj, mlp.up_proj]),
         down=LinearGroup([mlp.down_proj]),
@@ -302,7 +311,9 @@ def _has_our_parts(model: PreTrainedModel) -> bool:
     """Say whether a model is made of the modules that `_layer` looks for, and of no other."""
     base: Any = model.base_model
     config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in _LOGIT_CHANGES) or _activation(config) not in _GATES:
+    if config.model_type not in _FAMILIES:
+        return False
+    if any(getattr(config, name, None) for name in LOGIT_CHANGES) or _activation(config) not in _GATES:
         return False
     if {name for name, _ in base.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         return False
@@ -330,9 +341,10 @@ def _is_our_layer(layer: nn.Module, config: Any) -> bool:
         set(attention) == _ATTENTION
         and set(mlp) == _MLP
         and all(isinstance(norm, RMSNorm) for norm in norms)
-        and all(isinstance(getattr(linear, "base", linear), nn.Linear) for linear in linears)
-        and len({getattr(attention[name], "base", attention[name]).bias is None for name in ("q_proj", "k_proj", "v_proj")})
-        == 1
+        # Quantized layers are kinds of nn.Linear too.
+        and all(type(linear) is nn.Linear and linear.weight.is_floating_point() for linear in linears)
+        and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
+        and (mlp["gate_proj"].bias is None) == (mlp["up_proj"].bias is None)
         and hasattr(parts["self_attn"], "scaling")
         and config.num_attention_heads % config.num_key_value_heads == 0
     )

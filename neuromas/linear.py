@@ -61,9 +61,9 @@ class Routing:
     """None: no adapter acts."""
     kept: "dict[tuple[tuple[AdaptedLinear, ...], int | None], tuple[Tensor, list[Tensor]]] | None" = None
     """What modules made of their adapters for forwards without gradients, while adapters do not change."""
-    whole: dict[tuple[int, int, int], Tensor] | None = None
-    """The same as whole weights, W + scaling B A, by where W lies, its rows and the node; None where they are too large, or
-    have too few digits to hold B A."""
+    whole: "dict[tuple[tuple[AdaptedLinear, ...], int, int], Tensor] | None" = None
+    """The same as whole weights, W + scaling B A, by modules, rows of W and node; None where they are too large, or have too
+    few digits to hold B A."""
     generations: list[tuple[int, ...]] = field(default_factory=list)
 
 
@@ -112,18 +112,17 @@ def name_of(half: str, generation: int) -> str:
 class LinearGroup:
     """Linear modules that read the same tokens, as one product; each may have adapters or none.
 
-    Weights of several modules are copied behind each other and the modules made to look into the copy, so none is held twice.
+    Weights of several modules are copied behind each other, once, and the modules made to look into the copy: none is held
+    twice.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = tuple(modules)
         linears = [_base(module) for module in modules]
         self._ends = list(itertools.accumulate(linear.out_features for linear in linears))
-        self.weight, self.bias = linears[0].weight.data, linears[0].bias
-        if len(linears) > 1:
-            self.weight = torch.cat([linear.weight.data for linear in linears])
-            if self.bias is not None:
-                self.bias = torch.cat([linear.bias.data for linear in linears])
+        self.weight, self.bias = _joined([linear.weight.data for linear in linears]), linears[0].bias
+        if self.bias is not None:
+            self.bias = torch.cat([linear.bias.data for linear in linears])
         for linear, columns in zip(linears, self._columns(), strict=True):
             linear.weight.data = self.weight[columns]
         self._keep_adapted()
@@ -149,6 +148,16 @@ class LinearGroup:
     def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
         """Return the outputs of the modules beside each other, (T, sum of out), plus the residual."""
         return product(x_TI, self.weight, self.bias, self._adapted, self._adapted_columns, residual_TO)
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """Return weights below each other, as they lie where they have been joined before."""
+    first = weights[0]
+    ends = itertools.accumulate((weight.nbytes for weight in weights[:-1]), initial=first.data_ptr())
+    one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    if one_storage and all(weight.data_ptr() == end for weight, end in zip(weights, ends, strict=True)):
+        return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+    return torch.cat(list(weights))
 
 
 def _base(module: nn.Module) -> nn.Linear:
@@ -200,7 +209,7 @@ def _by_whole_weights(
     assert routing.whole is not None
     y_TO = x_TI.new_empty(len(x_TI), len(weight))
     for node, first, end in routing.route.runs:
-        key = weight.data_ptr(), len(weight), node
+        key = adapted, len(weight), node
         if key not in routing.whole:
             pairs = [(module.all_nodes("lora_A")[node], module.all_nodes("lora_B")[node]) for module in adapted]
             routing.whole[key] = whole_weight(weight, columns, pairs, routing.scaling).T

@@ -32,7 +32,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         normal, inverse, scale = ctx.saved_tensors
-        grad = grads[0] * scale.to(normal.dtype)
+        grad = grads[0] * scale
         return normalised_backward(grad, normal, inverse, grad).to(ctx.dtype), None, None
 
 
@@ -41,11 +41,9 @@ class RMSNorm(nn.Module):
 
     def __init__(self, weight: nn.Parameter, eps: float, offset: float) -> None:
         super().__init__()
-        self.weight, self.eps, self._offset = weight, eps, offset
-
-    @property
-    def scale(self) -> Tensor:
-        return self.weight + self._offset if self._offset else self.weight
+        self.weight, self.eps = weight, eps
+        # In bfloat16, 1 + weight would lose digits.
+        self.scale = weight.data.to(torch.promote_types(weight.dtype, torch.float32)) + offset
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Normalise.apply(x, self.scale, self.eps)
@@ -64,7 +62,8 @@ def replace_norms(model: nn.Module) -> int:
         if isinstance(module, RMSNorm):
             continue
         x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        rtol, atol = (1e-5, 1e-6) if weight.dtype.itemsize >= 4 else (0.02, 0.02)
+        # In bfloat16 both round to 8 bits, some models twice.
+        rtol, atol = (1e-5, 1e-6) if weight.dtype.itemsize >= 4 else (0.01, 1e-6)
         for offset in (0.0, 1.0):
             ours = RMSNorm(weight, eps, offset)
             with torch.no_grad():

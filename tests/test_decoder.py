@@ -109,6 +109,68 @@ def test_it_equals_the_models_own_forward_in_value_and_gradient(
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
+def test_bfloat16_is_as_near_to_float32_as_the_models_own_forward(kind: str) -> None:
+    """Ours keeps more digits: norms and angles are in float32."""
+    found = {}
+    for dtype, ours in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        backbone = load(kind, dtype)
+        randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0))
+        assert backbone.decoder is not None
+        if not ours:
+            backbone.decoder = None
+        found[dtype, ours] = torch.cat([tensor.flatten().float() for tensor in learned(backbone, batch_of(backbone, "all"))])
+    exact = found[torch.float32, True]
+    away, theirs = ((found[torch.bfloat16, ours] - exact).abs().mean() for ours in (True, False))
+    assert away <= 1.1 * theirs
+    assert away <= 0.1 * exact.abs().mean()
+
+
+def grown(kind: str) -> Backbone:
+    """Nodes of two generations, with adapters that do something."""
+    backbone = load(kind)
+    bank = backbone.add_adapters((1,), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0)
+    bank.add_nodes({2: None})
+    for index, (name, parameter) in enumerate(bank.parameters().items()):
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return backbone
+
+
+def test_nodes_that_joined_later_are_learned_by_both_forwards() -> None:
+    backbone = grown("qwen3")
+    batch = batch_of(backbone, "all")
+    ours = learned(backbone, batch)
+    backbone.decoder = None
+    assert_close(ours, learned(backbone, batch), 2e-5)
+
+
+@pytest.mark.parametrize("scope", ["all", "suffix"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_way_of_other_devices_is_the_same(
+    kind: str, scope: Literal["all", "suffix"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(kind)
+    randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2, scope=scope, target_modules=EVERY_MODULE), seed=0))
+    batch = batch_of(backbone, scope)
+    ours = learned(backbone, batch)
+    monkeypatch.setattr("neuromas.attention._has_kernel", lambda *_: False)
+    assert_close(ours, learned(backbone, batch), 2e-5)
+
+
+@pytest.mark.parametrize("plain_head", [False, True])
+def test_a_models_own_forward_needs_no_logits_where_its_head_is_plain(plain_head: bool) -> None:
+    backbone = load("qwen3")
+    randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2), seed=0))
+    batch = batch_of(backbone, "all")
+    ours = learned(backbone, batch)
+    backbone.decoder = None
+    if not plain_head:
+        backbone.model.config.final_logit_softcapping = 30.0
+    assert (backbone._plain_head is not None) == plain_head
+    assert_close(ours, learned(backbone, batch), 2e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("whole_from", [0, 10**9])
 def test_whole_weights_give_the_gradients_of_adapters_beside_them(
     kind: str, whole_from: int, monkeypatch: pytest.MonkeyPatch
@@ -122,17 +184,27 @@ def test_whole_weights_give_the_gradients_of_adapters_beside_them(
     assert_close(ours, learned(backbone, batch), 1e-6)
 
 
+@pytest.mark.parametrize("targets", [EVERY_MODULE, ("v_proj", "gate_proj"), None])
 @pytest.mark.parametrize("kind", [*FAMILIES, "biases"])
 @pytest.mark.parametrize("way", ["kept whole", "masked", "long stretches", "the model's own"])
-def test_every_way_of_sampling_gives_what_is_learned(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 1e-5 of a log-probability, as the engine's other tests ask; rows of two nodes lie among each other."""
+def test_every_way_of_sampling_gives_what_is_learned(
+    kind: str, way: str, targets: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 1e-5 of a log-probability, as the engine's other tests ask; rows of two nodes lie among each other.
+
+    Without targets, the second node has joined later.
+    """
     monkeypatch.setattr(neuromas.linear, "SHORT_STRETCH", 1)
     if way != "kept whole":
         monkeypatch.setattr(neuromas.adapters, "KEPT_AT_MOST", 0)
     monkeypatch.setattr(neuromas.linear, "LONG_STRETCH", 1 if way == "long stretches" else 10**6)
-    backbone = load(kind)
-    bank = backbone.add_adapters((1, 2), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0)
-    randomise(bank)
+    if targets is None:
+        backbone = grown(kind)
+    else:
+        backbone = load(kind)
+        randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2, target_modules=targets), seed=0))
+    bank = backbone.adapters
+    assert bank is not None
     if way == "the model's own":
         backbone.decoder = None
     prompts = [completion.prompt for completion, _ in batch_of(backbone, "all").completions]
@@ -157,12 +229,25 @@ def test_weights_are_held_once_and_keep_their_names() -> None:
     backbone = Backbone(model, AutoTokenizer.from_pretrained(TOKENIZER), "qwen3")
     base: Any = model.base_model
     attention = base.layers[0].self_attn
-    storages = {module.weight.untyped_storage().data_ptr() for module in (attention.q_proj, attention.k_proj, attention.v_proj)}
-    assert len(storages) == 1
+    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
+    (storage,) = {module.weight.untyped_storage().data_ptr() for module in modules}
+    backbone.add_adapters((1, 2), AdapterConfig(rank=2), seed=0)
+    assert {module.base.weight.untyped_storage().data_ptr() for module in (attention.q_proj, attention.v_proj)} == {storage}
     assert backbone.decoder is not None
-    after = backbone.model.state_dict()
+    after = {name.replace(".base.", "."): tensor for name, tensor in backbone.model.state_dict().items() if "lora" not in name}
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def _rename_the_family(model: Any) -> None:
+    model.config.model_type = "smollm3"
+
+
+def _quantize(model: Any) -> None:
+    class Quantized(nn.Linear):
+        pass
+
+    model.base_model.layers[0].self_attn.k_proj.__class__ = Quantized
 
 
 def _bound_logits(model: Any) -> None:
@@ -201,8 +286,12 @@ def _hide_the_window(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_bound_logits, _name_a_bound, _add_a_part, _change_a_norm, _scale_what_is_added, _hide_the_window]
-)
+    "change",
+    [
+        _rename_the_family, _quantize, _bound_logits, _name_a_bound, _add_a_part, _change_a_norm, _scale_what_is_added,
+        _hide_the_window,
+    ],
+)  # fmt: skip
 def test_a_model_that_does_something_else_keeps_its_own_forward(change: Callable[[Any], None]) -> None:
     model = make_model("qwen3")
     assert Backbone(model, AutoTokenizer.from_pretrained(TOKENIZER), "qwen3").decoder is not None
@@ -216,7 +305,7 @@ def test_bfloat16_stays_beside_its_adapters() -> None:
     backbone = load("qwen3", torch.bfloat16)
     bank = backbone.add_adapters((1, 2), AdapterConfig(rank=2), seed=0)
     assert backbone.decoder is not None
-    assert all(isinstance(norm, RMSNorm) for norm in [backbone.model.base_model.norm])
+    assert isinstance(backbone.model.base_model.norm, RMSNorm)
     with bank.keep_merged():
         assert bank.routing.whole is None
     assert not neuromas.linear._is_long(10**9, torch.zeros(2, 2, dtype=torch.bfloat16))

@@ -246,7 +246,7 @@ class _Decode:
         last_B = suffixes.lengths_B.cumsum(0) - 1
         nodes_T = slots.nodes[new][suffixes.row_T]
         logits_BV = self.backbone.forward(suffixes.ids_T, attention.positions_T, nodes_T, attention, last_B)
-        self._advance(logits_BV, suffixes.lengths_B, new)
+        self._advance(logits_BV, suffixes.lengths_B, torch.arange(new.start, new.stop, device=device))
 
     def step(self) -> list[tuple[int, Sample]]:
         """Hand out the rows that have stopped; give every other row its next token."""
@@ -262,30 +262,29 @@ class _Decode:
             attention = _DecodeAttention(slots, self.order)
             last = Packed.column(slots.last_token[self.order.slot_B])
             logits_BV = self.backbone.forward(last.ids_T, attention.positions_B, self.order.node_B, attention, last.row_T)
-            self._advance(self.order.by_slot(logits_BV), last.lengths_B, slice(self.live))
+            self._advance(logits_BV, last.lengths_B, self.order.slot_B)
         return finished
 
-    def _advance(self, logits_BV: Tensor, written_B: Tensor, rows: slice) -> None:
+    def _advance(self, logits_BV: Tensor, written_B: Tensor, slot_B: Tensor) -> None:
         """Count the tokens now in slots; draw each slot's next by inverting the distribution function at its uniform draw."""
         slots = self.slots
         assert slots is not None
-        slots.length[rows] += written_B
-        count = slots.count[rows]
-        every = torch.arange(len(count), device=count.device)
+        slots.length[slot_B] += written_B
+        count_B = slots.count[slot_B]
         if self.temperature not in (0, 1):
             logits_BV = logits_BV / self.temperature
         logprobs_BV = logits_BV.log_softmax(-1)
         if self.temperature == 0:
-            tokens = logits_BV.argmax(-1)
+            tokens_B = logits_BV.argmax(-1)
         else:
             # In float64: a sum over a large vocabulary in float32 would shift the tail.
             cumulative = logprobs_BV.exp().double().cumsum(-1)
-            target = slots.uniforms[rows][every, count] * cumulative[:, -1]
-            tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
-        slots.tokens[rows][every, count] = tokens
-        slots.logprobs[rows][every, count] = logprobs_BV[every, tokens]
-        slots.last_token[rows] = tokens
-        slots.count[rows] += 1
+            target_B = slots.uniforms[slot_B, count_B] * cumulative[:, -1]
+            tokens_B = torch.searchsorted(cumulative, target_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+        slots.tokens[slot_B, count_B] = tokens_B
+        slots.logprobs[slot_B, count_B] = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+        slots.last_token[slot_B] = tokens_B
+        slots.count[slot_B] = count_B + 1
 
     def _take_finished(self) -> list[tuple[int, Sample]]:
         slots = self.slots
