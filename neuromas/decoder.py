@@ -6,7 +6,7 @@ in. Those are computed here: modules that read the same tokens are one product, 
 somebody asks for, and gradients are written out where torch would pass over memory more often. Any other model keeps its own
 forward.
 
-Shapes beyond the legend: H size of a hidden state, X heads of queries and keys, D size of a head, I size of the feed-forward.
+Shapes beyond the legend: H size of a hidden state, C columns of a product, X heads of queries and keys, D size of a head.
 """
 
 from collections.abc import Sequence
@@ -270,11 +270,9 @@ def _frequencies(rotary: Any, kind: str) -> tuple[Tensor, float]:
 def _layer(layer: Any, config: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     around = hasattr(layer, "pre_feedforward_layernorm")
-    size = int(attention.head_dim)
     heads = config.num_attention_heads, config.num_key_value_heads
     norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
     scales = [norm.scale.expand(count, -1) for norm, count in zip(norms, heads, strict=False)]
-    assert not scales or scales[0].shape[-1] == size
     qkv = LinearGroup([attention.q_proj, attention.k_proj, attention.v_proj])
     return _Layer(
         qkv=qkv,
@@ -288,7 +286,7 @@ def _layer(layer: Any, config: Any) -> _Layer:
         before_mlp=layer.pre_feedforward_layernorm if around else layer.post_attention_layernorm,
         behind_mlp=layer.post_feedforward_layernorm if around else None,
         heads=heads,
-        head_scale_XD=torch.cat(scales).float() if scales else None,
+        head_scale_XD=torch.cat(scales) if scales else None,
         head_eps=norms[0].eps if norms else 0.0,
         scale=float(attention.scaling),
         window=getattr(attention, "sliding_window", None),

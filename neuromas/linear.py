@@ -212,15 +212,20 @@ def _by_whole_weights(
         key = adapted, len(weight), node
         if key not in routing.whole:
             pairs = [(module.all_nodes("lora_A")[node], module.all_nodes("lora_B")[node]) for module in adapted]
-            routing.whole[key] = whole_weight(weight, columns, pairs, routing.scaling).T
-        if residual_TO is None:
-            torch.mm(x_TI[first:end], routing.whole[key], out=y_TO[first:end])
-        else:
-            torch.addmm(residual_TO[first:end], x_TI[first:end], routing.whole[key], out=y_TO[first:end])
+            routing.whole[key] = _whole_weight(weight, columns, pairs, routing.scaling).T
+        _write(y_TO, x_TI, routing.whole[key], residual_TO, slice(first, end))
     return y_TO if bias is None else y_TO.add_(bias)
 
 
-def whole_weight(weight: Tensor, columns: tuple[slice, ...], pairs: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
+def _write(y_TO: Tensor, x_TI: Tensor, weight_IO: Tensor, residual_TO: Tensor | None, stretch: slice) -> None:
+    """Write a stretch of a product, plus the residual."""
+    if residual_TO is None:
+        torch.mm(x_TI[stretch], weight_IO, out=y_TO[stretch])
+    else:
+        torch.addmm(residual_TO[stretch], x_TI[stretch], weight_IO, out=y_TO[stretch])
+
+
+def _whole_weight(weight: Tensor, columns: tuple[slice, ...], pairs: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
     """Return W + scaling B A, (out, in)."""
     whole = weight.clone()
     for where, (a, b) in zip(columns, pairs, strict=True):
@@ -261,11 +266,8 @@ class _RoutedLinear(torch.autograd.Function):
             x, y = x_TI[first:end], y_TO[first:end]
             pairs = [(a[node], b[node]) for a, b in zip(every_a, every_b, strict=True)]
             long = _is_long(end - first, weight)
-            used = whole_weight(weight, columns, pairs, scaling) if long else weight
-            if residual_TO is None:
-                torch.mm(x, used.T, out=y)
-            else:
-                torch.addmm(residual_TO[first:end], x, used.T, out=y)
+            used = _whole_weight(weight, columns, pairs, scaling) if long else weight
+            _write(y_TO, x_TI, used.T, residual_TO, slice(first, end))
             if not long:
                 for where, (a, b) in zip(columns, pairs, strict=True):
                     y[:, where].addmm_(x @ a.T, b.T, alpha=scaling)
@@ -298,7 +300,7 @@ class _RoutedLinear(torch.autograd.Function):
                 d_a[node].add_(part, alpha=scaling)
             if dx_TI is not None:
                 long = _is_long(end - first, weight)
-                dx = torch.mm(dy, whole_weight(weight, columns, pairs, scaling) if long else weight, out=dx_TI[first:end])
+                dx = torch.mm(dy, _whole_weight(weight, columns, pairs, scaling) if long else weight, out=dx_TI[first:end])
                 if not long:
                     dx.addmm_(d_inner, every, alpha=scaling)
         return dx_TI, None, None, dy_TO if ctx.needs_input_grad[3] else None, None, None, None, *d_halves
