@@ -55,6 +55,7 @@ class AdapterBank:
         self.rank = resolve_rank(config, len(self.nodes), self.parameters_per_rank)
         self.alpha = config.alpha if config.alpha is not None else 2.0 * self.rank
         self.routing = Routing(self.alpha / self.rank, generations=self.generations)
+        self._last_route: tuple[Tensor, Route] | None = None
         self._dtype = next(iter(targets.values())).weight.dtype
         # Modules without an adapter too: a product of several is kept as a whole.
         linears = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name)
@@ -121,13 +122,20 @@ class AdapterBank:
         """
         routing = self.routing
         before = routing.route
-        routing.route = None if nodes_T is None else Route.of(
-            nodes_T, len(self.nodes), self.rank, self._dtype, kept_whole=routing.whole is not None
-        )  # fmt: skip
+        routing.route = None if nodes_T is None else self._route(nodes_T)
         try:
             yield
         finally:
             routing.route = before
+
+    def _route(self, nodes_T: Tensor) -> Route:
+        # Whoever samples asks for the same tokens' route again and again.
+        if self._last_route is not None and self._last_route[0] is nodes_T:
+            return self._last_route[1]
+        route = Route.of(nodes_T, len(self.nodes), self.rank, self._dtype, kept_whole=self.routing.whole is not None)
+        if self.routing.kept is not None:
+            self._last_route = nodes_T, route
+        return route
 
     @contextmanager
     def keep_merged(self) -> Iterator[None]:
@@ -138,7 +146,7 @@ class AdapterBank:
         try:
             yield
         finally:
-            self.routing.kept = self.routing.whole = None
+            self.routing.kept = self.routing.whole = self._last_route = None
 
     def index(self, node: int) -> int:
         return self.nodes.index(node) if len(self.nodes) > 1 else 0

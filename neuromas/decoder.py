@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 from transformers import PreTrainedModel
 
+from neuromas import kernels
 from neuromas.adapters import AdapterBank
 from neuromas.attention import PrefixAttention
 from neuromas.linear import LinearGroup
@@ -39,36 +40,47 @@ LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "at
 
 
 class _Heads(torch.autograd.Function):
-    """A product's columns as heads: the first `turned` normed, where the model does so, and rotated; the rest as they are."""
+    """A product's columns as heads: queries and keys normed, where the model does so, and rotated; values as they are."""
 
     @staticmethod
     def forward(
-        ctx: Any, columns_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, turned: int, scale_XD: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        heads = columns_TC.unflatten(1, (-1, cos_TD.shape[1]))
-        x = heads[:, :turned]
+        ctx: Any, columns_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, queries: int, keys: int, scale_XD: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        columns_TXD, turned = columns_TC.unflatten(1, (-1, cos_TD.shape[1])), queries + keys
+        ctx.compiled = kernels.fit(columns_TC)
+        if ctx.compiled:
+            query, key, value, inverse = kernels.heads(columns_TXD, cos_TD, sin_TD, scale_XD, eps, queries, keys)
+            ctx.save_for_backward(cos_TD, sin_TD, scale_XD, columns_TXD, inverse)
+            return query, key, value
+        x = columns_TXD[:, :turned]
         if scale_XD is not None:
             normal, inverse = normalised(x, eps)
-            ctx.save_for_backward(cos_TD, sin_TD, normal, inverse, scale_XD)
+            ctx.save_for_backward(cos_TD, sin_TD, scale_XD, normal, inverse)
             x = normal * scale_XD
         else:
-            ctx.save_for_backward(cos_TD, sin_TD)
-        return _rotate(x, cos_TD, sin_TD, 1).to(columns_TC.dtype), heads[:, turned:].clone()
+            ctx.save_for_backward(cos_TD, sin_TD, scale_XD)
+        query, key = _rotate(x, cos_TD, sin_TD, 1).to(columns_TC.dtype).split((queries, keys), 1)
+        return query, key, columns_TXD[:, turned:].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_turned, d_rest = grads
-        cos_TD, sin_TD, *norm = ctx.saved_tensors
+        cos_TD, sin_TD, scale_XD, *rest = ctx.saved_tensors
+        d_query, d_keys, d_values = grads
+        if ctx.compiled:
+            d_heads = kernels.heads_backward((d_query, d_keys, d_values), rest[0], cos_TD, sin_TD, scale_XD, rest[1])
+            return d_heads.flatten(1), None, None, None, None, None, None
+        d_turned = torch.cat([d_query, d_keys], 1)
         tokens, turned, size = d_turned.shape
-        d_heads = d_turned.new_empty(tokens, turned + d_rest.shape[1], size)
-        d_heads[:, turned:] = d_rest
+        d_heads = d_turned.new_empty(tokens, turned + d_values.shape[1], size)
+        d_heads[:, turned:] = d_values
         dx = _rotate(d_turned, cos_TD, sin_TD, -1)
-        if norm:
-            normal, inverse, scale_XD = norm
+        if scale_XD is not None:
+            normal, inverse = rest
             normalised_backward(dx.mul_(scale_XD), normal, inverse, d_heads[:, :turned])
         else:
             d_heads[:, :turned] = dx
-        return d_heads.flatten(1), None, None, None, None, None
+        return d_heads.flatten(1), None, None, None, None, None, None
 
 
 def _rotate(x_TXD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: int) -> Tensor:
@@ -86,19 +98,24 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both_TC: Tensor, activation: str) -> Tensor:
+        ctx.activation, ctx.compiled = activation, kernels.fit(both_TC) and kernels.fit_gate(activation)
+        if ctx.compiled:
+            ctx.save_for_backward(both_TC)
+            return kernels.gate(both_TC, activation)
         gate, up = both_TC.chunk(2, 1)
         acted = silu(gate) if activation == "silu" else gelu(gate, approximate=_GATES[activation])
         ctx.save_for_backward(both_TC, acted)
-        ctx.activation = activation
         return acted * up
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        both_TC, acted = ctx.saved_tensors
+        both_TC, *acted = ctx.saved_tensors
+        if ctx.compiled:
+            return kernels.gate_backward(grads[0], both_TC, ctx.activation), None
         gate, up = both_TC.chunk(2, 1)
         d_both = torch.empty_like(both_TC)
         d_gate, d_up = d_both.chunk(2, 1)
-        torch.mul(grads[0], acted, out=d_up)
+        torch.mul(grads[0], acted[0], out=d_up)
         d_acted = grads[0] * up
         if ctx.activation == "silu":
             torch.ops.aten.silu_backward.grad_input(d_acted, gate, grad_input=d_gate)
@@ -131,29 +148,34 @@ class _Layer:
     activation: str
 
     def query_keys_values(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        turned, values = self._turned(self.qkv, normal_TH, angles, slice(sum(self.heads)))
-        query, keys = turned.split(self.heads, 1)
-        return query, keys, values
+        return self._heads(self.qkv, normal_TH, angles, *self.heads)
 
     def query(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        return self._turned(self.q, normal_TH, angles, slice(self.heads[0]))[0]
+        return self._heads(self.q, normal_TH, angles, self.heads[0], 0)[0]
 
     def keys_values(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._turned(self.kv, normal_TH, angles, slice(self.heads[0], sum(self.heads)))
+        return self._heads(self.kv, normal_TH, angles, 0, self.heads[1])[1:]
 
-    def _turned(
-        self, linear: LinearGroup, normal_TH: Tensor, angles: tuple[Tensor, Tensor], heads: slice
-    ) -> tuple[Tensor, Tensor]:
-        scale_XD = None if self.head_scale_XD is None else self.head_scale_XD[heads]
-        turned = heads.stop - (heads.start or 0)
-        parts = _Heads.apply(linear(normal_TH), *angles, turned, scale_XD, self.head_eps)
+    def _heads(
+        self, linear: LinearGroup, normal_TH: Tensor, angles: tuple[Tensor, Tensor], queries: int, keys: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_keys = slice(0 if queries else self.heads[0], sum(self.heads) if keys else self.heads[0])
+        scale_XD = None if self.head_scale_XD is None else self.head_scale_XD[of_keys]
+        if not torch.is_grad_enabled() and kernels.fit(normal_TH):
+            columns_TXD = linear(normal_TH).unflatten(1, (-1, angles[0].shape[1]))
+            return kernels.heads(columns_TXD, *angles, scale_XD, self.head_eps, queries, keys)[:3]
+        parts = _Heads.apply(linear(normal_TH), *angles, queries, keys, scale_XD, self.head_eps)
         assert isinstance(parts, tuple)
         return parts
 
     def rest(self, hidden_TH: Tensor, read_TXD: Tensor) -> Tensor:
         """Add what tokens have read to them, then what the feed-forward makes of them."""
         hidden_TH = _added(hidden_TH, self.out, read_TXD.flatten(1), self.behind_attention)
-        gated = _Gate.apply(self.gate_up(self.before_mlp(hidden_TH)), self.activation)
+        both_TC = self.gate_up(self.before_mlp(hidden_TH))
+        if not torch.is_grad_enabled() and kernels.fit(both_TC) and kernels.fit_gate(self.activation):
+            gated = kernels.gate(both_TC, self.activation)
+        else:
+            gated = _Gate.apply(both_TC, self.activation)
         assert isinstance(gated, Tensor)
         return _added(hidden_TH, self.down, gated, self.behind_mlp)
 
@@ -204,7 +226,7 @@ class Decoder:
         keep_K: Int[Tensor, " K"],
     ) -> Float[Tensor, "K H"]:
         """Return what the head reads, of the tokens at the given places of the stream; they are in order."""
-        last, keep = self._layers[-1], None if len(keep_K) == len(ids_T) else keep_K
+        last, keep = self._layers[-1], None if keep_K.shape[0] == ids_T.shape[0] else keep_K
         with self._routed(nodes_T):
             hidden_TH, normal_TH, angles = self._to_last_layer(ids_T, positions_T, attention)
             if keep is None:

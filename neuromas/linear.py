@@ -207,13 +207,19 @@ def _by_whole_weights(
     routing = adapted[0].routing
     assert routing.route is not None
     assert routing.whole is not None
-    y_TO = x_TI.new_empty(len(x_TI), len(weight))
-    for node, first, end in routing.route.runs:
-        key = adapted, len(weight), node
+    weights: list[Tensor] = []
+    for node, _, _ in routing.route.runs:
+        key = adapted, weight.shape[0], node
         if key not in routing.whole:
             pairs = [(module.all_nodes("lora_A")[node], module.all_nodes("lora_B")[node]) for module in adapted]
             routing.whole[key] = _whole_weight(weight, columns, pairs, routing.scaling).T
-        _write(y_TO, x_TI, routing.whole[key], residual_TO, slice(first, end))
+        weights.append(routing.whole[key])
+    if len(weights) == 1:
+        y_TO = x_TI @ weights[0] if residual_TO is None else torch.addmm(residual_TO, x_TI, weights[0])
+    else:
+        y_TO = x_TI.new_empty(x_TI.shape[0], weight.shape[0])
+        for (_, first, end), whole in zip(routing.route.runs, weights, strict=True):
+            _write(y_TO, x_TI, whole, residual_TO, slice(first, end))
     return y_TO if bias is None else y_TO.add_(bias)
 
 
@@ -261,7 +267,7 @@ class _RoutedLinear(torch.autograd.Function):
         columns: tuple[slice, ...], *halves: Tensor,
     ) -> Tensor:  # fmt: skip
         every_a, every_b = ([half.to(x_TI.dtype) for half in halves[which::2]] for which in (0, 1))
-        y_TO = x_TI.new_empty(len(x_TI), len(weight))
+        y_TO = x_TI.new_empty(x_TI.shape[0], weight.shape[0])
         for node, first, end in runs:
             x, y = x_TI[first:end], y_TO[first:end]
             pairs = [(a[node], b[node]) for a, b in zip(every_a, every_b, strict=True)]

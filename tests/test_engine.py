@@ -128,11 +128,19 @@ def test_sampler_and_learner_agree(folders: dict[str, Path], family: str, scope:
     assert largest_gap(make_network(folders[family], scope=scope)) < FLOAT32_BOUND
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_other_devices_do_agrees_too(folders: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the kernel of a CPU: prefixes are copied to rows for many tokens, and all scores are made for single ones."""
+def test_what_other_types_and_devices_do_agrees_too(
+    folders: dict[str, Path], family: str, *, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without compiled loops, as in bfloat16; and without torch's kernel of a CPU, as on a GPU.
+
+    There, prefixes are copied to rows for many tokens, and all scores are made for single ones.
+    """
     usual = samples(rollout(make_network(folders[family])))
-    monkeypatch.setattr("neuromas.attention._has_kernel", lambda *_: False)
+    monkeypatch.setattr("neuromas.kernels.fit", lambda *_: False)
+    if not kernel:
+        monkeypatch.setattr("neuromas.attention._has_kernel", lambda *_: False)
     network = make_network(folders[family])
     assert largest_gap(network) < FLOAT32_BOUND
     assert_same_samples(samples(rollout(make_network(folders[family]))), usual)
