@@ -101,6 +101,10 @@ class Prefixes:
         picked = [tuple(tensor[:, :, :width].index_select(0, places) for tensor in layer) for layer in self.past]
         return Prefixes([(keys, values) for keys, values in picked], lengths_Q)
 
+    def contiguous(self) -> "Prefixes":
+        """Return them as they are read fastest, in order of prefix, head and column."""
+        return Prefixes([(keys.contiguous(), values.contiguous()) for keys, values in self.past], self.lengths_Q)
+
     def join(self, other: "Prefixes") -> "Prefixes":
         width = max(self.width, other.width)
 

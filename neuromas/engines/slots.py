@@ -102,7 +102,7 @@ class Sharing:
         if before is not None and 2 * len(used) > len(before.places) and bool(torch.isin(used, before.places).all()):
             self.places, self.prefixes = before.places, before.prefixes
         else:
-            self.places, self.prefixes = used, prefixes.select(used)
+            self.places, self.prefixes = used, prefixes.select(used).contiguous()
         self.row_B = torch.searchsorted(self.places, order.prefix_B)
         self.column_B, self.width = columns_of(self.row_B, len(self.places))
         self.reading: kernels.Reading | None = None

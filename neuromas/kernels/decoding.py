@@ -106,7 +106,8 @@ def _join(
 class Reading:
     """What rows read, one token each, as long as none comes or goes. They fill the first slots of a cache.
 
-    `prefix_B` and `place_B` say which of a prefix's `places` a row takes. Prefixes are (Q, K, columns, D) by layer.
+    `prefix_B` and `place_B` say which of a prefix's `places` a row takes. Prefixes are (Q, K, columns, D) by layer,
+    contiguous.
     """
 
     def __init__(
@@ -116,10 +117,10 @@ class Reading:
         prefix_keys = prefixes[0][0]
         count, heads, _, size = prefix_keys.shape
         rows, shared = slot_B.shape[0], queries // heads
-        self._rows, self._keys_of_all = rows, rows * heads
+        self._keys_of_all = rows * heads
         self._who = [tensor.numpy() for tensor in (slot_B, prefix_B, place_B)]
         self._length_Q = length_Q.numpy()
-        self._prefixes = [(keys.flatten(0, 1).mT, values.flatten(0, 1)) for keys, values in prefixes]
+        self._prefixes = [(keys.view(-1, *keys.shape[2:]).mT, values.view(-1, *values.shape[2:])) for keys, values in prefixes]
         self._own, self._grid = (
             prefix_keys.new_empty(rows * heads, shared, size),
             prefix_keys.new_empty(count * heads, places * shared, size),
