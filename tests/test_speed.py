@@ -24,7 +24,7 @@ from neuromas.engines.torch_engine import TorchEngine
 from neuromas.reinforce import Batch
 from neuromas.types import Completion, Prompt, Request, Sample
 
-REFERENCE = {"update": 5.0, "rollout": 4.0}
+REFERENCE = {"update": 5.0, "rollout": 5.0}
 ALLOWED = 0.7
 ROUNDS, LOOKS = 3, 3
 NODES, QUESTIONS, GROUP, PREFIX, OWN, NEW = (1, 2, 3), 2, 8, 256, 32, 16
