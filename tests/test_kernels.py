@@ -107,9 +107,9 @@ def test_one_token_of_each_row_reads_its_prefix_and_its_own_tokens(queries: int,
         keys, values = (part[:, -(window or 99) :].repeat_interleave(queries // heads, 0) for part in whole)
         expected.append(scaled_dot_product_attention(query[row, :, None], keys, values, scale=0.3)[:, 0])
     before = [tensor.clone() for tensor in cache]
-    reading = kernels.Reading(slots, prefix, place, 3, lengths, [prefixes], queries)
+    reading = kernels.Reading(slots, prefix, place, 3, lengths, queries, heads, size)
     for _ in range(2):
-        got = reading.attend(0, query, key, value, column, int(column.max()) + 1, cache, window=window, scale=0.3)
+        got = reading.attend(query, key, value, column, int(column.max()) + 1, cache, prefixes, window=window, scale=0.3)
         torch.testing.assert_close(got, torch.stack(expected), **BOUND)
     for tensor, old, new in zip(cache, before, (key, value), strict=True):
         old[slots, :, column] = new
@@ -150,7 +150,7 @@ def test_logits_that_are_no_numbers_still_draw_a_token() -> None:
         assert ((tokens >= 0) & (tokens < 300)).all()
 
 
-def test_threads_of_one_process_compute_at_once() -> None:
+def test_threads_of_one_process_may_all_call_a_loop() -> None:
     both = normal(300, 64)
     expected, found = kernels.gate(both, "silu"), []
     threads = [threading.Thread(target=lambda: found.extend(kernels.gate(both, "silu") for _ in range(50))) for _ in range(4)]
@@ -169,3 +169,24 @@ def test_loops_leave_torchs_threads_alone_and_take_as_many() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "1"] * 3
+
+
+@pytest.mark.parametrize("vocabulary", [200, 512, 700])
+def test_a_token_without_a_share_is_never_drawn(vocabulary: int) -> None:
+    """A draw near one ends at the last token that has a share, however sums are rounded."""
+    logits = normal(64, vocabulary)
+    logits[:, 100:] = -60
+    logits[1::2, 5:] = -math.inf
+    for below_one in (1e-7, 3e-8, 1e-8, 1e-9, 1e-12, 2**-53):
+        tokens, logprobs = kernels.draw(logits, torch.full((64,), 1 - below_one, dtype=torch.float64), 1.0)
+        assert (tokens < 100).all()
+        assert (logprobs > -20).all()
+
+
+def test_loops_work_where_nothing_can_be_kept() -> None:
+    code = (
+        "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
+        "import torch; from neuromas import kernels; print(kernels.gate(torch.ones(1, 2), 'silu').item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(1 / (1 + math.exp(-1)))

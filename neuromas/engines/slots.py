@@ -10,6 +10,9 @@ from neuromas import kernels
 from neuromas.attention import Prefixes, SuffixAttention, additive, columns_of, cutting, merge, read
 from neuromas.packing import Packed
 
+_UNEVEN = 4
+"""Times as many places as rows, from which on a grid of prefixes and their rows is mostly padding."""
+
 
 @dataclass(slots=True)
 class Slots:
@@ -105,7 +108,18 @@ class Sharing:
             self.places, self.prefixes = used, prefixes.select(used).contiguous()
         self.row_B = torch.searchsorted(self.places, order.prefix_B)
         self.column_B, self.width = columns_of(self.row_B, len(self.places))
-        self.reading: kernels.Reading | None = None
+        self.even = len(self.places) * self.width <= _UNEVEN * len(order.slot_B)
+        """Whether all scores of the grid may be made at once."""
+        self._readings: dict[tuple[int, int, int], kernels.Reading] = {}
+
+    def reading(self, queries: int, heads: int, size: int) -> kernels.Reading:
+        """Return the compiled loops' plan for layers with such heads; they may differ."""
+        key = queries, heads, size
+        if key not in self._readings:
+            self._readings[key] = kernels.Reading(
+                self.order.slot_B, self.row_B, self.column_B, self.width, self.prefixes.lengths_Q, *key
+            )
+        return self._readings[key]
 
     def by_slot(self, stream: Tensor) -> Tensor:
         return stream if self._place_of_slot_B is None else stream.index_select(0, self._place_of_slot_B)
@@ -149,16 +163,13 @@ class DecodeAttention:
         assert keep_K is None, "every row's one token is asked for"
         slots, sharing = self._slots, self._sharing
         window = cutting(window, self._longest)
-        if kernels.fit(keys_THD) and keys_THD.shape == values_THD.shape:
-            if sharing.reading is None:
-                sharing.reading = kernels.Reading(
-                    sharing.order.slot_B, sharing.row_B, sharing.column_B, sharing.width, sharing.prefixes.lengths_Q,
-                    sharing.prefixes.past, query_THD.shape[1],
-                )  # fmt: skip
+        if kernels.fit(keys_THD) and keys_THD.shape == values_THD.shape and sharing.even:
+            reading = sharing.reading(query_THD.shape[1], *keys_THD.shape[1:])
             cache = slots.keys[layer], slots.values[layer]
-            return sharing.reading.attend(
-                layer, query_THD, keys_THD, values_THD, self.column_B, self._width, cache, window=window, scale=scale
-            )
+            return reading.attend(
+                query_THD, keys_THD, values_THD, self.column_B, self._width, cache, sharing.prefixes.past[layer],
+                window=window, scale=scale,
+            )  # fmt: skip
         self._writing.write(layer, keys_THD, values_THD)
         seen_own, seen_prefix = self._mask(window, query_THD.dtype)
         # Heads of queries that share a head of keys stand behind each other as queries of one head.

@@ -4,9 +4,9 @@ A step of decoding is so little work that calling torch's operations takes most 
 memory several times. Everything here is in float32; other devices and types take torch's way, which tests compare with this.
 """
 
-from neuromas.kernels.compiled import fit
 from neuromas.kernels.decoding import Reading, draw
 from neuromas.kernels.layers import fit_gate, gate, gate_backward, heads, heads_backward, normalise, normalise_backward
+from neuromas.kernels.running import fit
 
 __all__ = [
     "Reading", "draw", "fit", "fit_gate", "gate", "gate_backward", "heads", "heads_backward", "normalise", "normalise_backward",
