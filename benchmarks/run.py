@@ -112,7 +112,7 @@ def commit() -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small cases, three rounds: 8 to 9 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="small cases, three rounds: 9 to 10 minutes on two cores")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run? The figures mean nothing")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--models", nargs="+", choices=["bundled", "60m"], default=["bundled", "60m"])

@@ -93,12 +93,16 @@ def _rotate(x_TXD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: int) -> Tensor:
     return y
 
 
+def _is_compiled_gate(both_TC: Tensor, activation: str) -> bool:
+    return kernels.fit(both_TC) and kernels.fit_gate(activation)
+
+
 class _Gate(torch.autograd.Function):
     """activation(gate) * up, of both beside each other. Written out: their gradients are made where they are read."""
 
     @staticmethod
     def forward(ctx: Any, both_TC: Tensor, activation: str) -> Tensor:
-        ctx.activation, ctx.compiled = activation, kernels.fit(both_TC) and kernels.fit_gate(activation)
+        ctx.activation, ctx.compiled = activation, _is_compiled_gate(both_TC, activation)
         if ctx.compiled:
             ctx.save_for_backward(both_TC)
             return kernels.gate(both_TC, activation)
@@ -172,7 +176,7 @@ class _Layer:
         """Add what tokens have read to them, then what the feed-forward makes of them."""
         hidden_TH = _added(hidden_TH, self.out, read_TXD.flatten(1), self.behind_attention)
         both_TC = self.gate_up(self.before_mlp(hidden_TH))
-        if not torch.is_grad_enabled() and kernels.fit(both_TC) and kernels.fit_gate(self.activation):
+        if not torch.is_grad_enabled() and _is_compiled_gate(both_TC, self.activation):
             gated = kernels.gate(both_TC, self.activation)
         else:
             gated = _Gate.apply(both_TC, self.activation)

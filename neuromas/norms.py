@@ -21,12 +21,16 @@ def normalised_backward(grad: Tensor, normal: Tensor, inverse: Tensor, out: Tens
     return torch.mul(grad.addcmul_(normal, along, value=-1), inverse, out=out)
 
 
+def _is_compiled(x: Tensor) -> bool:
+    return x.dim() == 2 and kernels.fit(x)
+
+
 class _Normalise(torch.autograd.Function):
     """x / rms(x) * scale. Written out: its gradient needs what it returns without the scale, and no gradient of the scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        ctx.compiled = kernels.fit(x) and x.dim() == 2
+        ctx.compiled = _is_compiled(x)
         if ctx.compiled:
             y, inverse = kernels.normalise(x, scale, eps)
             ctx.save_for_backward(x, inverse, scale)
@@ -56,7 +60,7 @@ class RMSNorm(nn.Module):
         self.scale = weight.data.to(torch.promote_types(weight.dtype, torch.float32)) + offset
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and x.dim() == 2 and kernels.fit(x):
+        if not torch.is_grad_enabled() and _is_compiled(x):
             return kernels.normalise(x, self.scale, self.eps)[0]
         y = _Normalise.apply(x, self.scale, self.eps)
         assert isinstance(y, Tensor)
