@@ -7,7 +7,7 @@ its number.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,9 +17,19 @@ from neuromas.cells import Stored
 from neuromas.evaluate import UNPARSED
 from neuromas.grid import Grid, Pair, find_method, problem_of
 from neuromas.matching import QUANTITIES, Amounts, compare_amounts, difference, mismatches, shorten
+from neuromas.tuning import Trial
 
 Problem = tuple[str, str, str]
 """Backbone, task, set of examples."""
+
+Trials = Mapping[tuple[str, str, str], Sequence[Trial]]
+"""By method, backbone and task: what was tried."""
+
+Reading = Literal["best", "last"]
+"""Which adapters of a training answer: those of its best validation, or those of its end. Untrained methods have one answer."""
+
+CEILING = 0.95
+"""Two methods that both reach this leave nothing to tell them apart by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +42,16 @@ class Run:
     result: CellResult
 
     @property
-    def right(self) -> list[float]:
-        return [answer.reward for answer in self.answers]
+    def right(self) -> np.ndarray:
+        """One value a distinct question, with the mean of the rewards.
+
+        A question that is published twice is one question to every interval and test: its rewards are added, in units that
+        leave the mean over all answers as it is.
+        """
+        sums: dict[str, float] = {}
+        for answer in self.answers:
+            sums[answer.example] = sums.get(answer.example, 0.0) + answer.reward
+        return np.array(list(sums.values())) * len(sums) / len(self.answers)
 
     @property
     def questions(self) -> list[tuple[str, str]]:
@@ -59,6 +77,8 @@ class Score:
     trained: bool
     n: int
     """Questions."""
+    distinct: int
+    """Different ones among them."""
     accuracy: float
     low: float
     """Lower end of the 95% interval over questions and runs; over questions alone where there is one run."""
@@ -72,10 +92,12 @@ class Score:
     """How often each answer was given in all runs, the most frequent first."""
     amounts: dict[str, float]
     """Mean over runs of each of QUANTITIES."""
+    best_steps: list[int] = field(default_factory=list)
+    """Training steps done by each run's best validation; empty where nothing was validated."""
     curve: list[dict[str, int | float]] = field(default_factory=list)
     """Points `seed`, `step`, `sampled_tokens`, `accuracy` of the validation curves."""
     growths: list[int] = field(default_factory=list)
-    """Optimizer steps done before each growth of the network."""
+    """Training steps done before each growth of the network."""
     flags: list[str] = field(default_factory=list)
 
 
@@ -103,6 +125,8 @@ class Difference:
     """For each seed: its difference, questions that only one got right, McNemar's exact p."""
     unmatched: list[str] = field(default_factory=list)
     """What differs without being declared as matched, in words."""
+    uninformative: str | None = None
+    """Why the number says nothing: both methods at the floor, or at the ceiling; for a mean, on which tasks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,30 +150,43 @@ class Comparison:
     overall: list[Difference]
     """By pair: the mean over all problems."""
     notes: list[str]
+    trials: Trials
+    last: "Comparison | None" = None
+    """The same of the adapters at the end of training; this is of those of the best validation."""
 
 
 def amounts_of(spec: CellSpec, result: CellResult, answers: Sequence[Answer]) -> dict[str, float]:
     """Return what a cell spent, one amount for each of QUANTITIES."""
     training, n = result.training or {}, len(answers)
-    rollouts = training.get("rollouts", 0)
+    calls = sum(answer.calls for answer in answers) / n
     amounts = {
         "trainable_parameters": result.trainable_parameters,
-        # Every question of a trained network has its group of rollouts. How many there were, a budget of tokens decides.
-        "training_questions": rollouts // spec.config.group_size if find_method(spec.method).trained else 0,
-        "training_rollouts": rollouts,
+        "training_questions": training.get("questions", 0),
+        "training_rollouts": training.get("rollouts", 0),
+        "training_steps": training.get("steps", 0),
         "updates": training.get("optimizer_steps", 0),
         "training_calls": training.get("calls", 0),
         "training_sampled_tokens": training.get("sampled_tokens", 0),
         "training_prompt_tokens": training.get("prompt_tokens", 0),
-        "calls_per_answer": sum(answer.calls for answer in answers) / n,
+        "calls_per_answer": calls,
+        "most_tokens_per_answer": calls * result.settings.get("max_new_tokens", spec.config.max_new_tokens),
         "tokens_per_answer": sum(answer.sampled_tokens for answer in answers) / n,
         "prompt_tokens_per_answer": sum(answer.prompt_tokens for answer in answers) / n,
     }
     return {name: float(amount) for name, amount in amounts.items()}
 
 
-def compare(grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: Sequence[str] = ()) -> Comparison:
-    """Score what was found of a grid's cells, and compare its pairs."""
+def compare(
+    grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: Sequence[str] = (), trials: Trials | None = None
+) -> Comparison:
+    """Score what was found of a grid's cells, and compare its pairs: at the best validation, and in `last` at the end."""
+    last = _compare(grid, found, "last", notes, trials or {})
+    return replace(_compare(grid, found, "best", notes, trials or {}), last=last)
+
+
+def _compare(
+    grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], reading: Reading, notes: Sequence[str], trials: Trials
+) -> Comparison:
     runs: dict[Problem, dict[str, list[Run]]] = {}
     lost: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
     for spec, stored in found:
@@ -158,7 +195,9 @@ def compare(grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: 
             reason = "not run yet" if stored is None else f"died: {stored.error}"
             lost.setdefault(problem, {}).setdefault(spec.method, {}).setdefault(reason, []).append(str(spec.config.seed))
             continue
-        for which, answers in stored.result.answers.items():
+        result = stored.result
+        read = result.best_answers if reading == "best" and result.best_answers else result.answers
+        for which, answers in read.items():
             run = Run(spec.config.seed, answers, amounts_of(spec, stored.result, answers), stored.result)
             runs.setdefault((*problem, which), {}).setdefault(spec.method, []).append(run)
     for backbone, task in lost:
@@ -181,7 +220,7 @@ def compare(grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: 
         for table in tables
         if table.scores and all(score.floor is None for score in table.scores.values())
     ]
-    return Comparison(grid, tables, _adjusted(overall), [*notes, *floorless])
+    return Comparison(grid, tables, _adjusted(overall), [*notes, *floorless], trials)
 
 
 def spell_problem(problem: Problem) -> str:
@@ -207,7 +246,7 @@ def _table(
             missing[method] = "; ".join(reasons)
     differences, estimates = [], []
     for pair in grid.pairs:
-        difference, estimate = _difference(pair, runs, missing)
+        difference, estimate = _difference(pair, runs, missing, scores)
         differences.append(difference)
         estimates.append(estimate)
     return Table(problem, scores, missing, differences), estimates
@@ -216,7 +255,7 @@ def _table(
 def _score(name: str, runs: Sequence[Run]) -> Score:
     method = find_method(name)
     right_RQ = np.array([run.right for run in runs])
-    n = right_RQ.shape[1]
+    n, distinct = len(runs[0].answers), right_RQ.shape[1]
     low, high = statistics.share_interval(right_RQ)
     given = Counter(UNPARSED if a.given is None else a.given for run in runs for a in run.answers)
     (best, count), *_ = Counter(answer.gold for answer in runs[0].answers).most_common(1)
@@ -224,13 +263,15 @@ def _score(name: str, runs: Sequence[Run]) -> Score:
     each = [
         RunScore(seed=run.seed, accuracy=float(right.mean()), low=interval[0], high=interval[1])
         for run, right in zip(runs, right_RQ, strict=True)
-        for interval in [statistics.wilson(float(right.sum()), n)]
+        for interval in [statistics.wilson(float(right.sum()), distinct)]
     ]
     score = Score(
-        method=name, title=method.title, trained=method.trained, n=n, accuracy=float(right_RQ.mean()), low=low, high=high,
-        runs=each, floor=floor, floor_answer=best if floor else None, parse_rate=1 - given[UNPARSED] / given.total(),
+        method=name, title=method.title, trained=method.trained, n=n, distinct=distinct,
+        accuracy=float(right_RQ.mean()), low=low, high=high, runs=each,
+        floor=floor, floor_answer=best if floor else None, parse_rate=1 - given[UNPARSED] / given.total(),
         answers=dict(given.most_common()),
         amounts={key: float(np.mean([run.amounts[key] for run in runs])) for key in QUANTITIES},
+        best_steps=[step for run in runs if (step := run.result.best_step) is not None],
         curve=[{"seed": run.seed, **asdict(point)} for run in runs for point in run.result.curve],
         growths=[growth["at_step"] for growth in runs[0].result.settings.get("growth", ())],
     )  # fmt: skip
@@ -261,7 +302,7 @@ def _flags(score: Score, runs: Sequence[Run]) -> list[str]:
 
 
 def _difference(
-    pair: Pair, runs: Mapping[str, list[Run]], missing: Mapping[str, str]
+    pair: Pair, runs: Mapping[str, list[Run]], missing: Mapping[str, str], scores: Mapping[str, Score]
 ) -> tuple[Difference, statistics.Estimate | None]:
     """Compare a pair on one problem, or say why it can't be compared."""
     if gaps := [f"{name}: {missing[name]}" for name in (pair.first, pair.second) if name in missing]:
@@ -285,14 +326,25 @@ def _difference(
         low_these_runs=these[0], high_these_runs=these[1], p_these_runs=p_these,
         runs=[_of_one_run(first, second) for first, second in together],
         unmatched=_unmatched(pair, *([run.amounts for run in runs[name]] for name in (pair.first, pair.second))),
+        uninformative=_uninformative(scores[pair.first], scores[pair.second]),
     )  # fmt: skip
     return found, estimate
 
 
+def _uninformative(first: Score, second: Score) -> str | None:
+    """Say why a difference of two scores says nothing; None where it does."""
+    if min(first.accuracy, second.accuracy) >= CEILING:
+        return f"both at the ceiling ({CEILING:.0%} or more)"
+    if all(score.floor is not None and score.low <= score.floor for score in (first, second)):
+        return "both at the floor (their intervals reach it)"
+    return None
+
+
 def _of_one_run(first: Run, second: Run) -> dict[str, int | float]:
-    rewards = first.right, second.right
-    only_first, only_second, p = statistics.mcnemar(*([value == 1 for value in side] for side in rewards))
-    mean = float(np.mean(rewards[0]) - np.mean(rewards[1]))
+    # The first answer to each distinct question: McNemar's test counts questions.
+    rewards = [{answer.example: answer.reward for answer in reversed(run.answers)} for run in (first, second)]
+    only_first, only_second, p = statistics.mcnemar(*([value == 1 for value in side.values()] for side in rewards))
+    mean = float(np.mean(first.right) - np.mean(second.right))
     return {"seed": first.seed, "mean": mean, "only_first": only_first, "only_second": only_second, "p_mcnemar": p}
 
 
@@ -320,10 +372,13 @@ def _overall(pair: Pair, estimates: Sequence[statistics.Estimate | None], tables
         where, reason = refused[0]
         return Difference(refused=f"refused on {len(refused)} of {len(tables)} tasks: {where}: {reason}")
     mean = statistics.mean_of(known)
+    empty = [(spell_problem(t.problem), reason) for t in tables if (reason := t.differences[index].uninformative)]
     low, high = mean.interval()
     return Difference(
         mean=mean.mean, low=max(-1.0, low), high=min(1.0, high), p=mean.p_value(), detectable=mean.detectable(),
         unmatched=_unmatched(pair, *([t.scores[name].amounts for t in tables] for name in (pair.first, pair.second))),
+        uninformative=f"on {len(empty)} of {len(tables)} tasks: {', '.join(f'{where} ({why})' for where, why in empty)}"
+        if empty else None,
     )  # fmt: skip
 
 
@@ -333,7 +388,8 @@ def spell_difference(found: Difference) -> str:
         return f"not compared: {found.refused}"
     apart = f"; not matched: {'; '.join(found.unmatched)}" if found.unmatched else ""
     interval = f"95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
-    return f"{100 * found.mean:+.1f} points ({interval}, p {found.p:.2g}){apart}"
+    empty = f"; UNINFORMATIVE {found.uninformative}" if found.uninformative else ""
+    return f"{100 * found.mean:+.1f} points ({interval}, p {found.p:.2g}){empty}{apart}"
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -348,6 +404,17 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         },
         "notes": comparison.notes,
         "pairs": [asdict(pair) for pair in grid.pairs],
+        **_readings(comparison),
+        "last": _readings(comparison.last) if comparison.last else None,
+        "trials": [
+            {"method": method, "backbone": backbone, "task": task, "trials": [asdict(trial) for trial in trials]}
+            for (method, backbone, task), trials in comparison.trials.items() if trials
+        ],
+    }  # fmt: skip
+
+
+def _readings(comparison: Comparison) -> dict[str, Any]:
+    return {
         "overall": [asdict(found) for found in comparison.overall],
         "problems": [
             {

@@ -14,7 +14,11 @@ class Ledger:
 
     trainable_parameters: int
     """Of the network as it is last, which is its largest."""
+    steps: int = 0
+    """Training steps: each draws questions and rolls them out."""
     optimizer_steps: int = 0
+    """Steps that had a gradient. A step whose groups are all right or all wrong changes no adapter."""
+    questions: int = 0
     rollouts: int = 0
     calls: int = 0
     """Completions: one per node and rollout."""
@@ -36,9 +40,10 @@ class Ledger:
     def _counts(self) -> dict[str, int]:
         return {name: value for name, value in asdict(self).items() if name != "phases"}
 
-    def record(self, groups: Sequence[Group]) -> None:
-        """Add one training step."""
-        added = {"optimizer_steps": 1, "rollouts": sum(map(len, groups)), **asdict(spending(groups))}
+    def record(self, groups: Sequence[Group], *, updated: bool) -> None:
+        """Add one training step; `updated` says whether it had a gradient."""
+        counts = {"questions": len(groups), "rollouts": sum(map(len, groups))}
+        added = {"steps": 1, "optimizer_steps": int(updated), **counts, **asdict(spending(groups))}
         for name, count in added.items():
             setattr(self, name, getattr(self, name) + count)
             if self.phases:

@@ -75,8 +75,9 @@ def cell(spec: CellSpec, out: Path, checksum: str) -> Cell:
     settings = {key: value for key, value in json.loads(to_json(spec.config)).items() if key not in MAY_DIFFER}
 
     def name(of: str) -> str:
-        key = _digest(json.dumps([of, settings, checksum], sort_keys=True).encode())
-        return re.sub(r"[^\w.-]+", "_", f"{of}-{spec.config.task.name}-{spec.config.backbone}-seed{spec.config.seed}-{key}")
+        key = _digest(json.dumps([of, settings, checksum, spec.trial], sort_keys=True).encode())
+        what = f"{'trial-' * spec.trial}{of}-{spec.config.task.name}-{spec.config.backbone}-seed{spec.config.seed}-{key}"
+        return re.sub(r"[^\w.-]+", "_", what)
 
     sources = _sources_of(method)
     run = f"{name(getattr(method, 'trains_as', method.name))}-{_digest(sources)}"
@@ -167,20 +168,25 @@ def _result_to(result: CellResult) -> dict[str, Any]:
     """Return a result as JSON-ready data, answers column by column: the names of the fields once, not for every answer."""
     names = [field.name for field in dataclasses.fields(Answer)]
     data = {field.name: getattr(result, field.name) for field in dataclasses.fields(CellResult)}
-    data["answers"] = {
-        which: {name: [getattr(answer, name) for answer in answers] for name in names}
-        for which, answers in result.answers.items()
-    }
+    for of in ("answers", "best_answers"):
+        data[of] = {
+            which: {name: [getattr(answer, name) for answer in answers] for name in names}
+            for which, answers in getattr(result, of).items()
+        }
     return data | {"curve": [dataclasses.asdict(point) for point in result.curve]}
 
 
 def _result_from(data: dict[str, Any]) -> CellResult:
-    answers = {
-        which: tuple(Answer(*row) for row in zip(*(columns[field.name] for field in dataclasses.fields(Answer)), strict=True))
-        for which, columns in data["answers"].items()
-    }
+    def answers(of: str) -> dict[str, tuple[Answer, ...]]:
+        names = [field.name for field in dataclasses.fields(Answer)]
+        return {
+            which: tuple(Answer(*row) for row in zip(*(columns[name] for name in names), strict=True))
+            for which, columns in data[of].items()
+        }
+
     curve = tuple(CurvePoint(**point) for point in data["curve"])
-    return CellResult(**(data | {"answers": answers, "curve": curve}))
+    made = {"answers": answers("answers"), "best_answers": answers("best_answers"), "curve": curve}
+    return CellResult(**{**data, **made})
 
 
 def make(place: Cell) -> Stored:
@@ -264,8 +270,8 @@ class Worker:
         process = self._process if self._process and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        order = {"method": place.spec.method, "config": to_json(place.spec.config), "path": str(place.path),
-                 "run": str(place.run), "code": place.code}  # fmt: skip
+        order = {"method": place.spec.method, "trial": place.spec.trial, "config": to_json(place.spec.config),
+                 "path": str(place.path), "run": str(place.run), "code": place.code}  # fmt: skip
         try:
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
@@ -344,7 +350,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         order = json.loads(line)
-        spec = CellSpec(order["method"], from_json(order["config"], "order"))
+        spec = CellSpec(order["method"], from_json(order["config"], "order"), order["trial"])
         place = Cell(spec, Path(order["path"]), Path(order["run"]), order["code"])
         with _printing_to(place.log):
             print(f"--- {describe_cell(spec)}", flush=True)

@@ -3,6 +3,7 @@
     RUN/config.json  topology.json  held_out.json  metrics.jsonl  rollouts.jsonl  evaluation.json  curve.png
     RUN/growth.json  parent.json (where it has grown)
     RUN/checkpoints/step-000040/    adapters/<node>/ (PEFT)  optimizer.safetensors  ledger.json  state.json
+    RUN/checkpoints/best-000020/    the same, after the validation with the highest accuracy (the first of equals)
     RUN/adapters -> checkpoints/<newest>/adapters
 
 A checkpoint is written under another name, flushed, and renamed when complete, so a killed run leaves the one before it.
@@ -50,6 +51,8 @@ class State:
     pace: Pace = field(default_factory=Pace)
     topology: Topology | None = None
     """Of the network whose adapters these are; None: that of the run."""
+    validation_accuracy: float | None = None
+    """Of the checkpoint that is kept as the best; None in all others."""
 
 
 class RunDirectory:
@@ -175,7 +178,7 @@ class RunDirectory:
     def step(self) -> int:
         """Optimizer steps done by the newest checkpoint, 0 if there is none."""
         folders = self.checkpoints()
-        return int(folders[-1].name.removeprefix("step-")) if folders else 0
+        return _step_of(folders[-1]) if folders else 0
 
     @property
     def backbone_checksum(self) -> str:
@@ -189,9 +192,31 @@ class RunDirectory:
         """Return complete checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob(f"step-{'[0-9]' * 6}"))
 
+    def best(self) -> Path | None:
+        """Return the checkpoint of the best validation so far, None if there is none.
+
+        What a killed run saved behind its newest checkpoint does not count: it comes again.
+        """
+        folders = sorted((self.path / "checkpoints").glob(f"best-{'[0-9]' * 6}"))
+        return next((folder for folder in reversed(folders) if _step_of(folder) <= self.step), None)
+
+    def best_accuracy(self) -> float:
+        """Return the validation accuracy of the best checkpoint, -1 if there is none."""
+        folder = self.best()
+        return _verified_state(folder, older=None)["validation_accuracy"] if folder else -1.0
+
+    def load_best(self, bank: AdapterBank) -> int:
+        """Read the adapters of the best validation, or the newest where nothing was validated, and return their step."""
+        folder = self.best() or self.checkpoints()[-1]
+        _verified_state(folder, older=None)
+        for node in bank.nodes:
+            bank.load_peft(node, folder / "adapters" / str(node))
+        return _step_of(folder)
+
     def save(self, bank: AdapterBank, optimizer: torch.optim.Optimizer, state: State) -> None:
         """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses."""
-        final = self.path / "checkpoints" / f"step-{state.step:06d}"
+        is_best = state.validation_accuracy is not None
+        final = self.path / "checkpoints" / f"{'best' if is_best else 'step'}-{state.step:06d}"
         partial = final.with_suffix(".partial")
         files = _files(bank, optimizer, state, self.config.backbone)
         try:
@@ -199,6 +224,8 @@ class RunDirectory:
             for name, data in files.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 write_file(partial / name, data)
+            if is_best:
+                shutil.rmtree(final, ignore_errors=True)  # of a run that was killed behind it, and goes on
             partial.rename(final)
             sync_folder(final.parent)
         except OSError as error:
@@ -209,6 +236,11 @@ class RunDirectory:
                 f"--run-dir {self.path}: checkpoint {final.name} cannot be saved ({error.strerror}); {kept}. "
                 "Make room and run the same command with --resume"
             ) from error
+        if is_best:
+            for other in final.parent.glob("best-*"):
+                if other != final:
+                    shutil.rmtree(other, ignore_errors=True)
+            return
         self._link_adapters(final)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -311,6 +343,10 @@ class RunDirectory:
         return lines
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def _parse_json(path: Path, data: bytes) -> Any:
     try:
         return json.loads(data)
@@ -334,6 +370,7 @@ def _files(bank: AdapterBank, optimizer: torch.optim.Optimizer, state: State, ba
         "backbone_checksum": state.backbone_checksum,
         "pace": asdict(state.pace),
         "topology": state.topology.to_json() if state.topology else None,
+        "validation_accuracy": state.validation_accuracy,
     }
     files["state.json"] = json.dumps({**head, "files": listing}, indent=2).encode()
     return files
@@ -344,7 +381,7 @@ def _verified_state(folder: Path, older: Path | None) -> dict[str, Any]:
     remedy = f"delete {folder} to continue from {older.name}" if older else f"delete {folder} to start again"
     try:
         state = json.loads((folder / "state.json").read_text())
-        whole = folder.name == f"step-{state['step']:06d}"
+        whole = _step_of(folder) == state["step"]
         files = {name: (size, digest) for name, (size, digest) in state["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"checkpoint {folder}: state.json is missing or damaged; {remedy}") from error

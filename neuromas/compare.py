@@ -16,14 +16,15 @@ from transformers import PretrainedConfig
 
 from neuromas.analysis import Comparison, compare, spell_difference, spell_problem, to_json
 from neuromas.backbone import Backbone, config_of
-from neuromas.baselines.base import CellSpec
+from neuromas.baselines.base import CellResult, CellSpec
 from neuromas.baselines.paper import qwen3_0_6b
 from neuromas.cells import Cell, Stored, cell, make_all, read
 from neuromas.config import TrainConfig
-from neuromas.grid import Grid, Pair, describe_cell, find_method
+from neuromas.grid import Grid, Pair, describe_cell, find_method, problem_of
 from neuromas.matching import QUANTITIES, spell
 from neuromas.report import write_report
 from neuromas.sizes import sizes
+from neuromas.tuning import Tuning
 
 PAPER_BACKBONE = "Qwen/Qwen3-0.6B"
 
@@ -36,14 +37,39 @@ def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_
     """
     with _locked(out) as lock:
         checksums = {name: _checksum(name, grid) for name in grid.backbones}
-        places = [cell(spec, out, checksums[spec.config.backbone]) for spec in grid.cells]
-        found, notes = _look(places, keep_old or report_only)
-        if not report_only:
-            left = [place for place in places if (stored := found.get(place.path)) is None or stored.error is not None]
-            _tell(f"{len(places)} cells: {len(places) - len(left)} are there, {len(left)} to make, {jobs} at a time, in {out}")
-            found |= _make(left, jobs, lock)
-        comparison = compare(grid, [(place.spec, found.get(place.path)) for place in places], notes)
-        data = to_json(comparison) | {"code": sorted({place.code for place in places}), "backbone_checksums": checksums}
+        found: dict[Path, Stored] = {}
+        notes: list[str] = []
+
+        def place_of(spec: CellSpec) -> Cell:
+            return cell(spec, out, checksums[spec.config.backbone])
+
+        def result_of(spec: CellSpec) -> CellResult | None:
+            stored = found.get(place_of(spec).path)
+            return stored.result if stored else None
+
+        tuning = Tuning(grid, result_of)
+        tuning.check()
+        specs, seen = [*tuning.trials(), *grid.cells], set[Path]()
+        # What some cells train with is known when others have been made, so they come in turns.
+        while places := [p for s in map(tuning.settle, specs) if s and (p := place_of(s)).path not in seen]:
+            seen |= {place.path for place in places}
+            there, lines = _look(places, keep_old or report_only)
+            found |= there
+            notes += lines
+            left = [p for p in places if (stored := found.get(p.path)) is None or stored.error is not None]
+            if left and not report_only:
+                waiting = len(specs) - len(seen)
+                _tell(
+                    f"{len(specs)} cells: {len(seen) - len(left)} are there, {len(left)} to make, {jobs} at a time, in {out}"
+                    + (f"; {waiting} wait for the results of these" if waiting else "")
+                )
+                found |= _make(left, jobs, lock)
+        settled = [(spec, tuning.settle(spec)) for spec in grid.cells]
+        cells = [(own or spec, found.get(place_of(own).path) if own else None) for spec, own in settled]
+        trials = {(spec.method, *problem_of(spec)): tuning.table(spec) for spec in grid.cells}
+        comparison = compare(grid, cells, notes, trials)
+        codes = sorted({place_of(spec).code for spec in grid.cells})
+        data = to_json(comparison) | {"code": codes, "backbone_checksums": checksums}
         (out / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
         write_report(data, out)
     return comparison
@@ -101,6 +127,8 @@ def _make(left: Sequence[Cell], jobs: int, lock: int) -> dict[Path, Stored]:
 def _outcome(stored: Stored) -> str:
     if stored.result is None:
         return f"died: {stored.error}"
+    if not stored.result.answers:
+        return f"validation {max(point.accuracy for point in stored.result.curve):.1%} at best"
     scores = (f"{sum(a.reward for a in answers) / len(answers):.1%} of {len(answers)} right on {which}"
               for which, answers in stored.result.answers.items())  # fmt: skip
     return ", ".join(scores)
@@ -150,6 +178,9 @@ def print_plan(grid: Grid) -> None:
         + (f" x {len(grid.backbones)} backbones" if several else f" on {grid.backbones[0]}")
     )
     console.print(f"tasks: {', '.join(grid.tasks)}")
+    if trials := Tuning(grid, lambda spec: None).trials():
+        tried = ", ".join(f"{lr:g}" for lr in grid.tuning.lrs) if grid.tuning else ""
+        console.print(f"{len(trials)} trials: every trained method on every task tries lr {tried}; validation chooses")
     for pair in grid.pairs:
         console.print(describe_pair(pair))
 

@@ -178,7 +178,10 @@ class TrainConfig:
     """Where to run; auto takes a GPU if there is one."""
 
     num_steps: int = 40
-    """Optimizer steps."""
+    """Training steps: each draws questions, rolls them out and updates the adapters."""
+    train_tokens: int = 0
+    """Above 0, training ends with the first step after which the nodes have sampled this many tokens, whatever --num-steps
+    says, and the learning rate falls along these tokens."""
     examples_per_step: int = 16
     """Questions in a step (P)."""
     step_tokens: int = 0
@@ -241,7 +244,7 @@ class TrainConfig:
             "branches",
         ):
             _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens"):
+        for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens", "train_tokens"):
             _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         _require(0 < self.temperature < math.inf, "--temperature", "above 0 (training samples)", self.temperature)
         _require(0 < self.lr < math.inf, "--lr", "above 0", self.lr)
@@ -264,6 +267,8 @@ class TrainConfig:
         fixed = self.adapter.shared or self.topology.vote or self.topology.roles or self.branches > 1
         if self.growth and fixed:
             raise ValueError("growth goes with none of --adapter.shared, --topology.vote, --topology.roles and --branches")
+        if self.growth and self.train_tokens:
+            raise ValueError("growth counts steps: it goes with --num-steps, not with --train-tokens")
         self.growths()
         return self
 

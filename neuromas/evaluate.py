@@ -21,6 +21,8 @@ class Evaluation:
 
     accuracy: float
     n: int
+    distinct: int
+    """Different questions among the n: an item that is published twice is one question to the interval."""
     low: float
     """Lower end of the 95% Wilson interval of the accuracy."""
     high: float
@@ -46,8 +48,9 @@ class Evaluation:
     def __str__(self) -> str:
         # A gold answer may be a whole program.
         best = self.floor_answer if len(self.floor_answer) <= 40 else self.floor_answer[:37] + "..."
+        repeated = f", {self.distinct} of them different" if self.distinct < self.n else ""
         text = (
-            f"{self.accuracy:.1%} (n {self.n}, 95% interval {self.low:.1%} to {self.high:.1%}, "
+            f"{self.accuracy:.1%} (n {self.n}{repeated}, 95% interval {self.low:.1%} to {self.high:.1%}, "
             f"floor {self.floor:.1%} always {best!r}, parsed {self.parse_rate:.1%}, "
             f"{self.calls_per_answer:.3g} calls and {self.tokens_per_answer:.1f} tokens an answer)"
         )
@@ -62,14 +65,16 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
     if not rollouts:
         raise ValueError("nothing to evaluate: expected at least one example")
     n = len(rollouts)
-    right = sum(map(int, task.rewards([(rollout.example, rollout.answer) for rollout in rollouts])))
-    low, high = wilson(right, n)
+    right = sum(task.rewards([(rollout.example, rollout.answer) for rollout in rollouts]))
+    distinct = len({rollout.example.id for rollout in rollouts})
+    low, high = wilson(right / n * distinct, distinct)
     best, best_share = floor([rollout.example for rollout in rollouts])
     answers = Counter(task.parse_answer(rollout.answer) or UNPARSED for rollout in rollouts)
     spent = spending(groups)
     return Evaluation(
         accuracy=right / n,
         n=n,
+        distinct=distinct,
         low=low,
         high=high,
         floor=best_share,

@@ -2,11 +2,13 @@
 
 methods = ["neuromas_3", "single_rl"]      tasks = ["navigate"]      seeds = [0, 1, 2]
 [train]  settings of all cells    [task.NAME]  of a task's    [method.NAME]  of a method's    [quick]  with --quick
+[tuning]  lr = [5e-4, 1.5e-3]  seeds = [11]      what every trained method tries on every task, on seeds that are not scored
 [[pairs]]  compare = ["neuromas_3", "single_rl"]  matched = ["trainable_parameters"]  asks = "..."
 """
 
 import dataclasses
 import importlib.util
+import math
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from neuromas.baselines import METHODS, CellSpec, Method
+from neuromas.baselines.networks import Trained
 from neuromas.config import TrainConfig, from_dict
 from neuromas.matching import QUANTITIES
 from neuromas.tasks import from_config
 
 DEFAULT_TOLERANCE = 0.02
 LISTS = ("methods", "tasks", "seeds", "backbones", "matched", "pairs")
-TABLES = ("train", "task", "method", "quick")
+TABLES = ("train", "task", "method", "tuning", "quick")
 KEYS = (*LISTS, *TABLES, "reference", "tolerance")
 BY_THE_LISTS = ("seed", "backbone", "run_dir")
 """Settings that come from the lists of the file."""
@@ -44,6 +47,16 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """What every trained method tries: each rank with each learning rate, on each of the seeds."""
+
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+    ranks: tuple[int, ...]
+    """Of a node of the team, as `adapter.rank` of the file; empty: the file's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
     """A comparison, resolved."""
 
@@ -54,7 +67,9 @@ class Grid:
     backbones: tuple[str, ...]
     pairs: tuple[Pair, ...]
     cells: tuple[CellSpec, ...]
-    """Seed by seed, so that a grid that is stopped has whole comparisons."""
+    """Seed by seed, so that a grid that is stopped has whole comparisons. What is tuned is not yet in their settings."""
+    tuning: Space | None = None
+    """None: every method trains with the file's settings."""
 
 
 def problem_of(spec: CellSpec) -> tuple[str, str]:
@@ -63,7 +78,9 @@ def problem_of(spec: CellSpec) -> tuple[str, str]:
 
 
 def describe_cell(spec: CellSpec) -> str:
-    return f"{spec.method}, {spec.config.task.name}, {spec.config.backbone}, seed {spec.config.seed}"
+    config = spec.config
+    trial = f", trial of lr {config.lr:g}" + (f" and rank {config.adapter.rank}" if config.adapter.rank else "")
+    return f"{spec.method}, {config.task.name}, {config.backbone}, seed {config.seed}{trial if spec.trial else ''}"
 
 
 def find_method(name: str) -> Method:
@@ -113,7 +130,7 @@ def load_grid(
     # What the file names at all: with --quick its tables and pairs may be about what the short lists leave out.
     named = {key: set(_distinct(raw, key, str, where)) for key in ("methods", "tasks")}
     short = _table(raw, "quick", where)
-    _check_keys(short, (*LISTS, "train", "reference", "tolerance"), where, "quick.")
+    _check_keys(short, (*LISTS, "train", "tuning", "reference", "tolerance"), where, "quick.")
     if quick:
         raw |= {key: value for key, value in short.items() if key != "train"}
     given = {"tasks": list(tasks), "seeds": list(seeds), "backbones": list(backbones)}
@@ -138,18 +155,45 @@ def load_grid(
         for backbone in chosen
         for (_, method), config in resolved.items()
     )
+    tuning = _tuning(raw, methods, seeds, where)
     pairs = _pairs(raw, methods, named["methods"] if quick else set(), where)
     name = path.stem + ("-quick" if quick else "")
-    return Grid(name=name, methods=methods, tasks=tasks, seeds=seeds, backbones=chosen, pairs=pairs, cells=cells)
+    return Grid(name=name, methods=methods, tasks=tasks, seeds=seeds, backbones=chosen, pairs=pairs, cells=cells,
+                tuning=tuning)  # fmt: skip
+
+
+def _tuning(raw: Mapping[str, Any], methods: Sequence[str], scored: Sequence[int], where: str) -> Space | None:
+    if "tuning" not in raw:
+        return None
+    table = _table(raw, "tuning", where)
+    _check_keys(table, ("lr", "rank", "seeds"), where, "tuning.")
+    lrs = table.get("lr")
+    if not isinstance(lrs, list) or not lrs or not all(isinstance(lr, float) and 0 < lr < math.inf for lr in lrs):
+        raise ValueError(f"{where}: tuning.lr must be a list of one or more learning rates above 0, such as 1e-3, got {lrs!r}")
+    ranks, seeds = (_distinct(table, key, int, f"{where}: tuning") if key in table else () for key in ("rank", "seeds"))
+    if any(rank < 1 for rank in ranks):
+        raise ValueError(f"{where}: tuning.rank must be at least 1, got {list(ranks)}")
+    if len(lrs) * max(1, len(ranks)) > 1 and (not seeds or set(seeds) & set(scored) or min(seeds) < 0):
+        raise ValueError(
+            f"{where}: tuning.seeds must be one or more seeds of at least 0 that are not scored, got {list(seeds)} beside "
+            f"seeds {list(scored)}"
+        )
+    for method, table in _table(raw, "method", where).items():
+        if method in methods and "lr" in table:
+            raise ValueError(f"{where}: [method.{method}] may not set 'lr': [tuning] chooses it for all methods alike")
+    return Space(lrs=tuple(lrs), seeds=seeds, ranks=ranks)
 
 
 def _check_methods(methods: Sequence[str], where: str) -> None:
     by_name: dict[str, str] = {}
     for method in methods:
         try:
-            name = find_method(method).name
+            found = find_method(method)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        name = found.name
+        if isinstance(found, Trained) and found.tokens_of and found.tokens_of not in methods:
+            raise ValueError(f"{where}: method {method} trains as long as {found.tokens_of}; add that to methods")
         # Cells are kept by it.
         if (other := by_name.setdefault(name, method)) != method:
             raise ValueError(f"{where}: methods {other} and {method} have the same name {name!r}; give one another")

@@ -14,9 +14,9 @@ LINE_EVERY_SECONDS = 10.0
 class Progress:
     """Shows steps as they end. Everything goes to standard error, so that standard output stays for results."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, train_tokens: int = 0) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._num_steps = num_steps
+        self._total, self._tokens = train_tokens or num_steps, train_tokens > 0
         self._started = time.monotonic()
         self._first: int | None = None
         self._last_line = -LINE_EVERY_SECONDS
@@ -25,7 +25,7 @@ class Progress:
             TimeRemainingColumn(compact=True), TextColumn("left"), console=self._console,
             disable=not self._console.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task("scoring before training", total=num_steps)
+        self._task = self._bar.add_task("scoring before training", total=self._total)
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -37,25 +37,27 @@ class Progress:
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show step `step` (0-based) as done."""
+    def step(self, steps: int, metrics: Mapping[str, float], sampled_tokens: int) -> None:
+        """Show that `steps` steps are done, in which the nodes have sampled so many tokens."""
         text = (
             f"reward {metrics['reward/mean']:.2f} parsed {metrics['answer_parsed/frac']:.0%} "
             f"faults {metrics['message_fault/frac']:.0%} {metrics['sampled_tokens_per_second/mean']:,.0f} tok/s"
         )
         if "validation/accuracy/mean" in metrics:
             self.note(
-                f"step {step + 1}: validation {metrics['validation/accuracy/mean']:.1%} "
+                f"step {steps}: validation {metrics['validation/accuracy/mean']:.1%} "
                 f"({metrics['validation/low/value']:.1%} to {metrics['validation/high/value']:.1%}, "
                 f"floor {metrics['validation/floor/value']:.1%})"
             )
-        self._bar.update(self._task, completed=step + 1, description=text)
+        done = sampled_tokens if self._tokens else steps
+        self._bar.update(self._task, completed=done, description=text)
         now = time.monotonic()
         if self._first is None:
-            self._first, self._started = step, now
-        due = now - self._last_line >= LINE_EVERY_SECONDS or step + 1 == self._num_steps
+            self._first, self._started = done, now
+        due = now - self._last_line >= LINE_EVERY_SECONDS or done >= self._total
         if not self._console.is_terminal and due:
             self._last_line = now
-            done = step - self._first
-            left = f"  {(now - self._started) / done * (self._num_steps - step - 1):.0f} s left" if done else ""
-            self.note(f"step {step + 1}/{self._num_steps}  {text}{left}")
+            gained = done - self._first
+            left = f"  {(now - self._started) / gained * max(0, self._total - done):.0f} s left" if gained else ""
+            where = f"step {steps}, token {done}/{self._total}" if self._tokens else f"step {done}/{self._total}"
+            self.note(f"{where}  {text}{left}")

@@ -48,7 +48,23 @@ def _view(data: Data) -> Data:
         "code": ", ".join(data["code"]),
         "backbones": [f"{name} ({checksum})" for name, checksum in data["backbone_checksums"].items()],
         "single_run": len(data["seeds"]) == 1,
+        "trials": [_tried(entry, title) for entry in data["trials"]],
     }  # fmt: skip
+
+
+def _tried(entry: Data, title: dict[str, str]) -> Data:
+    """Spell out what was tried for a method on a task, the chosen one marked."""
+
+    def spell_trial(trial: Data) -> str:
+        rank = f", rank {trial['rank']}" if trial["rank"] else ""
+        seen = "no result" if trial["accuracy"] is None else f"{100 * trial['accuracy']:.1f}"
+        return f"lr {trial['lr']:g}{rank}: {seen}{' (chosen)' if trial['chosen'] else ''}"
+
+    return {
+        "method": title[entry["method"]],
+        "task": entry["task"] + (f", {entry['backbone']}" if entry["backbone"] != "bundled" else ""),
+        "trials": [spell_trial(trial) for trial in entry["trials"]],
+    }
 
 
 def _summary(data: Data) -> str:
@@ -70,13 +86,15 @@ def _pair(pair: Data, place: int, data: Data, title: dict[str, str]) -> Data:
         "tolerance": f"{pair['tolerance']:.0%}",
         "overall": _difference(data["overall"][place]),
         "each": [_difference(problem["differences"][place]) for problem in data["problems"]],
+        "last": _difference(data["last"]["overall"][place]),
+        "each_last": [_difference(problem["differences"][place]) for problem in data["last"]["problems"]],
     }
 
 
 def _difference(found: Data) -> Data:
     """Spell a difference out; one that is refused has no number in it at all."""
     if found["refused"]:
-        return {"refused": found["refused"]}
+        return {"refused": found["refused"], "uninformative": None}
     p = found["p"] if found["p_holm"] is None else found["p_holm"]
     return {
         "refused": None,
@@ -94,23 +112,26 @@ def _difference(found: Data) -> Data:
             for run in found["runs"]
         ],
         "unmatched": found["unmatched"],
+        "uninformative": found["uninformative"],
     }  # fmt: skip
 
 
 def _problem(problem: Data, data: Data, title: dict[str, str]) -> Data:
     scores = problem["scores"]
+    last = next(each for each in data["last"]["problems"] if each["name"] == problem["name"])["scores"]
     first = next(iter(scores.values()), None)
     return {
         "name": problem["name"],
         "floor": "none" if first is None or first["floor"] is None else
         f"{100 * first['floor']:.1f} (always {shorten(first['floor_answer'])!r})",
         "n": first["n"] if first else 0,
-        "rows": [_row(name, scores.get(name), problem["missing"].get(name), title) for name in data["methods"]],
+        "distinct": first["distinct"] if first else 0,
+        "rows": [_row(name, scores.get(name), last.get(name), problem["missing"].get(name), title) for name in data["methods"]],
     }  # fmt: skip
 
 
-def _row(name: str, score: Data | None, missing: str | None, title: dict[str, str]) -> Data:
-    if score is None:
+def _row(name: str, score: Data | None, last: Data | None, missing: str | None, title: dict[str, str]) -> Data:
+    if score is None or last is None:
         return {"title": title[name], "missing": missing, "score": None}
     amounts = score["amounts"]
     return {
@@ -118,6 +139,8 @@ def _row(name: str, score: Data | None, missing: str | None, title: dict[str, st
         "missing": missing,
         "score": f"{100 * score['accuracy']:.1f}",
         "interval": f"{100 * score['low']:.1f} to {100 * score['high']:.1f}",
+        "last": f"{100 * last['accuracy']:.1f}" if score["best_steps"] else "",
+        "best_steps": ", ".join(map(str, score["best_steps"])),
         "seeds": [f"{run['seed']}: {100 * run['accuracy']:.1f} ({100 * run['low']:.0f} to {100 * run['high']:.0f})"
                   for run in score["runs"]],
         "floor": "none" if score["floor"] is None else f"{100 * score['floor']:.1f}",
@@ -126,6 +149,7 @@ def _row(name: str, score: Data | None, missing: str | None, title: dict[str, st
         "parameters": spell(amounts["trainable_parameters"]),
         "calls": spell(amounts["calls_per_answer"]),
         "tokens": spell(round(amounts["tokens_per_answer"], 1)),
+        "most_tokens": spell(round(amounts["most_tokens_per_answer"], 1)),
         "flags": score["flags"],
         "warned": any(not flag.startswith("no floor") for flag in score["flags"]),
     }  # fmt: skip

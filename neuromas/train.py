@@ -83,15 +83,21 @@ def build_network(config: TrainConfig) -> Network:
     )  # fmt: skip
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine from the peak to `final_lr` of it at the last step; a growth may begin both anew."""
+def learning_rate(config: TrainConfig, step: int, sampled_tokens: int = 0) -> float:
+    """Linear warm-up, then a cosine from the peak to `final_lr` of it at the last step; a growth may begin both anew.
+
+    With `train_tokens` the cosine follows the share of them that the steps before have sampled.
+    """
     restarts = [entry.at_step for entry in config.growth if entry.restart_lr]
     first = max((at for at in restarts if at <= step), default=0)
     end = min((at for at in restarts if at > step), default=config.num_steps)
     step -= first
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, end - first - config.warmup_steps)
+    if config.train_tokens:
+        done = min(1.0, sampled_tokens / config.train_tokens)
+    else:
+        done = (step - config.warmup_steps) / max(1, end - first - config.warmup_steps)
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -128,7 +134,7 @@ def trainer_of(
             run.adopt(parent)
         run.initialise(setup.task.held_out)
         trainer = Trainer(setup, run)
-        with Progress(config.num_steps) as progress, stop_signals(progress.note) as stop:
+        with Progress(config.num_steps, config.train_tokens) as progress, stop_signals(progress.note) as stop:
             trainer.tell = progress.note
             yield trainer, progress, stop
 
@@ -153,20 +159,27 @@ class Trainer:
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
         self.pace = state.pace if state else Pace()
         run.forget_after(self.step)
-        self.looks = self.config.eval_every > 0 and self.task.has("validation")
-        if self.looks:
+        self.validates = self.config.eval_every > 0 and self.task.has("validation")
+        if self.validates:
             self.validation = self.task.examples("validation", self.config.validation_size)
+        self.best_accuracy = run.best_accuracy()
 
     def train_to_end(self, progress: Progress, stop: Stop) -> None:
         """Do the steps that are left, with checkpoints on the way."""
-        config = self.config
-        for step in range(self.step, config.num_steps):
-            metrics = self.train_step(step)
-            progress.step(step, metrics)
-            if stop.asked or (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
+        while not self.finished:
+            metrics = self.train_step(self.step)
+            progress.step(self.step, metrics, self.ledger.sampled_tokens)
+            if stop.asked or self.step % self.config.save_every == 0 or self.finished:
                 self.save()
-            stop.leave_if_asked(f"after step {step + 1}")
+            stop.leave_if_asked(f"after step {self.step}")
         self.check_frozen()
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has spent its steps, or its tokens where it counts those."""
+        if self.config.train_tokens:
+            return self.ledger.sampled_tokens >= self.config.train_tokens
+        return self.step >= self.config.num_steps
 
     def train_step(self, step: int) -> dict[str, float]:
         """Do one step of the straight line; log it and return its metrics."""
@@ -179,7 +192,6 @@ class Trainer:
             examples, config.group_size, seed=(config.seed, step), temperature=config.temperature, branches=config.branches
         )  # fmt: skip
         rollout_seconds = time.perf_counter() - started
-        self.ledger.record(groups)
         self.pace.settle(config.step_tokens, groups)
 
         rewards = self.task.rewards([(r.example, r.answer) for group in groups for r in group])
@@ -201,8 +213,8 @@ class Trainer:
         metrics["sampled_tokens_per_second/mean"] = metrics["sampled_tokens/sum"] / seconds
         self.step = step + 1
         self.stages.open(self.step)
-        if self.looks and self.step % config.eval_every == 0:
-            metrics |= self._look()
+        if self.validates and (self.step % config.eval_every == 0 or self.finished):
+            metrics |= self._validate()
         self.run.log_metrics(step, metrics)
         self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
         return metrics
@@ -256,17 +268,23 @@ class Trainer:
             gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
         bank.drop_gradients(self.stages.learning(step, groups))
         grad_norms = bank.clip_grad_norms(config.max_grad_norm)
-        lr = learning_rate(config, step)
+        lr = learning_rate(config, step, self.ledger.sampled_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         bank.version += 1
+        self.ledger.record(groups, updated=any(grad_norms.values()))
         norms = {f"grad_norm/node/{node}/max": norm for node, norm in grad_norms.items()}
         return {"loss/mean": loss_sum, "logprob_gap/max": gap, "lr/value": lr, **norms}
 
-    def _look(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
         seen, _ = evaluate(self.network, self.task, self.validation)
+        # The best of a run that grows is the best of what it has grown to.
+        whole = self.stages.taken == len(self.stages.growths) and self.network.open_probability == 1
+        if whole and seen.accuracy > self.best_accuracy:
+            self.best_accuracy = seen.accuracy
+            self.save(validation_accuracy=seen.accuracy)
         values = {
             "accuracy/mean": seen.accuracy,
             "low/value": seen.low,
@@ -295,8 +313,10 @@ class Trainer:
             progress.note(f"{when} training, {name}: {results[name]}")
         return results
 
-    def save(self) -> None:
-        state = State(self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology)
+    def save(self, *, validation_accuracy: float | None = None) -> None:
+        state = State(
+            self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology, validation_accuracy
+        )
         self.run.save(self.bank, self.optimizer, state)
 
     def check_frozen(self) -> None:

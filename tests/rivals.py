@@ -38,7 +38,8 @@ class Rival:
             answers.append(Answer(f"q{index}", gold, given, float(given == gold), self.calls, 50 * self.calls, self.tokens))
         rollouts = config.num_steps * config.examples_per_step * config.group_size
         ledger = {
-            "trainable_parameters": self.parameters, "optimizer_steps": config.num_steps, "rollouts": rollouts,
+            "trainable_parameters": self.parameters, "steps": config.num_steps, "optimizer_steps": config.num_steps,
+            "questions": config.num_steps * config.examples_per_step, "rollouts": rollouts,
             "calls": rollouts * self.calls, "prompt_tokens": rollouts * 50, "sampled_tokens": rollouts * self.tokens,
         }  # fmt: skip
         curve = tuple(

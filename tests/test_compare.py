@@ -21,6 +21,8 @@ from neuromas.figures import growth_marks
 from neuromas.grid import Grid, load_grid
 from neuromas.matching import QUANTITIES, mismatches
 from neuromas.report import write_report
+from neuromas.statistics import wilson
+from neuromas.tuning import Trial
 
 GRID = """
 methods = ["team", "single"]
@@ -119,7 +121,7 @@ def test_differences_by_hand(rivals: dict[str, Rival], tmp_path: Path) -> None:
         ({"parameters": 1100}, "trainable_parameters", "trainable parameters 1,000 against 1,100 (9% apart)"),
         ({"calls": 1}, "calls_per_answer", "calls per answer 3 against 1 (67% apart)"),
         ({"tokens": 12}, "training_sampled_tokens", "sampled tokens in training 51,200 against 61,440 (17% apart)"),
-        ({"trained": False}, "updates", "optimizer steps 40 against 0 (100% apart)"),
+        ({"trained": False}, "updates", "optimizer steps with a gradient 40 against 0 (100% apart)"),
     ],
 )
 def test_an_unmatched_pair_has_no_number(
@@ -162,7 +164,7 @@ def test_questions_are_those_that_training_asked(rivals: dict[str, Rival], tmp_p
     spec = grid_of(tmp_path, GRID.replace("[train]", "[train]\nstep_tokens = 1000")).cells[0]
     found = METHODS["team"].run(spec, tmp_path)
     assert found.training
-    asked = replace(found, training={**found.training, "rollouts": 130 * spec.config.group_size})
+    asked = replace(found, training={**found.training, "questions": 130})
     assert amounts_of(spec, asked, found.answers["test"])["training_questions"] == 130
 
 
@@ -300,3 +302,99 @@ def test_only_what_is_significant_is_bold(rivals: dict[str, Rival], monkeypatch:
     assert (comparison.overall[0].p_holm or 0) > 0.05
     page, _ = pages(comparison, tmp_path)
     assert "clear" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
+
+
+# Readings: the best validation and the end; what a score can say
+
+
+def test_both_readings_are_compared_each_with_its_own_answers(rivals: dict[str, Rival], tmp_path: Path) -> None:
+    changed = {}
+    for seed in (0, 1, 2):
+        team = replace(result(tmp_path, "team", seed), answers={"test": answers("YYYNNNNN", "YYYYYYYY")}, best_step=4)
+        changed["team", seed] = replace(team, best_answers={"test": answers("YYYNNNNN", "YYYNNN-Y")})
+        # What validates nothing has one answer, in both readings.
+        changed["single", seed] = replace(result(tmp_path, "single", seed), answers={"test": answers("YYYNNNNN", "YNNNYYN-")})
+    comparison = run_all(tmp_path, changed)
+    assert comparison.last is not None
+    (best,), (last,) = comparison.tables, comparison.last.tables
+    assert (best.scores["team"].accuracy, last.scores["team"].accuracy) == (6 / 8, 3 / 8)
+    assert best.scores["single"].accuracy == last.scores["single"].accuracy == 3 / 8
+    assert (best.scores["team"].best_steps, best.scores["single"].best_steps) == ([4, 4, 4], [])
+    assert (best.differences[0].mean, last.differences[0].mean) == (3 / 8, 0)
+    page, text = pages(comparison, tmp_path)
+    assert "| 75.0 (" in text
+    assert "| 37.5 | 4, 4, 4 | 62.5 |" in text
+    assert '<td class="number">4, 4, 4</td>' in page
+
+
+@pytest.mark.parametrize(
+    ("team", "single", "reason"),
+    [
+        ("YYYYNNNN", "YYYYNNNN", "both at the ceiling (95% or more)"),
+        ("YYYYYNNN", "YYYYYYYN", "both at the floor (their intervals reach it)"),
+        ("YYYYNNNN", "YYYYYYYY", None),
+    ],
+)
+def test_a_difference_at_the_floor_or_the_ceiling_is_uninformative(
+    rivals: dict[str, Rival], tmp_path: Path, team: str, single: str, reason: str | None
+) -> None:
+    golds = "YYYYNNNN" * 25
+    changed = {
+        (name, seed): replace(result(tmp_path, name, seed), answers={"test": answers(golds, given * 25)})
+        for name, given in (("team", team), ("single", single))
+        for seed in (0, 1, 2)
+    }
+    # Three of eight apart from half is clear of the floor with 200 questions, so the floor here has other answers.
+    if reason and "floor" in reason:
+        changed = {key: replace(each, answers={"test": answers(golds, "Y" * 200)}) for key, each in changed.items()}
+    comparison = run_all(tmp_path, changed)
+    assert comparison.tables[0].differences[0].uninformative == reason
+    said = f"UNINFORMATIVE on 1 of 1 tasks: navigate ({reason})"
+    assert (said in spell_difference(comparison.overall[0])) == (reason is not None)
+    assert ("○" in pages(comparison, tmp_path)[1].split("## Scores")[0].split("| --- |")[1]) == (reason is not None)
+
+
+def test_an_item_that_is_published_twice_is_one_question(rivals: dict[str, Rival], tmp_path: Path) -> None:
+    """Four distinct questions, the first of them three times: the mean counts all six, the intervals four."""
+    ids = ("a", "a", "a", "b", "c", "d")
+    made = {
+        (name, seed): replace(
+            result(tmp_path, name, seed),
+            answers={"test": tuple(replace(a, example=i) for a, i in zip(answers("YYYNNN", given), ids, strict=True))},
+        )
+        for name, given in (("team", "YYYNNY"), ("single", "NNNNNN"))
+        for seed in (0, 1, 2)
+    }
+    (table,) = run_all(tmp_path, made).tables
+    team = table.scores["team"]
+    assert (team.n, team.distinct) == (6, 4)
+    assert team.accuracy == pytest.approx(5 / 6)
+    assert (team.runs[0].low, team.runs[0].high) == pytest.approx(wilson(4 * 5 / 6, 4))
+    assert table.differences[0].mean == pytest.approx(5 / 6 - 3 / 6)
+    # One question that only the team has right, one that only the other has.
+    assert table.differences[0].runs[0] == {
+        "seed": 0,
+        "mean": pytest.approx(2 / 6),
+        "only_first": 1,
+        "only_second": 1,
+        "p_mcnemar": 1.0,
+    }
+    assert "6 questions, 4 of them different, floor" in pages(run_all(tmp_path, made), tmp_path)[1]
+
+
+def test_most_tokens_an_answer_are_what_its_calls_may_write(rivals: dict[str, Rival], tmp_path: Path) -> None:
+    spec = grid_of(tmp_path).cells[0]
+    found = METHODS["team"].run(spec, tmp_path)
+    longer = replace(found, settings={"max_new_tokens": 240})
+    amounts = [amounts_of(spec, each, each.answers["test"])["most_tokens_per_answer"] for each in (found, longer)]
+    assert amounts == [3 * 80, 3 * 240]
+
+
+def test_the_report_lists_what_was_tried(rivals: dict[str, Rival], tmp_path: Path) -> None:
+    grid, found = grid_of(tmp_path), []
+    for spec in grid.cells:
+        found.append((spec, Stored("code", METHODS[spec.method].run(spec, tmp_path), None, 1.0)))
+    trials = {("team", "bundled", "navigate"): [Trial(1e-3, None, 0.5, 0.4), Trial(2e-3, None, 0.75, 0.5, chosen=True)]}
+    page, text = pages(compare(grid, found, (), trials), tmp_path)
+    assert "| The <b>team</b> \\| all | navigate | lr 0.001: 50.0; lr 0.002: 75.0 (chosen) |" in text
+    assert "lr 0.001: 50.0; lr 0.002: 75.0 (chosen)" in page

@@ -76,6 +76,13 @@ def test_the_reference_meets_every_method_that_no_pair_names(tmp_path: Path) -> 
         ('pairs = [["direct", "single_rl"]]', r"direct and single_rl: matched must name one or more of .*, got \[\]"),
         ('matched = ["money"]\npairs = [["direct", "single_rl"]]', r"matched must name .*calls_per_answer.*got \['money'\]"),
         ('[[pairs]]\ncompare = ["direct", "single_rl"]\nwhy = 1', "unknown key 'pairs.why'"),
+        ("[tuning]\nseeds = [5]", r"tuning.lr must be a list of one or more learning rates above 0, such as 1e-3, got None"),
+        ("[tuning]\nlr = [-1e-3]", r"tuning.lr must be a list .*, got \[-0.001\]"),
+        ("[tuning]\nlr = [1e-3, 2e-3]", r"tuning.seeds must be one or more seeds of at least 0 that are not scored, got \[\]"),
+        ("[tuning]\nlr = [1e-3, 2e-3]\nseeds = [1]", r"that are not scored, got \[1\] beside seeds \[0, 1\]"),
+        ("[tuning]\nlr = [1e-3]\nrank = [0]", r"tuning.rank must be at least 1, got \[0\]"),
+        ("[tuning]\nlr = [1e-3]\nalpha = [1]", "unknown key 'tuning.alpha'; known are tuning.lr, tuning.rank, tuning.seeds"),
+        ("[tuning]\nlr = [1e-3]\n[method.single_rl]\nlr = 1e-4", r"\[method.single_rl\] may not set 'lr': \[tuning\] chooses"),
         ('tolerance = 2\nmatched = ["updates"]\npairs = [["direct", "single_rl"]]', "tolerance must be a share .*, got 2"),
     ],
 )  # fmt: skip
@@ -98,6 +105,7 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, change: str, message:
         ("[0, 1]", '["a"]', "seeds must be a list"),
         ('tasks = ["navigate", "web_of_lies"]\n', "", "tasks must be a list of one or more different strs, got None"),
         ("seeds =", "seeds", "is not TOML"),
+        ('"direct", "single_rl", "neuromas_3"', '"single_rl_long_continued"', "trains as long as neuromas_3; add that"),
     ],
 )  # fmt: skip
 def test_unknown_methods_tasks_and_seeds_are_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -160,7 +168,18 @@ def test_the_bundled_preset_covers_what_it_must_show() -> None:
     larger = {f"tracking_shuffled_objects_{count}_objects" for count in ("five", "seven")}
     assert set(grid.tasks) == set(TASKS) - larger
     assert len(grid.seeds) >= 5
-    assert {"neuromas_3", "single_rl", "single_rl_vote_3", "shared_adapter", "neuromas_roles"} <= set(grid.methods)
+    assert {"neuromas_3", "single_rl_vote_3", "shared_adapter", "neuromas_roles"} <= set(grid.methods)
+    rivals = {pair.second: set(pair.matched) for pair in grid.pairs if pair.first == "neuromas_3"}
+    assert "most_tokens_per_answer" in rivals["single_rl_long"]
+    assert {"most_tokens_per_answer", "training_sampled_tokens"} <= rivals["single_rl_long_continued"]
+    assert grid.tuning is not None
+    assert len(grid.tuning.lrs) >= 3
+    longest = {
+        spec.method: find_method(spec.method).change(spec.config).max_new_tokens
+        for spec in grid.cells
+        if spec.method in ("neuromas_3", "single_rl_long")
+    }  # type: ignore[reportAttributeAccessIssue]  # both train
+    assert longest["single_rl_long"] == 3 * longest["neuromas_3"]
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -182,6 +201,6 @@ def test_the_path_dependence_preset_has_arms_that_differ_in_the_path_alone(quick
     assert step_tokens > 0
     assert rank == 8
     for pair in grid.pairs:
-        assert set(pair.matched) == {"updates", "training_sampled_tokens"}
+        assert set(pair.matched) == {"training_steps", "training_sampled_tokens"}
         # Each run may end one step's tokens from its budget; twice of that is apart, more is a mistake.
         assert 2 / steps <= pair.tolerance < 3 / steps

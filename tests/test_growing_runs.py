@@ -156,7 +156,7 @@ def test_metrics_and_ledger_follow_the_schedule(alone: Path) -> None:
     assert all(r["grad_norm/node/1/max"] == 0 for r in records[4:5])  # the warm-up of nodes 6 and 7
     ledger = json.loads((alone / "checkpoints/step-000006/ledger.json").read_text())
     phases = ledger.pop("phases")
-    assert [phase["optimizer_steps"] for phase in phases] == [2, 2, 2]
+    assert [phase["steps"] for phase in phases] == [2, 2, 2]
     # q_proj 32+32, down_proj 48+32, two layers, rank 2.
     assert [phase["trainable_parameters"] for phase in phases] == [n * 2 * 2 * 144 for n in (3, 5, 7)]
     assert ledger.pop("trainable_parameters") == 7 * 2 * 2 * 144
@@ -302,7 +302,7 @@ def test_grow_from_the_command_line(call: Call, three: Path, tmp_path: Path) -> 
     parent, ledger = (json.loads(next(r.glob("checkpoints/*-" + e)).joinpath("ledger.json").read_text())
                       for r, e in ((three, "000002"), (child, "000004")))  # fmt: skip
     assert ledger["phases"][0] == {key: value for key, value in parent.items() if key != "phases"}
-    for key in ("optimizer_steps", "rollouts", "calls", "sampled_tokens"):
+    for key in ("steps", "rollouts", "calls", "sampled_tokens"):
         assert ledger[key] == parent[key] + ledger["phases"][1][key]
         assert ledger["phases"][1][key] > 0
     origin = json.loads((child / "parent.json").read_text())

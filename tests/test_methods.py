@@ -475,7 +475,8 @@ def test_a_swarm_learns_to_leave_its_liars_out_and_counts_what_that_took(backbon
     assert run([(EXAMPLES[0], talk)], backbone, ScriptedEngine(say))[0].text == YES
     said = [each for batch in spoken for each in batch]
     assert ledger == {
-        "trainable_parameters": 9, "optimizer_steps": 60, "rollouts": 240, "calls": sum(each.calls for each in said),
+        "trainable_parameters": 9, "steps": 60, "optimizer_steps": 60, "questions": 240, "rollouts": 240,
+        "calls": sum(each.calls for each in said),
         "prompt_tokens": sum(each.prompt_tokens for each in said), "sampled_tokens": sum(each.sampled_tokens for each in said),
     }  # fmt: skip
 

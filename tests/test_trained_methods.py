@@ -18,9 +18,8 @@ from neuromas.baselines import METHODS, CellResult, CellSpec
 from neuromas.baselines.gptswarm import GPTSwarm
 from neuromas.baselines.networks import MALT_ROLES, ROLES, Trained
 from neuromas.baselines.paper import paper_sizes
-from neuromas.baselines.sweep import Sweep
 from neuromas.checkpoint import RunDirectory
-from neuromas.config import AdapterConfig, TaskConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
 from neuromas.engines.scripted import ScriptedEngine
 from neuromas.load import load_run
 from neuromas.reinforce import advantages
@@ -104,13 +103,17 @@ def test_a_trained_cell_reports_answers_parameters_training_and_curve(spec: Cell
     assert result.training is not None
     rollouts = STEPS * 8
     calls_a_rollout = CALLS[name] // trained(name).votes
-    assert result.training["optimizer_steps"] == STEPS
+    assert (result.training["steps"], result.training["questions"]) == (STEPS, STEPS)
+    assert result.training["optimizer_steps"] <= STEPS
     assert (result.training["rollouts"], result.training["calls"]) == (rollouts, rollouts * calls_a_rollout)
     assert result.training["trainable_parameters"] == result.trainable_parameters
-    (point,) = result.curve
-    assert point.step == 2
-    assert 0 < point.sampled_tokens < result.training["sampled_tokens"]
-    assert 0 <= point.accuracy <= 1
+    first, last = result.curve
+    assert (first.step, last.step) == (2, STEPS)
+    assert 0 < first.sampled_tokens < last.sampled_tokens == result.training["sampled_tokens"]
+    assert 0 <= first.accuracy <= 1
+    # The first of equals is the best.
+    assert result.best_step == (2 if first.accuracy >= last.accuracy else STEPS)
+    assert [a.example for a in result.best_answers["test"]] == [a.example for a in answers]
     assert result.settings["lr"] == 0.01
 
 
@@ -150,7 +153,7 @@ def test_a_network_that_grows_ends_as_large_as_one_from_scratch(
     assert result.trainable_parameters == sizes(changed).trainable
     assert {answer.calls for answer in result.answers["test"]} == {stages[-1]}
     assert result.training
-    assert result.training["optimizer_steps"] == steps
+    assert result.training["steps"] == steps
 
 
 def test_a_network_that_grows_needs_steps_for_each_stage(spec: CellSpec) -> None:
@@ -202,29 +205,6 @@ def test_votes_use_the_run_of_the_single_model(spec: CellSpec, cell: Cell, runs:
     assert checkpoint.stat().st_mtime_ns == written
     assert (second.training, second.curve) == (first.training, first.curve)
     assert second.answers == cell("single_rl_vote_3").answers
-
-
-def test_a_sweep_answers_with_its_best_run_and_lists_all(spec: CellSpec, tmp_path: Path) -> None:
-    sweep = Sweep(
-        name="sweep", title="", source="", change=trained("single_rl").change, rank_shares=(0.5, 1.0), lr_factors=(3.0,)
-    )  # fmt: skip
-    spec = CellSpec("sweep", replace(spec.config, num_steps=1, eval_every=0))
-    result = sweep.run(spec, tmp_path)
-    entries = result.settings["sweep"]
-    assert [(entry["rank"], entry["lr"]) for entry in entries] == [(3, 0.03), (6, 0.03)]
-    best = max(entries, key=lambda entry: entry["validation_accuracy"])
-    assert (result.settings["adapter"]["rank"], result.settings["lr"]) == (best["rank"], best["lr"])
-    assert result.training == best["training"]
-    assert len(result.answers["test"]) == 6
-
-
-def test_a_sweep_needs_a_split_to_choose_by(spec: CellSpec, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    rows = [f'{{"question": "Q{k}?", "answer": "Yes", "split": "{"test" if k else "train"}"}}' for k in range(3)]
-    data.write_text("\n".join(rows))
-    config = replace(spec.config, task=TaskConfig(name=f"jsonl:{data}"), num_steps=1, eval_every=0)
-    with pytest.raises(ValueError, match=r"single_rl_sweep: task .* has no validation split to choose a run by"):
-        METHODS["single_rl_sweep"].run(CellSpec("single_rl_sweep", config), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["direct", "self_consistency", "debate", "neuromas_untrained"])

@@ -385,3 +385,74 @@ def test_reward_goes_up(folders: dict[str, Path], tmp_path: Path) -> None:
     assert sum(last) / 5 > sum(first) / 3 + 0.2
     assert metrics[0]["answer_parsed/frac"] < 0.6
     assert metrics[-1]["answer_parsed/frac"] > 0.9
+
+
+# How long training lasts, and which adapters are the best
+
+
+def test_a_budget_of_tokens_ends_training_and_the_learning_rate_falls_along_it(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", train_tokens=150, num_steps=1, warmup_steps=0, save_every=2)
+    trainer = start(config)
+    spent, rates = [0], []
+    while not trainer.finished:
+        rates.append(trainer.train_step(trainer.step)["lr/value"])
+        spent.append(trainer.ledger.sampled_tokens)
+        if trainer.step == 2:
+            trainer.save()
+    assert trainer.step > config.num_steps
+    assert spent[-2] < 150 <= spent[-1]
+    assert rates == [learning_rate(config, step, tokens) for step, tokens in enumerate(spent[:-1])]
+    assert rates == sorted(rates, reverse=True)
+    assert learning_rate(config, 99, 75) == pytest.approx(config.lr * 0.55)
+    resumed = start(config, resume=True)
+    while not resumed.finished:
+        resumed.train_step(resumed.step)
+    assert resumed.step == trainer.step
+    assert_bit_equal(state_of(resumed), state_of(trainer))
+
+
+def test_the_ledger_counts_steps_that_had_a_gradient(folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = start(make_config(folders["qwen3"], tmp_path / "run", examples_per_step=16))
+    trainer.train_step(0)
+    trainer.task.parse_answer = lambda text: None
+    trainer.train_step(1)
+    assert (trainer.ledger.steps, trainer.ledger.optimizer_steps, trainer.ledger.questions) == (2, 1, 32)
+
+
+def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", num_steps=4, eval_every=1, validation_size=4)
+    trainer = start(config)
+    seen = iter([0.25, 0.5, 0.5, 0.25])
+    trainer.task.rewards = lambda answers: [accuracy] * len(answers) if len(answers) == 4 else [0.0, 1.0] * (len(answers) // 2)
+    at: dict[int, dict[str, Tensor]] = {}
+    for step in range(4):
+        accuracy = next(seen)
+        trainer.train_step(step)
+        at[step + 1] = {name: tensor.detach().clone() for name, tensor in trainer.bank.parameters().items()}
+        if step == 2:
+            trainer.save()
+    # The first of equals, and nothing of those before it.
+    trainer.save()
+    assert [folder.name for folder in sorted((config.run_path / "checkpoints").glob("best-*"))] == ["best-000002"]
+    assert trainer.run.load_best(trainer.bank) == 2
+    assert_bit_equal(dict(trainer.bank.parameters()), at[2])
+    assert start(config, resume=True).best_accuracy == 0.5
+
+
+def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", num_steps=3, eval_every=1, validation_size=4)
+    trainer = start(config)
+    trainer.task.rewards = lambda answers: [float(trainer.step) / 4] * len(answers)
+    trainer.train_step(0)
+    trainer.save()
+    trainer.train_step(1)
+    assert trainer.best_accuracy == 0.5
+    resumed = start(config, resume=True)
+    # The run stands at step 1: what was best at step 2 has not happened.
+    assert (resumed.step, resumed.best_accuracy) == (1, -1.0)
+    resumed.task.rewards = lambda answers: [float(resumed.step) / 4] * len(answers)
+    resumed.train_step(1)
+    assert resumed.best_accuracy == 0.5
+    assert trainer.run.load_best(resumed.bank) == 1 or resumed.run.best() is None

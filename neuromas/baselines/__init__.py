@@ -10,13 +10,12 @@ from neuromas.baselines import (
     sampling,
     self_check,
     self_refine,
-    sweep,
     tree_of_thoughts,
 )
 from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint, Method
 
 _FILES = (
-    sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts, networks, sweep,
+    sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts, networks,
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}

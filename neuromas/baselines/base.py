@@ -38,6 +38,8 @@ class CellSpec:
 
     method: str
     config: TrainConfig
+    trial: bool = False
+    """Whether it only helps to choose settings: it trains and validates, and answers nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,10 @@ class CellResult:
     training: dict[str, int] | None
     """The training ledger; None for a method that is not trained."""
     curve: tuple[CurvePoint, ...] = ()
+    best_answers: dict[str, tuple[Answer, ...]] = field(default_factory=dict)
+    """The same with the adapters of the best validation in training; empty where nothing was validated."""
+    best_step: int | None = None
+    """Training steps done by then."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The resolved settings of this cell."""
 

@@ -182,7 +182,8 @@ class GPTSwarm:
                 spent[quantity] += sum(getattr(each, quantity) for each in spoken)
             utilities = task.rewards([(each.example, each.text) for each in spoken])
             learner.update([slopes for _, slopes in drawn], utilities)
-        counts = {"optimizer_steps": self.iterations, "rollouts": self.iterations * self.questions}
+        asked = self.iterations * self.questions
+        counts = {"steps": self.iterations, "optimizer_steps": self.iterations, "questions": asked, "rollouts": asked}
         return learner.thetas, {"trainable_parameters": len(learner.thetas), **counts, **spent}
 
 

@@ -41,6 +41,8 @@ class Trained:
     temperature: float = 0.0
     """Of those rollouts; 0 is greedy, as the paper evaluates."""
     trains_as: str = ""
+    tokens_of: str = ""
+    """Trains until it has sampled as many tokens as this method has on the same task with the same seed."""
     trained: bool = True
 
     def __post_init__(self) -> None:
@@ -86,7 +88,9 @@ def neuromas(*widths: int) -> Callable[[TrainConfig], TrainConfig]:
 
 
 def grown(*stages: tuple[int, ...], opening: Opening = "immediate") -> Callable[[TrainConfig], TrainConfig]:
-    """Return what makes a network grow from stage to stage, each of equally many updates; new adapters start at zero.
+    """Return what makes a network grow from stage to stage, each of equally many steps; new adapters start at zero.
+
+    Each stage has the learning rate's whole warm-up and cosine, as the network from scratch has it.
 
     `immediate` is the paper's. An annealed opening takes half of its stage.
     """
@@ -96,7 +100,7 @@ def grown(*stages: tuple[int, ...], opening: Opening = "immediate") -> Callable[
         if each < 2:
             raise ValueError(f"a network that grows needs --num-steps of at least {2 * len(stages)}, got {config.num_steps}")
         entries = [
-            GrowthConfig(at_step=each * place, widths=widths, opening=opening, open_steps=each // 2)
+            GrowthConfig(at_step=each * place, widths=widths, opening=opening, open_steps=each // 2, restart_lr=True)
             for place, widths in enumerate(stages[1:], start=1)
         ]
         return replace(neuromas(*stages[0])(config), growth=tuple(entries))
@@ -118,6 +122,11 @@ def suffix_only(config: TrainConfig) -> TrainConfig:
 def single(config: TrainConfig) -> TrainConfig:
     """One node with one adapter of equally many parameters."""
     return replace(config, topology=TopologyConfig(widths=(1,)), adapter=whole(config.adapter))
+
+
+def long(config: TrainConfig) -> TrainConfig:
+    """One node with one adapter of equally many parameters, whose one call may be as long as the three nodes' together."""
+    return replace(single(config), max_new_tokens=NODES * config.max_new_tokens)
 
 
 def shared(config: TrainConfig) -> TrainConfig:
@@ -184,6 +193,19 @@ METHODS = (
     ),
     Trained(name="single_rl", title="Single-LLM RL", source=f"{PAPER}, the network of one node", change=single),
     *map(_votes, (3, 5, 7)),
+    Trained(
+        name="single_rl_long",
+        title="Single-LLM RL, one long call",
+        source="control: the team's most tokens in one call",
+        change=long,
+    ),
+    Trained(
+        name="single_rl_long_continued",
+        title="Single-LLM RL, one long call, trained on",
+        source="control: the team's most tokens in one call, and its sampled tokens in training",
+        change=long,
+        tokens_of="neuromas_3",
+    ),
     Trained(name="shared_adapter", title="NeuroMAS-3, one shared adapter", source="control: structure alone", change=shared),
     Trained(name="neuromas_roles", title="NeuroMAS-3 with roles", source="control: role prompts", change=with_roles),
     Trained(

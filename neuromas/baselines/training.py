@@ -1,7 +1,7 @@
 """Trains the networks of compared methods by the common loop, and answers with them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint
@@ -9,20 +9,10 @@ from neuromas.baselines.conversation import Spoken
 from neuromas.baselines.driver import answers_of, in_parts, settings_of, voted
 from neuromas.baselines.networks import Trained, UntrainedNetwork
 from neuromas.checkpoint import RunDirectory
-from neuromas.config import TrainConfig
 from neuromas.network import Network
-from neuromas.stop import Stop
 from neuromas.tasks import Task, from_config
-from neuromas.train import Trainer, build_network, evaluation_sets, trainer_of
+from neuromas.train import build_network, evaluation_sets, trainer_of
 from neuromas.types import Example
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """A trained run with its answers."""
-
-    trainer: Trainer
-    answers: dict[str, tuple[Answer, ...]]
 
 
 def answer_sets(
@@ -44,16 +34,6 @@ def answer_sets(
     return {name: answers_of(task, in_parts(examples, answer, between)) for name, examples in sets.items()}
 
 
-def train_run(config: TrainConfig, then: Callable[[Trainer, Stop], dict[str, tuple[Answer, ...]]]) -> Evaluated:
-    """Train a run to its end, going on where it stands, and do something with it while the folder is locked.
-
-    Unlike `train.train` it scores nothing before and after. Raises what that raises.
-    """
-    with trainer_of(config, resume=True) as (trainer, progress, stop):
-        trainer.train_to_end(progress, stop)
-        return Evaluated(trainer, then(trainer, stop))
-
-
 def curve_of(run: RunDirectory) -> tuple[CurvePoint, ...]:
     """Return the looks at the validation problems, with the tokens that nodes had written by then."""
     points, tokens = [], 0.0
@@ -65,30 +45,36 @@ def curve_of(run: RunDirectory) -> tuple[CurvePoint, ...]:
 
 
 def run_trained(method: Trained, spec: CellSpec, folder: Path) -> CellResult:
-    """Train the method's network and answer the evaluation sets."""
+    """Train the method's network, going on where it stands, and answer the evaluation sets; a trial answers nothing.
+
+    Unlike `train.train` it scores nothing before training. Raises what that raises.
+    """
     config = replace(method.change(spec.config), run_dir=folder / "run")
+    with trainer_of(config, resume=True) as (trainer, progress, stop):
+        trainer.train_to_end(progress, stop)
 
-    def answer(trainer: Trainer, stop: Stop) -> dict[str, tuple[Answer, ...]]:
-        return answer_sets(
-            trainer.network, trainer.task, trainer.sets, votes=method.votes, temperature=method.temperature,
-            seed=config.seed, between=lambda: stop.leave_if_asked("while answering"),
-        )  # fmt: skip
+        def answer() -> dict[str, tuple[Answer, ...]]:
+            return answer_sets(
+                trainer.network, trainer.task, {} if spec.trial else trainer.sets, votes=method.votes,
+                temperature=method.temperature, seed=config.seed, between=lambda: stop.leave_if_asked("while answering"),
+            )  # fmt: skip
 
-    return result_of(method, train_run(config, answer))
-
-
-def result_of(method: Trained, done: Evaluated, **settings: object) -> CellResult:
-    trainer = done.trainer
+        answers, best_answers, curve = answer(), {}, curve_of(trainer.run)
+        best_step = trainer.run.load_best(trainer.bank) if curve else None
+        if best_step is not None:
+            best_answers = answers if best_step == trainer.step else answer()
     return CellResult(
         method=method.name,
         task=trainer.task.name,
-        seed=trainer.config.seed,
-        answers=done.answers,
+        seed=config.seed,
+        answers=answers,
         trainable_parameters=trainer.bank.trainable_parameters,
         training=trainer.ledger.to_json(),
-        curve=curve_of(trainer.run),
+        curve=curve,
+        best_answers=best_answers,
+        best_step=best_step,
         settings=settings_of(
-            trainer.config, evaluation_temperature=method.temperature, votes=method.votes, rank=trainer.bank.rank, **settings
+            trainer.config, evaluation_temperature=method.temperature, votes=method.votes, rank=trainer.bank.rank
         ),
     )
 
