@@ -184,7 +184,7 @@ def _pictures(data: Data) -> Data:
                             for problem in problems] if len(problems) > 1 else [],
         "curves_pictures": [
             picture
-            for key, label in (("step", "optimizer steps"), ("sampled_tokens", "tokens sampled in training"))
+            for key, label in (("step", "training steps"), ("sampled_tokens", "tokens sampled in training"))
             if (picture := figures.curves_picture(data, key, label))
         ],
         "grows": any(score["growths"] for score in scores),

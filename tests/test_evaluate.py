@@ -1,6 +1,8 @@
 """Scores: accuracy never stands without n, interval, floor, parse rate and cost."""
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import count
 
 import pytest
 
@@ -8,17 +10,19 @@ from neuromas import Backbone, Network, Topology
 from neuromas.config import AdapterConfig
 from neuromas.engines.scripted import ScriptedEngine
 from neuromas.evaluate import UNPARSED, Evaluation, evaluate, score
+from neuromas.statistics import wilson
 from neuromas.tasks import Navigate
 from neuromas.types import Completion, Example, Prompt, Request, Rollout, Sample
 
 TASK = Navigate()
+NUMBERS = count()
 
 
-def rollout(gold: str, text: str, *, calls: int = 1, tokens: int = 5) -> Rollout:
-    """A rollout of `calls` nodes, each of which read 3 + 4 tokens and wrote `tokens`."""
+def rollout(gold: str, text: str, *, calls: int = 1, tokens: int = 5, example: str | None = None) -> Rollout:
+    """A rollout of `calls` nodes, each of which read 3 + 4 tokens and wrote `tokens`; to a new question, if not named."""
     sample = Sample(tuple(range(tokens)), (0.0,) * tokens, text, stopped=True, adapter_version=0)
     completions = tuple(Completion(node, Prompt((1, 2, 3), (4, 5, 6, 7)), sample, ()) for node in range(1, calls + 1))
-    return Rollout(Example("id", "q", gold, "Write it."), 0, completions)
+    return Rollout(Example(example or f"q{next(NUMBERS)}", "q", gold, "Write it."), 0, completions)
 
 
 def score_of(right: int, n: int) -> Evaluation:
@@ -66,6 +70,22 @@ def test_an_answer_costs_its_calls_and_tokens() -> None:
     # 2 nodes that wrote 5 tokens each, and 4 nodes that wrote 2 each: 18 tokens, 6 calls, 6 * 7 prompt tokens.
     scored = score(TASK, [(rollout("Yes", "Yes", calls=2),), (rollout("Yes", "Yes", calls=4, tokens=2),)])
     assert (scored.calls_per_answer, scored.tokens_per_answer, scored.prompt_tokens_per_answer) == (3.0, 9.0, 21.0)
+
+
+def test_an_item_that_is_published_twice_is_one_question_to_the_interval() -> None:
+    said = (("a", "Yes"), ("a", "Yes"), ("b", "No"), ("c", "Yes"))
+    scored = score(TASK, [(rollout("Yes", f"Answer: {text}", example=name),) for name, text in said])
+    assert (scored.accuracy, scored.n, scored.distinct) == (3 / 4, 4, 3)
+    assert (scored.low, scored.high) == wilson(3 * 3 / 4, 3)
+    assert "75.0% (n 4, 3 of them different, 95% interval" in str(scored)
+
+
+def test_partial_credit_counts() -> None:
+    class Partial(Navigate):
+        def rewards(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
+            return [0.5] * len(pairs)
+
+    assert score(Partial(), [(rollout("Yes", "Answer: Yes"),)]).accuracy == 0.5
 
 
 def test_a_score_at_or_below_the_floor_says_so() -> None:

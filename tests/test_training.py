@@ -425,7 +425,7 @@ def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[st
     config = make_config(folders["qwen3"], tmp_path / "run", num_steps=4, eval_every=1, validation_size=4)
     trainer = start(config)
     seen = iter([0.25, 0.5, 0.5, 0.25])
-    trainer.task.rewards = lambda answers: [accuracy] * len(answers) if len(answers) == 4 else [0.0, 1.0] * (len(answers) // 2)
+    trainer.task.rewards = lambda pairs: [accuracy] * len(pairs) if len(pairs) == 4 else [0.0, 1.0] * (len(pairs) // 2)
     at: dict[int, dict[str, Tensor]] = {}
     for step in range(4):
         accuracy = next(seen)
@@ -444,7 +444,7 @@ def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[st
 def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, Path], tmp_path: Path) -> None:
     config = make_config(folders["qwen3"], tmp_path / "run", num_steps=3, eval_every=1, validation_size=4)
     trainer = start(config)
-    trainer.task.rewards = lambda answers: [float(trainer.step) / 4] * len(answers)
+    trainer.task.rewards = lambda pairs: [float(trainer.step) / 4] * len(pairs)
     trainer.train_step(0)
     trainer.save()
     trainer.train_step(1)
@@ -452,7 +452,7 @@ def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, P
     resumed = start(config, resume=True)
     # The run stands at step 1: what was best at step 2 has not happened.
     assert (resumed.step, resumed.best_accuracy) == (1, -1.0)
-    resumed.task.rewards = lambda answers: [float(resumed.step) / 4] * len(answers)
+    resumed.task.rewards = lambda pairs: [float(resumed.step) / 4] * len(pairs)
     resumed.train_step(1)
     assert resumed.best_accuracy == 0.5
     assert trainer.run.load_best(resumed.bank) == 1 or resumed.run.best() is None
