@@ -174,11 +174,11 @@ def test_the_bundled_preset_covers_what_it_must_show() -> None:
     assert {"most_tokens_per_answer", "training_sampled_tokens"} <= rivals["single_rl_long_continued"]
     assert grid.tuning is not None
     assert len(grid.tuning.lrs) >= 3
-    longest = {
-        spec.method: find_method(spec.method).change(spec.config).max_new_tokens
-        for spec in grid.cells
-        if spec.method in ("neuromas_3", "single_rl_long")
-    }  # type: ignore[reportAttributeAccessIssue]  # both train
+    longest = {}
+    for name in ("neuromas_3", "single_rl_long"):
+        method = find_method(name)
+        assert isinstance(method, Trained)
+        longest[name] = method.change(next(spec.config for spec in grid.cells if spec.method == name)).max_new_tokens
     assert longest["single_rl_long"] == 3 * longest["neuromas_3"]
 
 
