@@ -9,16 +9,16 @@ A model that is rewarded for passing tests will sooner or later write whatever m
 and nothing
 that the program could print. Three processes, none of which trusts the next one down:
 
-    runner   (host)      starts the other two, passes frames between them, holds the clock, the sizes and the secret
-    judge    (isolated)  runs the tests; each name they take from the program is a handle that asks the worker
-    worker   (isolated)  holds the program and answers calls; one fresh process per program
+    runner   (host)      starts a judge for each program, holds the clock and the secret, reads one short verdict
+    judge    (isolated)  runs the tests of one program; each name they take from it is a handle that asks the worker
+    worker   (isolated)  the judge's fork, holds the program and answers calls
 
-The program lives alone in the worker. The tests, the expected values and the secret (random, new for each program) are in the
-judge, another isolated process with which the worker shares no memory, no file, no parent's trust: there are no frames,
-arguments, environment, files or garbage collector to search, because what is searched for is not there. What the program can do
-is answer, and an answer is read as plain data (`wire.py`): numbers, text, lists, dicts, sets. `assert f(x) == 3` compares an
-`int` made by the judge's own interpreter; an `__eq__` stays where it was written. After the last line of the tests the judge
-prints the secret, and that is passing.
+Judge and worker serve one program and die with it. What the program writes is read by its own judge and by nobody else, so
+there is nobody whom it could mislead about the next program. The tests, the expected values and the secret (random, new for
+each program) reach the judge after the fork: the worker has no memory, file or pipe in which they are, and no system call that
+reaches another process. What the program can do is answer, and an answer is read as plain data (`wire.py`): numbers, text,
+lists, dicts, sets. `assert f(x) == 3` compares an `int` made by the judge's own interpreter; an `__eq__` stays where it was
+written. After the last line of the tests the judge gives the secret back, and that is passing.
 
 Two walls stand between program and host (and tests and host): `isolation.py`, sandlock or else bubblewrap, which takes away the
 files, and `confine.py`, an allow-list of system calls and hard limits on resources. The isolation is tried out before it is
@@ -31,7 +31,9 @@ threads, no subprocesses, no files to write, no packages beyond the standard lib
 program that knows the tests' inputs by heart passes.
 """
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -136,7 +138,7 @@ class Sandbox:
         self.limits = Limits() if limits is None else limits
         self.isolation: IsolationName = choose_isolation(ISOLATIONS if isolation is None else (isolation,))
         self._lock = threading.Lock()
-        self._runners: list[subprocess.Popen[bytes]] = []
+        self._runners: list[_Runner] = []
 
     def check(self, programs: Iterable[Program]) -> list[Outcome]:
         """Return the outcome of each program, in order."""
@@ -145,35 +147,49 @@ class Sandbox:
         failures: list[BaseException] = []
         queue = iter(range(len(todo)))
 
-        def work(runner: subprocess.Popen[bytes]) -> None:
+        def work(runner: _Runner) -> None:
             try:
                 # next() of one iterator is atomic: every index goes to one thread.
                 for index in queue:
                     if failures:
                         return
-                    outcomes[index] = _ask(runner, todo[index], self.limits, self.isolation)
+                    outcomes[index] = runner.ask(todo[index], self.limits)
             except BaseException as error:
                 failures.append(error)
 
         with self._lock:
             while len(self._runners) < min(self._count, len(todo)):
-                self._runners.append(_start_runner(self.isolation))
-            threads = [threading.Thread(target=work, args=(runner,)) for runner in self._runners]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        if failures:
-            self.close()
-            raise failures[0]
+                self._runners.append(_Runner(self.isolation))
+            threads = [threading.Thread(target=work, args=(runner,), daemon=True) for runner in self._runners]
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            except BaseException as error:
+                # An interrupt, for one: nobody waits for the outcomes any more, however long the programs would run.
+                failures.append(error)
+                for runner in self._runners:
+                    runner.hang_up()
+                for thread in threads:
+                    if thread.is_alive():
+                        thread.join()
+            if failures:
+                self._stop()
+                raise failures[0]
         return [outcome for outcome in outcomes if outcome is not None]
 
     def close(self) -> None:
         """End all processes."""
         with self._lock:
-            for runner in self._runners:
-                _stop_runner(runner)
-            self._runners.clear()
+            self._stop()
+
+    def _stop(self) -> None:
+        for runner in self._runners:
+            runner.hang_up()
+        for runner in self._runners:
+            runner.close()
+        self._runners.clear()
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -245,56 +261,59 @@ def _try_out(name: IsolationName) -> str | None:
         canary = Path(folder, "canary")
         canary.write_text("host")
         program = Program(f"CANARY = {str(canary)!r}\n{_ESCAPE}", "found = candidate()\nassert found == [], found", "escapes")
-        runner = _start_runner(name)
+        runner = _Runner(name)
         try:
-            outcome = _ask(runner, program, Limits(), name)
+            outcome = runner.ask(program, Limits())
         except OSError as error:
             return str(error)
         finally:
-            _stop_runner(runner)
+            runner.close()
     return None if outcome.passed else f"it does not hold: {outcome.status.value}, {outcome.detail}"
 
 
-def _start_runner(isolation: IsolationName) -> subprocess.Popen[bytes]:
-    root = str(Path(__file__).resolve().parents[2])
-    code = f"import sys; sys.path.insert(0, {root!r}); from neuromas.sandbox.runner import main; main({isolation!r})"
-    # Of the environment only what finds programs and libraries: no token that happens to be there.
-    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-        env=environment,
-        start_new_session=True,
-    )
+class _Runner:
+    """A process of `runner.py` and the socket on which it takes jobs and gives results. One thread may ask at a time."""
 
+    def __init__(self, isolation: IsolationName) -> None:
+        self._isolation: IsolationName = isolation
+        root = str(Path(__file__).resolve().parents[2])
+        code = f"import sys; sys.path.insert(0, {root!r}); from neuromas.sandbox.runner import main; main({isolation!r})"
+        # Of the environment only what finds programs and libraries: no token that happens to be there.
+        environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
 
-def _stop_runner(runner: subprocess.Popen[bytes]) -> None:
-    assert runner.stdin is not None
-    assert runner.stdout is not None
-    # It ends with its input, whatever it is doing, and takes its isolated processes along.
-    runner.stdin.close()
-    try:
-        runner.wait(10)
-    except subprocess.TimeoutExpired:
-        runner.kill()
-        runner.wait()
-    runner.stdout.close()
+    def ask(self, program: Program, limits: Limits) -> Outcome:
+        names = (program.entry_point, *program.helpers)
+        sizes = (limits.seconds, limits.memory_mb << 20, limits.open_files, limits.output_bytes)
+        try:
+            write_frame(self._socket.fileno(), encode((program.source, program.tests, names, *sizes)))
+            answer = read_frame(self._socket.fileno())
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise OSError(f"the process that runs programs ended (exit code {self.process.poll()})") from None
+        status, detail, seconds = decode(answer)  # type: ignore[misc]  # the runner's: a tuple of three
+        if status == START_FAILED:
+            raise OSError(f"no isolated process could be started with {self._isolation}: {detail}")
+        return Outcome(Status(status), detail, self._isolation, seconds)
 
+    def hang_up(self) -> None:
+        """Make it end with its isolated processes, whatever they are doing; whoever waits for it hears of it at once."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
-def _ask(runner: subprocess.Popen[bytes], program: Program, limits: Limits, isolation: IsolationName) -> Outcome:
-    assert runner.stdin is not None
-    assert runner.stdout is not None
-    names = (program.entry_point, *program.helpers)
-    sizes = (limits.seconds, limits.memory_mb << 20, limits.open_files, limits.output_bytes)
-    try:
-        write_frame(runner.stdin.fileno(), encode((program.source, program.tests, names, *sizes)))
-        answer = read_frame(runner.stdout.fileno())
-    except (EOFError, BrokenPipeError):
-        raise OSError(f"the process that runs programs ended (exit code {runner.poll()})") from None
-    status, detail, seconds = decode(answer)  # type: ignore[misc]  # the runner's: a tuple of three
-    if status == START_FAILED:
-        raise OSError(f"no isolated process could be started with {isolation}: {detail}")
-    return Outcome(Status(status), detail, isolation, seconds)
+    def close(self) -> None:
+        self.hang_up()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._socket.close()

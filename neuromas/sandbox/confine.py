@@ -38,6 +38,10 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
 
+_FCNTL = 0, 1, 2, 3, 4, 1030
+"""Commands of fcntl: duplicate a descriptor (0, 1030), its flags (1, 2), those of the file (3, 4). Others name a process that
+is to be sent a signal, which Landlock before version 6 lets reach every process of the user."""
+
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | errno.ENOSYS, 0x80000000
@@ -51,6 +55,7 @@ def syscall_filter(machine: str) -> bytes:
     if machine not in MACHINES:
         raise ValueError(f"untrusted programs run on {' and '.join(MACHINES)} only, this machine is {machine!r}")
     column = MACHINES.index(machine)
+    fcntl = _ALLOWED["fcntl"][column]
     numbers = sorted(number for pair in _ALLOWED.values() if (number := pair[column]) is not None)
     program = [
         (_LOAD, 0, 0, 4),  # the architecture: 32-bit calls have other numbers
@@ -58,7 +63,11 @@ def syscall_filter(machine: str) -> bytes:
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, 0),  # the number of the call
         (_AT_LEAST, len(numbers), 0, _X32),
-        *((_EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)),
+        *((_EQUAL, len(numbers) - place + (number == fcntl), 0, number) for place, number in enumerate(numbers)),
+        (_RETURN, 0, 0, _REFUSE),
+        (_RETURN, 0, 0, _ALLOW),
+        (_LOAD, 0, 0, 24),  # fcntl ends up here: its second argument
+        *((_EQUAL, len(_FCNTL) - place, 0, command) for place, command in enumerate(_FCNTL)),
         (_RETURN, 0, 0, _REFUSE),
         (_RETURN, 0, 0, _ALLOW),
     ]

@@ -14,10 +14,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Literal, Protocol, runtime_checkable
+from typing import IO, TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import sandlock
 
 IsolationName = Literal["sandlock", "bubblewrap"]
-Role = Literal["worker", "judge"]
 ISOLATIONS: tuple[IsolationName, ...] = ("sandlock", "bubblewrap")
 
 _NOBODY = 65534
@@ -29,8 +31,8 @@ import sys
 for name in ("neuromas", "neuromas.sandbox"):
     sys.modules[name] = type(sys)(name)
     sys.modules[name].__path__ = [sys.argv[1]] if "." in name else []
-__import__("neuromas.sandbox." + sys.argv[2])
-sys.modules["neuromas.sandbox." + sys.argv[2]].main()
+from neuromas.sandbox.judge import main
+main()
 """
 
 
@@ -54,18 +56,26 @@ class Sandlock:
     def __init__(self) -> None:
         if importlib.util.find_spec("sandlock") is None:
             raise ValueError("the Python package sandlock is not installed")
-        import sandlock
-
+        # Its import looks for a home folder: a user without an entry in the passwd file has none, which is no reason to stop.
+        has_home = "HOME" in os.environ
+        os.environ.setdefault("HOME", "/")
+        try:
+            import sandlock
+        finally:
+            if not has_home:
+                del os.environ["HOME"]
+        self._readable, self._hidden = _readable(), _packages()
         got, needed = sandlock.landlock_abi_version(), sandlock.min_landlock_abi()
         if got < needed:
             raise ValueError(f"the kernel has Landlock version {got}, sandlock needs {needed} (Linux 6.12 or later)")
 
-    def start(self, role: Role) -> Process:
-        """Start `neuromas.sandbox.<role>` in isolation, alone with its two pipes."""
+    def start(self) -> Process:
+        """Start `neuromas.sandbox.judge` in isolation, alone with its two pipes."""
         from sandlock import Sandbox, StdioMode
 
         sandbox = Sandbox(
-            fs_readable=_readable(),
+            fs_readable=self._readable,
+            fs_denied=self._hidden,
             fs_writable=[os.devnull],
             clean_env=True,
             env=_environment(),
@@ -75,7 +85,25 @@ class Sandlock:
             gid=_NOBODY,
             no_coredump=True,
         )
-        return sandbox.popen(_command(role), stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.NULL)
+        return _Group(sandbox.popen(_command(), stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.NULL))
+
+
+class _Group:
+    """The judge as the leader of a process group; its worker comes to us when it is killed and is reaped as well."""
+
+    def __init__(self, leader: "sandlock.Process") -> None:
+        self._leader, self._number = leader, leader.pid
+        self.stdin, self.stdout = leader.stdin, leader.stdout
+
+    def kill(self) -> None:
+        self._leader.kill()
+
+    def wait(self, timeout: float | None = None) -> object:
+        result = self._leader.wait(timeout)
+        assert self._number is not None
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-self._number, 0)
+        return result
 
 
 class Bubblewrap:
@@ -95,13 +123,15 @@ class Bubblewrap:
         # fmt: on
         for name in _readable():
             options += ["--dev-bind" if name.startswith("/dev/") else "--ro-bind", name, name]
+        for name in _packages():
+            options += ["--tmpfs", name]
         for name, value in _environment().items():
             options += ["--setenv", name, value]
         self._path, self._options = path, [*options, "--remount-ro", "/"]
 
-    def start(self, role: Role) -> Process:
-        """Start `neuromas.sandbox.<role>` in isolation, alone with its two pipes."""
-        return _Bubble(self._path, [*self._options, *_command(role)])
+    def start(self) -> Process:
+        """Start `neuromas.sandbox.judge` in isolation, alone with its two pipes."""
+        return _Bubble(self._path, [*self._options, *_command()])
 
 
 class _Bubble:
@@ -178,9 +208,9 @@ def _python() -> str:
     return os.path.realpath(sys.executable)
 
 
-def _command(role: str) -> list[str]:
+def _command() -> list[str]:
     # No site-packages (-s, -S), nothing written (-B), nothing imported from the working directory (-P).
-    return [_python(), "-s", "-S", "-B", "-P", "-c", _BOOT, str(_HERE), role]
+    return [_python(), "-s", "-S", "-B", "-P", "-c", _BOOT, str(_HERE)]
 
 
 def _environment() -> dict[str, str]:
@@ -199,3 +229,9 @@ def _readable() -> list[str]:
         *(os.devnull, "/dev/urandom"),
     ]
     return [name for name in dict.fromkeys(names) if Path(name).exists()]
+
+
+def _packages() -> list[str]:
+    """Return the folders of third-party packages in what is readable: they are hidden."""
+    roots = [Path(name) for name in _readable() if Path(name).is_dir()]
+    return sorted(str(path) for root in roots for kind in ("site", "dist") for path in root.glob(f"python*/{kind}-packages"))

@@ -1,56 +1,98 @@
-"""Runs the tests of one program after another, each in a fork of its own, and prints the program's secret if they hold.
+"""Runs the tests of one program and says how they went, with the program's secret if they hold. Then it ends.
 
-The tests see the program's functions as handles: a call travels to the worker and comes back as plain data, so an assertion
-compares values that were made here, by the interpreter's own types. The fork confines itself just as the worker does. The tests
-are trusted to say what passing means, and with nothing else.
+The program is in a fork, the worker, made before anything is known of program, tests or secret. The tests see the program's
+functions as handles: a call travels to the worker and comes back as plain data, so an assertion compares values that were made
+here, by the interpreter's own types. Both processes serve one program, confine themselves before it is loaded, and die with it:
+nothing that a program writes is ever read by anything that serves another. The tests are trusted to say what passing means, and
+with nothing else.
 """
 
 import builtins
 import os
 import sys
-from typing import NoReturn
+from _collections_abc import Callable  # what `collections.abc` shows; importing that costs 2 ms
 
 from neuromas.sandbox.confine import confine
-from neuromas.sandbox.wire import decode, encode, read_frame, write_frame
-from neuromas.sandbox.worker import MESSAGE_CHARACTERS, READY, take_channel
+from neuromas.sandbox.wire import TooLongError, decode, encode, read_frame, write_frame
+from neuromas.sandbox.worker import LOADED, MESSAGE_CHARACTERS, serve
 
-TESTS, ANSWER = b"T", b"A"
-"""First byte of a frame to the judge: the tests of the next program, or what the worker answered."""
-CALL, VERDICT, ENDED = b"C", b"V", b"E"
-"""First byte of a frame from the judge: a request to the worker, how the tests went, or that they ended without a verdict."""
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing it costs as much as starting Python
+    from typing import NoReturn
 
+READY = b"ready"
+"""The first frame of a judge: isolated, its worker forked. The second and last is its verdict."""
 
-_DONE = 86
-"""Exit code of a fork that has given its verdict. The verdict is what counts: this only says that there is none to wait for."""
+VERDICT_BYTES = 8 << 10
+"""What a verdict takes at most: the status, a line end, and the secret or a few words."""
+
+_COMPLAINT_BYTES = 4 << 10
+_FILES = 256
+"""More than the files that a judge has open."""
 
 
 class ProgramError(Exception):
-    """The program raised an exception that is none of Python's own."""
-
-
-class ProgramEnded(BaseException):
-    """The program ended itself while it was called; not an `Exception`, so that no test takes it for an error it expects."""
+    """The program raised an exception that is none of Python's own, or one that iteration in the tests would swallow."""
 
 
 class Program:
     """The worker's end of the channel, seen from the tests."""
 
-    def __init__(self, reading: int, writing: int) -> None:
-        self._reading, self._writing = reading, writing
+    def __init__(self, reading: int, writing: int, verdicts: int, output_bytes: int) -> None:
+        self._reading, self._writing, self._verdicts, self._room = reading, writing, verdicts, output_bytes
         self.calls = 0
+
+    def load(self, source: str, limits: tuple[int, ...]) -> None:
+        """End with a verdict unless the program could be loaded."""
+        request = encode((source, *limits))
+        complaint = str(self._exchange(request, _COMPLAINT_BYTES, lambda data: data.decode("utf-8", "replace")))
+        if complaint != LOADED:
+            status = "memory" if complaint.startswith("MemoryError") else "invalid"
+            self.end(status, complaint[:MESSAGE_CHARACTERS])
 
     def ask(self, operation: str, *arguments: object) -> object:
         """Return the worker's answer, or raise what the program raised."""
-        write_frame(self._writing, CALL + encode((operation, *arguments), _number))
-        answer = read_frame(self._reading)[1:]
+        request = encode((operation, *arguments), _number)
         self.calls += operation == "call"
-        kind, *rest = decode(answer, lambda number: Handle(self, number))  # type: ignore[misc]  # if it is no tuple, it fails
-        if kind == "raise":
-            raise _error(*map(str, rest))
-        if kind == "end":
-            raise ProgramEnded(": ".join(map(str, rest)))
-        (value,) = rest
-        return value
+        answer = self._exchange(request, self._room, lambda data: decode(data, lambda number: Handle(self, number)))
+        match answer:
+            case ("value", _):
+                return answer[1]
+            case ("raise", str(name), str(message)):
+                raise _error(operation, name, message)
+            case ("end", str(name), str(message)):
+                return self.end("crashed", f"the program ended itself: {name}: {message}")
+            case _:
+                return self.end("failed", "unreadable answer")
+
+    def end(self, status: str, detail: str) -> "NoReturn":
+        """Give the verdict and end the process, past every `except` and `finally` of the tests."""
+        try:
+            write_frame(self._verdicts, f"{status}\n{detail}".encode("utf-8", "replace")[:VERDICT_BYTES])
+        finally:
+            os._exit(0)
+
+    def _exchange(self, request: bytes, limit: int, read: Callable[[bytes], object]) -> object:
+        """Return what the worker says to a request. What cannot be read to its end ends the process: nobody reads on."""
+        whole = False
+        try:
+            write_frame(self._writing, request)
+            data = read_frame(self._reading, limit)
+            self._room -= len(data)
+            answer = read(data)
+            whole = True
+            return answer
+        except TooLongError:
+            self.end("output", "more bytes of results than allowed")
+        except (EOFError, OSError):
+            self.end("crashed", "the program's process ended before its tests did")
+        except MemoryError:
+            self.end("memory", "MemoryError")
+        except BaseException as error:
+            self.end("failed", f"unreadable answer: {type(error).__name__}")
+        finally:
+            if not whole:
+                os._exit(0)
 
 
 class Handle:
@@ -85,45 +127,58 @@ class Handle:
     def __len__(self) -> object:
         return self._program.ask("len", self)
 
-    def __bool__(self) -> NoReturn:
+    def __bool__(self) -> "NoReturn":
         raise TypeError("the program returned an object of its own where the tests need plain data")
 
 
 def main() -> None:
-    reading, writing = take_channel()
-    write_frame(writing, READY)
-    while True:
-        try:
-            frame = read_frame(reading)
-        except EOFError:
-            return
-        if frame[:1] != TESTS:
-            continue
-        child = os.fork()
-        if child == 0:
-            try:
-                write_frame(writing, VERDICT + encode(_run_tests(frame[1:], reading, writing)))
-            finally:
-                os._exit(_DONE)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != _DONE:
-            write_frame(writing, ENDED)
-
-
-def _run_tests(payload: bytes, reading: int, writing: int) -> tuple[str, str]:
-    """Return ("passed", secret), or another status and why."""
-    tests, names, entry_point, secret, *limits = decode(payload)  # type: ignore[misc]  # the runner's: a tuple
+    jobs, verdicts = _take_channel()
+    reading, writing = _start_worker()
+    write_frame(verdicts, READY)
+    source, tests, names, secret, output_bytes, *limits = decode(read_frame(jobs))  # type: ignore[misc]  # the runner's: a tuple
+    os.close(jobs)
     confine(*limits)
-    program = Program(reading, writing)
+    program = Program(reading, writing, verdicts, output_bytes)
+    program.load(source, tuple(limits))
+    program.end(*_run_tests(program, tests, names, secret))
+
+
+def _take_channel() -> tuple[int, int]:
+    """Move the pipes away from standard input and output, which become /dev/null: printing is no answer."""
+    reading, writing = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    os.close(nothing)
+    return reading, writing
+
+
+def _start_worker() -> tuple[int, int]:
+    """Fork the worker and return the two ends of its pipes that are ours. It keeps its own two and no other file."""
+    requests, answers = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        try:
+            low, high = sorted((requests[0], answers[1]))
+            for first, end in ((3, low), (low + 1, high), (high + 1, _FILES)):
+                os.closerange(first, end)
+            serve(requests[0], answers[1])
+        finally:
+            os._exit(0)
+    os.close(requests[0])
+    os.close(answers[1])
+    return answers[0], requests[1]
+
+
+def _run_tests(program: Program, tests: str, names: tuple[str, ...], secret: str) -> tuple[str, str]:
+    """Return ("passed", secret), or another status and why."""
     try:
         namespace: dict[str, object] = {"__name__": "tests", "__builtins__": builtins}
         root = Handle(program, 0)
-        namespace |= {name: program.ask("get", root, name) for name in names}
-        namespace["candidate"] = namespace[entry_point]
+        namespace |= {name: program.ask("name", root, name) for name in names}
+        namespace["candidate"] = namespace[names[0]]
         exec(compile(tests, "tests.py", "exec", dont_inherit=True, optimize=0), namespace)
     except MemoryError:
         return "memory", "MemoryError"
-    except ProgramEnded as error:
-        return "crashed", f"the program ended itself: {error}"
     except BaseException as error:
         return "failed", _describe(error)
     if not program.calls:
@@ -137,10 +192,15 @@ def _number(value: object) -> int:
     return value._number
 
 
-def _error(name: str, message: str) -> Exception:
-    """Return the exception of Python's own that has this name, or else a `ProgramError`."""
+def _error(operation: str, name: str, message: str) -> Exception:
+    """Return the exception of Python's own that has this name, or else a `ProgramError`.
+
+    StopIteration ends whatever loop of the tests it passes (`all(map(f, ...))`), so it is one only where an iterator of the
+    program is asked for its next item.
+    """
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    swallowed = name in ("StopIteration", "StopAsyncIteration") and (operation, name) != ("next", "StopIteration")
+    if isinstance(kind, type) and issubclass(kind, Exception) and not swallowed:
         try:
             return kind(message)
         except TypeError:
@@ -155,7 +215,33 @@ def _describe(error: BaseException) -> str:
         if trace.tb_frame.f_code.co_filename == "tests.py":
             line = f" (line {trace.tb_lineno} of the tests)"
         trace = trace.tb_next
-    return f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS] + line
+    try:
+        # What `assert got == 5, got` raises holds the program's answer, of any size: only its beginning is put in words.
+        text = _brief(error.args[0], MESSAGE_CHARACTERS) if len(error.args) == 1 else str(error)
+    except BaseException as unprintable:
+        text = f"<{type(unprintable).__name__}>"
+    return f"{type(error).__name__}: {text}"[:MESSAGE_CHARACTERS] + line
+
+
+def _brief(value: object, room: int, show: Callable[[object], str] = str) -> str:
+    """Return the beginning of `str(value)`, in time and memory that do not grow with the value."""
+    if isinstance(value, (str, bytes)):
+        return show(value[:room])
+    if isinstance(value, int):
+        # Python refuses to print longer ones.
+        return show(value) if value.bit_length() < 4 * room else f"<int of {value.bit_length()} bits>"
+    if not isinstance(value, (list, tuple, set, frozenset, dict)):
+        return show(value)
+    words: list[str] = []
+    left = room
+    for item in value.items() if isinstance(value, dict) else value:
+        if left <= 0:
+            words.append("...")
+            break
+        words.append(": ".join(_brief(part, left - 1, repr) for part in (item if isinstance(value, dict) else (item,))))
+        left -= len(words[-1]) + 2
+    opening, closing = ("[", "]") if isinstance(value, list) else ("(", ")") if isinstance(value, tuple) else ("{", "}")
+    return f"{opening}{', '.join(words)}{closing}"
 
 
 if sys.flags.optimize:

@@ -1,8 +1,8 @@
 """Carries one program at a time to its verdict. A process of its own, so that the training process forks nothing.
 
-Reads jobs from standard input and writes results to standard output. It starts a fresh isolated worker for each program and one
-isolated judge for all, passes frames between them in strict turn, and looks at the clock and at sizes. It never decodes what a
-worker says: only the judge does.
+Reads jobs from standard input and writes results to standard output. Each program gets an isolated judge that has
+served nobody, started while the one before it works. What is read of it is one short verdict: no byte that a program writes
+comes here.
 """
 
 import ctypes
@@ -12,15 +12,15 @@ import select
 import time
 import warnings
 
-from neuromas.sandbox.isolation import Isolation, Process, Role, make_isolation
-from neuromas.sandbox.judge import ANSWER, CALL, TESTS, VERDICT
+from neuromas.sandbox.isolation import Isolation, Process, make_isolation
+from neuromas.sandbox.judge import READY, VERDICT_BYTES
 from neuromas.sandbox.wire import decode, encode, frame, frame_length, read_frame, write_frame
-from neuromas.sandbox.worker import LOADED, MESSAGE_CHARACTERS, READY
 
 START_FAILED = "start failed"
 """Status of a job for which no isolated process could be started: the only one that says nothing about the program."""
 
-_JUDGE_FRAME_BYTES = 64 << 20
+_STATUSES = ("failed", "invalid", "memory", "output", "crashed")
+"""What a judge may say of a program besides that it passed."""
 _START_SECONDS = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -37,8 +37,8 @@ class _Long(Exception):
     """More bytes than allowed."""
 
 
-class _Party:
-    """An isolated process with frames instead of pipes, all under a deadline and for as long as the owner's pipe is open."""
+class _Judge:
+    """An isolated judge with frames instead of pipes, all under a deadline and for as long as the owner's pipe is open."""
 
     def __init__(self, process: Process, owner: int) -> None:
         assert process.stdin is not None
@@ -47,6 +47,15 @@ class _Party:
         self._to, self._from = process.stdin.fileno(), process.stdout.fileno()
         for fd in (self._to, self._from):
             os.set_blocking(fd, False)
+
+    def await_ready(self) -> None:
+        """Wait until the judge is isolated and has forked its worker; OSError if that never happens."""
+        try:
+            if self.receive(time.monotonic() + _START_SECONDS, len(READY)) == READY:
+                return
+        except (_Ended, _Late, _Long):
+            pass
+        raise OSError("the isolated judge did not start")
 
     def send(self, payload: bytes, deadline: float) -> None:
         data = memoryview(frame(payload))
@@ -66,7 +75,7 @@ class _Party:
         return self._read(count, deadline)
 
     def close(self) -> None:
-        # The whole process group (sandlock) or process namespace (bubblewrap) goes.
+        # The whole process group (sandlock) or process namespace (bubblewrap) goes, the worker with it.
         self._process.kill()
         self._process.wait(5)
         for pipe in (self._process.stdin, self._process.stdout):
@@ -77,7 +86,7 @@ class _Party:
         parts: list[bytes] = []
         while count:
             self._wait(self._from, select.POLLIN, deadline)
-            part = os.read(self._from, min(count, 1 << 20))
+            part = os.read(self._from, count)
             if not part:
                 raise _Ended
             parts.append(part)
@@ -96,11 +105,11 @@ class _Party:
 
 
 class Runner:
-    """One isolation, one judge that outlives programs, one worker at a time."""
+    """One isolation, one program at a time, and one judge ahead."""
 
     def __init__(self, isolation: Isolation, owner: int) -> None:
         self._isolation, self._owner = isolation, owner
-        self._judge: _Party | None = None
+        self._next: _Judge | None = None
 
     def check(
         self,
@@ -113,82 +122,36 @@ class Runner:
         output_bytes: int,
     ) -> tuple[str, str]:
         """Return the status of a program and a few words on it; OSError if the machine cannot start what it takes."""
-        # The clock of the processor is a second guard: it stops a program that outlives this process.
-        limits = (memory_bytes, int(seconds) + 2, open_files)
-        judge, worker = self._started_judge(), self._start("worker", encode((source, *limits)))
-        # Only now does time count: a slow start is the machine's.
-        deadline = time.monotonic() + seconds
-        finished = False
+        judge, self._next = self._next or self._start(), None
         try:
-            complaint = worker.receive(deadline, output_bytes)
-            if complaint != LOADED:
-                status = "memory" if complaint.startswith(b"MemoryError") else "invalid"
-                finished = True
-                return status, complaint[:MESSAGE_CHARACTERS].decode("utf-8", "replace")
-            secret = secrets.token_hex(16)
-            judge.send(TESTS + encode((tests, names, names[0], secret, *limits)), deadline)
-            verdict = self._converse(judge, worker, deadline, output_bytes)
-            finished = True
-            if verdict[:1] != VERDICT:
-                return "failed", "the process of the tests ended without a verdict"
-            status, detail = decode(verdict[1:])  # type: ignore[misc]  # the judge's: a tuple of two
-            if status == "passed" and not secrets.compare_digest(detail, secret):
-                return "failed", "the secret is not this program's"
-            return status, "" if status == "passed" else detail
+            judge.await_ready()
+            secret = f"secret-{secrets.token_hex(16)}"
+            # The clock of the processor is a second guard: it stops a program that outlives this process.
+            limits = (memory_bytes, int(seconds) + 2, open_files)
+            # Only now does time count: a slow start is the machine's.
+            deadline = time.monotonic() + seconds
+            judge.send(encode((source, tests, names, secret, output_bytes, *limits)), deadline)
+            self._next = self._start()
+            said = judge.receive(deadline, VERDICT_BYTES)
         except _Late:
             return "timeout", f"not done after {seconds:g} s"
-        except _Long:
-            return "output", f"more than {output_bytes} bytes of results"
-        except _Ended:
-            return "crashed", "the program's process ended before its tests did"
+        except (_Ended, _Long):
+            return "failed", "the process of the tests ended without a verdict"
         finally:
-            worker.close()
-            if not finished:
-                self.close()
+            judge.close()
+        status, _, detail = said.decode("utf-8", "replace").partition("\n")
+        if status == "passed" and secrets.compare_digest(detail.encode(), secret.encode()):
+            return status, ""
+        return (status, detail) if status in _STATUSES else ("failed", "the verdict is not this program's")
 
     def close(self) -> None:
-        """End the judge: the tests of an unfinished program may still be running in it. No worker may be alive."""
-        if self._judge is not None:
-            self._judge.close()
-            self._judge = None
-        # The fork in which the tests ran was killed with it and has come to us.
-        for _ in range(100):
-            try:
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                    pass
-            except ChildProcessError:
-                return
-            time.sleep(0.01)
+        """End the judge that waits for its program."""
+        if self._next is not None:
+            self._next.close()
+            self._next = None
 
-    def _started_judge(self) -> _Party:
-        if self._judge is None:
-            self._judge = self._start("judge", None)
-        return self._judge
-
-    def _start(self, role: Role, first: bytes | None) -> _Party:
-        """Start a party, send it its first frame and wait until it is isolated and confined."""
-        party = _Party(self._isolation.start(role), self._owner)
-        deadline = time.monotonic() + _START_SECONDS
-        try:
-            if first is not None:
-                party.send(first, deadline)
-            if party.receive(deadline, len(READY)) == READY:
-                return party
-        except (_Ended, _Late, _Long):
-            pass
-        party.close()
-        raise OSError(f"the isolated {role} did not start")
-
-    def _converse(self, judge: _Party, worker: _Party, deadline: float, output_bytes: int) -> bytes:
-        """Pass calls to the worker and answers to the judge until the judge says something else; return that."""
-        while True:
-            said = judge.receive(deadline, _JUDGE_FRAME_BYTES)
-            if said[:1] != CALL:
-                return said
-            worker.send(said[1:], deadline)
-            answer = worker.receive(deadline, output_bytes)
-            output_bytes -= len(answer)
-            judge.send(ANSWER + answer, deadline)
+    def _start(self) -> _Judge:
+        return _Judge(self._isolation.start(), self._owner)
 
 
 def adopt_orphans() -> None:

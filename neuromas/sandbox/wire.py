@@ -116,9 +116,16 @@ def _decode(data: bytes, at: int, from_handle: Callable[[int], object]) -> tuple
     return _SEQUENCE_TYPES[tag](items), at
 
 
-def read_frame(fd: int) -> bytes:
-    """Read one frame from a blocking pipe; EOFError when the other side has closed it."""
-    return _read_exactly(fd, _COUNT.unpack(_read_exactly(fd, 4))[0])
+class TooLongError(Exception):
+    """A frame announces more bytes than its reader takes."""
+
+
+def read_frame(fd: int, limit: int = 0xFFFFFFFF) -> bytes:
+    """Read one frame from a blocking pipe; EOFError when the other side has closed it, TooLongError before reading too much."""
+    count = frame_length(_read_exactly(fd, 4))
+    if count > limit:
+        raise TooLongError(f"{count} bytes announced, {limit} allowed")
+    return _read_exactly(fd, count)
 
 
 def write_frame(fd: int, payload: bytes) -> None:
