@@ -217,21 +217,54 @@ def test_many_callers_share_one_sandbox(sandbox: Sandbox) -> None:
     assert results == {number: [n == number for n in range(4)] for number in range(4)}
 
 
+def test_what_a_judge_leaves_unread_reaches_nobody(sandbox: Sandbox) -> None:
+    # An answer that the judge has no memory to read: 60 MiB of empty frames and, behind them, a job in a frame of its own.
+    source = """
+import os, sys
+from struct import pack
+frame = sys._getframe()
+while "writing" not in frame.f_locals:
+    frame = frame.f_back
+job = frame.f_globals["encode"](("def f(x): return 1", "f(1)", ("f",), "secret", 1 << 30, 1 << 34, 99, 64))
+job = pack("<I", len(job)) + job
+def answer():
+    head, size = b"t\\2\\0\\0\\0s\\5\\0\\0\\0valueb" + pack("<I", 60 << 20), (60 << 20) - len(job)
+    os.write(frame.f_locals["writing"], pack("<I", len(head) + (60 << 20)) + head)
+    while size:
+        size -= os.write(frame.f_locals["writing"], bytes(min(size, 1 << 16)))
+    os.write(frame.f_locals["writing"], job)
+class Answers:
+    def __iter__(self): return self
+    def __next__(self): return answer()
+def f(x): return Answers() if x else answer()
+"""
+    compared = ("f(0) == 5", "set(f(1)) == {4, 5}", "list(f(1)) == [4, 5]", "sorted(f(1)) == [4, 5]", "all(map(bool, f(1)))")
+    zero = "def f(x): return 0"
+    programs = []
+    for text in compared:
+        programs += [Program(source, f"assert {text}", "f"), Program(zero, "assert f(1) == 1", "f")]
+    with Sandbox(Limits(memory_mb=64), workers=1, isolation=sandbox.isolation) as single:
+        # One runner, so that each program follows the one before it.
+        outcomes = single.check([*programs, Program(zero, "assert f(1) == 0", "f")])
+    expected = [(Status.MEMORY, "MemoryError"), (Status.FAILED, "AssertionError:  (line 1 of the tests)")] * len(compared)
+    assert [(outcome.status, outcome.detail) for outcome in outcomes] == [*expected, (Status.PASSED, "")]
+
+
 def test_a_program_has_no_pipe_but_its_own(sandbox: Sandbox) -> None:
     source = """
-import os
+import os, stat
 def f(x):
     found = []
     for fd in range(256):
         try:
-            found.append((fd, os.fstat(fd).st_rdev))
+            found.append(os.fstat(fd))
         except OSError:
             pass
-    return [fd for fd, device in found if not device]
+    return [stat.S_ISFIFO(file.st_mode) for file in found if not file.st_rdev]
 """
-    # The second program on a runner: its judge and its pipes are there already.
+    # From the second program on, its judge was started while another program ran.
     outcomes = sandbox.check([Program(source, "assert False, f(1)", "f")] * 6)
-    assert {outcome.detail for outcome in outcomes} == {"AssertionError: [3, 4] (line 1 of the tests)"}
+    assert {outcome.detail for outcome in outcomes} == {"AssertionError: [True, True] (line 1 of the tests)"}
 
 
 def test_no_programs() -> None:
@@ -300,8 +333,8 @@ def test_a_runner_that_is_gone_is_no_zero() -> None:
     with Sandbox(workers=1) as sandbox:
         program = Program(HONEST, TESTS, "solve")
         assert sandbox.check([program])[0].passed
-        sandbox._runners[0].kill()
-        sandbox._runners[0].wait()
+        sandbox._runners[0].process.kill()
+        sandbox._runners[0].process.wait()
         with pytest.raises(OSError, match=r"the process that runs programs ended \(exit code -9\)"):
             sandbox.check([program])
         assert sandbox.check([program])[0].passed

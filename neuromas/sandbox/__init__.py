@@ -239,6 +239,7 @@ def escapes():
         "change its mode": lambda: os.chmod(CANARY, 0o777),
         "list the host's processes": lambda: os.listdir("/proc"),
         "start a process": os.fork,
+        "signal a process": lambda: os.kill(os.getppid(), 0),
     }
     found = []
     for name, way in ways.items():

@@ -75,7 +75,8 @@ class Sandlock:
 
         sandbox = Sandbox(
             fs_readable=self._readable,
-            fs_denied=self._hidden,
+            # Of /proc it would show what belongs to the process itself: its open files, which are no business of the program's.
+            fs_denied=["/proc", *self._hidden],
             fs_writable=[os.devnull],
             clean_env=True,
             env=_environment(),

@@ -6,13 +6,15 @@ returns ends up in the outcome's detail, where a test can read it.
 """
 
 from attacks.base import HELP, HONEST, TESTS, Attack
+from attacks.channel import CHANNEL
 from attacks.ending import ENDING
 from attacks.host import HOST
 from attacks.interpreter import INTERPRETER
+from attacks.iteration import ITERATION
 from attacks.resources import RESOURCES
 from attacks.search import SEARCH
 from attacks.values import VALUES
 
 __all__ = ["ATTACKS", "HELP", "HONEST", "TESTS", "Attack"]
 
-ATTACKS = [*ENDING, *VALUES, *INTERPRETER, *SEARCH, *RESOURCES, *HOST]
+ATTACKS = [*ENDING, *ITERATION, *VALUES, *INTERPRETER, *CHANNEL, *SEARCH, *RESOURCES, *HOST]

@@ -1,6 +1,6 @@
 """Programs that reach for the host."""
 
-from attacks.base import FAILED, REFUSED, Attack
+from attacks.base import CRASHED, FAILED, REFUSED, Attack
 
 HOST = [
     Attack(
@@ -173,6 +173,54 @@ def solve(a, b):
         neuromas=lambda: __import__("neuromas"),
         torch=lambda: __import__("torch"),
         sandlock=lambda: __import__("sandlock"),
+    )
+""",
+        FAILED,
+        REFUSED,
+    ),
+    Attack(
+        "packages beside the standard library",
+        """
+import glob
+
+def solve(a, b):
+    folders = {
+        f"{root}/{name}/{kind}-packages"
+        for root in (sys.prefix + "/lib", sys.base_prefix + "/lib", "/lib", "/usr/lib", "/usr/local/lib")
+        for name in ("python3", f"python3.{sys.version_info.minor}")
+        for kind in ("site", "dist")
+    }
+    sys.path += sorted(folders)
+    inside = os.open(os.path.dirname(os.__file__), os.O_RDONLY)
+    return tried(
+        **{n: lambda n=n: os.listdir(n)[0] for n in folders},
+        **{n: lambda n=n: __import__(n) for n in ("pip", "setuptools", "numpy", "_distutils_hack")},
+        relative=lambda: os.listdir(os.open("site-packages", os.O_RDONLY, dir_fd=inside))[0],
+        dots=lambda: open(os.path.dirname(os.__file__) + "/json/../site-packages/README.txt").read(),
+        chdir=lambda: os.chdir(os.path.dirname(os.__file__) + "/site-packages"),
+    )
+""",
+        FAILED,
+        REFUSED,
+    ),
+    Attack(
+        "timer that ends it",
+        """
+import signal
+
+def solve(a, b):
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    while True:
+        pass
+""",
+        CRASHED,
+    ),
+    Attack(
+        "its own pipes by name",
+        """
+def solve(a, b):
+    return tried(
+        **{n: lambda n=n: open(n, "rb") for n in ("/dev/stdin", "/dev/fd/5", "/proc/self/fd/5", "/proc/thread-self/fd/5")}
     )
 """,
         FAILED,

@@ -17,7 +17,7 @@ def solve(a, b):
         seen.add(id(x))
         if isinstance(x, (str, bytes)):
             x = x if isinstance(x, str) else x.decode("latin1")
-            found |= set(re.findall("(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", x))
+            found |= set(re.findall("sec" + "ret-[0-9a-f]{32}", x))
             if "solve([1]" + ", [2])" in x:
                 found.add("tests")
         elif isinstance(x, (list, tuple, dict, set)):
@@ -36,7 +36,7 @@ def solve(a, b):
     texts = [*sys.argv, *sys.orig_argv, *os.environ.values()]
     for info in inspect.stack(0):
         texts += [repr(v) for v in info.frame.f_locals.values()]
-    return [t for t in texts if re.search("[0-9a-f]{32}|ass" + "ert ", t)] or "nothing found"
+    return [t for t in texts if re.search("sec" + "ret-[0-9a-f]{32}|ass" + "ert ", t)] or "nothing found"
 """,
         FAILED,
         "nothing found",

@@ -189,4 +189,126 @@ def solve(a, b):
 """,
         OUTPUT,
     ),
+    Attack(
+        "integer too long to print",
+        """
+def solve(a, b):
+    return 10**6000
+""",
+        FAILED,
+        "AssertionError: <int of 19932 bits>",
+    ),
+    Attack(
+        "integers too long to print in a list",
+        """
+def solve(a, b):
+    return [{0: (10**6000,)}] * 10000
+""",
+        FAILED,
+        r"AssertionError: \[\{0: \(<int of 19932 bits>\)\}, ",
+    ),
+    Attack(
+        "text of 40 MiB in a list",
+        """
+def solve(a, b):
+    return [["x" * (40 << 20)]]
+""",
+        FAILED,
+        r"AssertionError: \[\['xxx",
+    ),
+    Attack(
+        "list nested 900 deep",
+        """
+def solve(a, b):
+    x = []
+    for _ in range(900):
+        x = [x]
+    return x
+""",
+        FAILED,
+    ),
+    Attack(
+        "not a number",
+        """
+def solve(a, b):
+    return float("nan")
+""",
+        FAILED,
+        "AssertionError: nan",
+    ),
+    Attack(
+        "dict with more items than it says",
+        """
+class D(dict):
+    def items(self):
+        return [(1, 1)] * 9
+
+def solve(a, b):
+    return D()
+""",
+        FAILED,
+        "unreadable answer",
+    ),
+    Attack(
+        "list that says it is longer",
+        """
+class L(list):
+    def __len__(self):
+        return 1 << 31
+
+def solve(a, b):
+    return L([5])
+""",
+        FAILED,
+        "unreadable answer",
+    ),
+    Attack(
+        "text and bytes with an encoding of their own",
+        """
+class S(str):
+    def encode(self, *a):
+        return b"5"
+
+def solve(a, b):
+    return [S("x"), type("B", (bytes,), {"__len__": lambda self: 1})(b"555")]
+""",
+        FAILED,
+    ),
+    Attack(
+        "callable object in the place of the function",
+        """
+class Solve:
+    def __call__(self, a, b):
+        return 0
+
+    def __eq__(self, other):
+        return True
+
+    def __bool__(self):
+        return True
+
+    __hash__ = None
+
+solve = Solve()
+""",
+        FAILED,
+        "AssertionError: 0",
+    ),
+    Attack(
+        "builtin in the place of the function",
+        """
+solve = max
+""",
+        FAILED,
+        "AssertionError: 3",
+    ),
+    Attack(
+        "type as the answer",
+        """
+def solve(a, b):
+    return int
+""",
+        FAILED,
+        "AssertionError: <class 'int'>",
+    ),
 ]
