@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from neuromas.sandbox import Limits, Outcome, Program, Sandbox, Status, check_pr
 from neuromas.sandbox.benchmarks import mbpp_program
 from neuromas.sandbox.confine import syscall_filter
 from neuromas.sandbox.isolation import ISOLATIONS, Bubblewrap
-from neuromas.sandbox.wire import decode, encode
+from neuromas.sandbox.wire import TooLongError, decode, encode, read_frame
 
 if not any(map(available, ISOLATIONS)):
     pytest.skip("no isolation on this machine", allow_module_level=True)
@@ -88,6 +89,16 @@ def test_bytes_that_are_no_value_raise(data: bytes, message: str) -> None:
         decode(data)
 
 
+def test_a_frame_too_long_is_not_read() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"\5\0\0\0abcde" * 2)
+    assert read_frame(reading, 5) == b"abcde"
+    with pytest.raises(TooLongError, match="5 bytes announced, 4 allowed"):
+        read_frame(reading, 4)
+    os.close(reading)
+    os.close(writing)
+
+
 def test_what_is_not_plain_data_needs_a_handle() -> None:
     with pytest.raises(TypeError, match="only plain data can be passed to the program, got 'object'"):
         encode(object())
@@ -134,6 +145,61 @@ def test_tests_cannot_end_early(sandbox: Sandbox) -> None:
     for ending in ("import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"):
         assert not run(sandbox, "def f(x): return 1", f"assert f(1) == 1\n{ending}").passed
     assert run(sandbox, "def f(x): return 1", "assert f(1) == 1").passed
+
+
+ODD = {
+    "a type": "f = sorted",
+    "a builtin type": "f = list",
+    "a lambda": "f = lambda x: sorted(x)",
+    "a partial function": "from functools import partial\nf = partial(sorted, reverse=False)",
+    "a callable object": "class F:\n    def __call__(self, x): return sorted(x)\nf = F()",
+    "a class whose instances are lists": "class f(list):\n    pass",
+    "a method": "class F:\n    def g(self, x): return sorted(x)\nf = F().g",
+    "a decorated function": "from functools import cache\n@cache\ndef g(x): return x\ndef f(x): return [g(y) for y in x]",
+    "a subclass of list": "class L(list): pass\ndef f(x): return L(x)",
+    "numbers of an enumeration": "from enum import IntEnum\nN = IntEnum('N', 'a b c')\ndef f(x): return [N(y) for y in x]",
+    "an exception caught": "def f(x):\n    try:\n        next(iter(()))\n    except StopIteration:\n        return x",
+    "prints": "import sys\ndef f(x):\n    print('passed', file=sys.stderr)\n    print(x)\n    return x",
+    "input that is empty": "def f(x):\n    try:\n        input()\n    except EOFError:\n        return x",
+    "a deep recursion": "import sys\nsys.setrecursionlimit(5000)\ndef f(x, n=2000): return f(x, n - 1) if n else x",
+    "many imports": "import json, re, math, decimal, heapq, bisect, string, collections, itertools\ndef f(x): return x",
+    "a main block": "def f(x): return x\nif __name__ == '__main__':\n    raise SystemExit",
+    "many descriptors": "import os\nkept = [os.dup(1) for _ in range(20)]\ndef f(x): return x",
+    "warnings": "import warnings\nwarnings.warn('x')\ndef f(x): return x",
+}
+
+
+def test_odd_programs_that_are_right_pass(sandbox: Sandbox) -> None:
+    outcomes = sandbox.check(
+        [Program(source, "assert f([1, 2, 3]) == [1, 2, 3]\nassert f([]) == []", "f") for source in ODD.values()]
+    )
+    assert {name: outcome.detail for name, outcome in zip(ODD, outcomes, strict=True) if not outcome.passed} == {}
+
+
+def test_an_iterator_of_the_program_may_end(sandbox: Sandbox) -> None:
+    source = """
+def f(n):
+    yield from range(n)
+class g:
+    def __iter__(self): return self
+    def __next__(self): raise StopIteration
+"""
+    tests = "assert list(f(2)) == [0, 1] and list(zip(f(3), [5])) == [(0, 5)] and next(f(0), 7) == 7 and list(g()) == []"
+    assert run(sandbox, source, tests, "g").detail == ""
+
+
+def test_an_answer_does_not_fill_the_runner(sandbox: Sandbox) -> None:
+    with Sandbox(workers=1, isolation=sandbox.isolation) as single:
+        assert single.check([Program(HONEST, TESTS, "solve")])[0].passed
+        before = peak_mb(single)
+        (outcome,) = single.check([Program("def f(x): return b'x' * (48 << 20)", "assert len(f(1)) == 48 << 20", "f")])
+        assert outcome.detail == ""
+        assert peak_mb(single) < before + 16
+
+
+def peak_mb(sandbox: Sandbox) -> int:
+    (size,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{sandbox._runners[0].process.pid}/status").read_text())
+    return int(size) >> 10
 
 
 def test_types_and_exceptions_reach_the_tests(sandbox: Sandbox) -> None:
@@ -356,6 +422,40 @@ def test_a_sandbox_ends_with_its_owner() -> None:
     owner.wait()
     owner.stdout.close()
     assert newcomers(known, reap=True) == []
+
+
+def test_an_interrupt_ends_a_batch_of_endless_programs(sandbox: Sandbox) -> None:
+    code = (
+        "import sys\nfrom neuromas.sandbox import *\n"
+        "with Sandbox(Limits(seconds=60), 2, sys.argv[1]) as sandbox:\n"
+        "    sandbox.check([Program('def f(x): return 1', 'assert f(1) == 1', 'f')] * 2)\n"
+        "    print('ready', flush=True)\n    sandbox.check([Program('while True: pass', 'f()', 'f')] * 50)"
+    )
+    adopt_orphans()
+    known = children()
+    command = [sys.executable, "-c", code, sandbox.isolation]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stderr is not None
+        assert owner.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        owner.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        assert "KeyboardInterrupt" in owner.stderr.read()
+        owner.wait()
+        assert time.monotonic() - start < 2
+    assert newcomers(known, reap=True) == []
+
+
+def test_a_user_without_a_passwd_entry_has_sandlock() -> None:
+    if not available("sandlock"):
+        pytest.skip("sandlock does not work here")
+    code = (
+        "import os, pwd\ndef unknown(uid): raise KeyError(uid)\npwd.getpwuid = unknown\n"
+        "from neuromas.sandbox.isolation import Sandlock\nSandlock()\nassert 'HOME' not in os.environ"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,9 @@ class _Runner:
             write_frame(self._socket.fileno(), encode((program.source, program.tests, names, *sizes)))
             answer = read_frame(self._socket.fileno())
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise OSError(f"the process that runs programs ended (exit code {self.process.poll()})") from None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
+            raise OSError(f"the process that runs programs ended (exit code {self.process.returncode})") from None
         status, detail, seconds = decode(answer)  # type: ignore[misc]  # the runner's: a tuple of three
         if status == START_FAILED:
             raise OSError(f"no isolated process could be started with {self._isolation}: {detail}")
