@@ -216,11 +216,18 @@ def solve(a, b):
         CRASHED,
     ),
     Attack(
-        "its own pipes by name",
+        "pipes of other processes by way of /dev/fd",
         """
 def solve(a, b):
+    ways = ("/proc/{}/{}", "/dev/fd/../../{}/{}", "/dev/fd/../task/../../{}/{}", "/dev/../proc/{}/{}")
+    names = ["mem", "environ", "root" + CANARY, *(f"fd/{n}" for n in range(12))]
     return tried(
-        **{n: lambda n=n: open(n, "rb") for n in ("/dev/stdin", "/dev/fd/5", "/proc/self/fd/5", "/proc/thread-self/fd/5")}
+        **{
+            path + str(mode): lambda path=path, mode=mode: os.open(path, mode | os.O_NONBLOCK)
+            for path in [way.format(pid, name) for way in ways for pid in (os.getppid(), PID, 1) for name in names]
+            for mode in (os.O_RDONLY, os.O_WRONLY)
+        },
+        own=lambda: open("/dev/fd/../root" + CANARY).read(),
     )
 """,
         FAILED,

@@ -45,7 +45,7 @@ def solve(a, b):
         "search of files for the tests",
         """
 def solve(a, b):
-    names = {n: lambda n=n: os.listdir(n) for n in ("/tmp", "/proc", "/home", "/root/.cache", "/var", FOLDER)}
+    names = {n: lambda n=n: os.listdir(n) for n in ("/proc", FOLDER, os.path.dirname(FOLDER))}
     return tried(**names, tests=lambda: open("tests.py").read())
 """,
         FAILED,
