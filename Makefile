@@ -6,13 +6,15 @@ FILE ?=
 
 VENV ?= .venv
 BIN = $(VENV)/bin
+EXACT = $(BIN)/pytest -m exact -n auto --maxprocesses 8 --dist loadfile
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
-.PHONY: help install install-dev train test clean
+.PHONY: help install install-dev train test test-kernels clean
 
 help:
 	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
 	@echo "make test     set up and run lint, types and tests"
+	@echo "make test-kernels  run the tests of what is promised bit for bit, with other processors' kernels"
 	@echo "make install  set up only"
 
 install: $(VENV)/installed
@@ -27,6 +29,11 @@ test: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+
+# What MKL takes on processors that it does not know, and what an older one has.
+test-kernels: install-dev
+	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(EXACT)
+	OMP_NUM_THREADS=2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(EXACT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

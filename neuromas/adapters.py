@@ -43,9 +43,10 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, nodes: Sequence[int], config: AdapterConfig, seed: int) -> None:
-        self.generations = [tuple(nodes[:1] if config.shared else nodes)]
-        """Nodes that joined together: those of the start, then those of each growth. A single node's adapter serves whoever
-        speaks."""
+        self.shared = config.shared
+        """Whether one adapter serves whoever speaks."""
+        self.generations = [tuple(nodes[:1] if self.shared else nodes)]
+        """Nodes that joined together: those of the start, then those of each growth."""
         self.version = 0
         """Counts optimizer steps; a completion carries the version that wrote it."""
         self.scope = config.scope
@@ -132,7 +133,7 @@ class AdapterBank:
         # Whoever samples asks for the same tokens' route again and again.
         if self._last_route is not None and self._last_route[0] is nodes_T:
             return self._last_route[1]
-        route = Route.of(nodes_T, len(self.nodes), self.rank, self._dtype, kept_whole=self.routing.whole is not None)
+        route = Route.of(nodes_T, self._dtype, kept_whole=self.routing.whole is not None)
         if self.routing.kept is not None:
             self._last_route = nodes_T, route
         return route
@@ -141,7 +142,8 @@ class AdapterBank:
     def keep_merged(self) -> Iterator[None]:
         """Prepare adapters for products once for all forwards inside, which have no gradients and change no adapter."""
         self.routing.kept = {}
-        small = len(self.nodes) * self._linear_bytes <= KEPT_AT_MOST
+        # By what one node takes: how a node's tokens are computed does not depend on how many other nodes there are.
+        small = self._linear_bytes <= KEPT_AT_MOST
         self.routing.whole = {} if small and self._dtype.itemsize >= 4 else None
         try:
             yield

@@ -17,14 +17,16 @@ from torch.nn import functional
 
 HALVES = ("lora_A", "lora_B")
 LONG_STRETCH = 256
-"""Tokens of one node, on average, from which on products of their own cost less than one product with all nodes' ranks."""
+"""Tokens of one node, on average, from which on products of their own cost less than one product with several nodes' ranks."""
 SHORT_STRETCH = 8
 """The same where each node's whole weights are kept."""
-KEPT_AT_MOST = 2**26
-"""Bytes of all nodes' whole weights, W + scaling B A, that are kept while sampling."""
+KEPT_AT_MOST = 2**24
+"""Bytes of one node's whole weights, W + scaling B A, up to which they are kept while sampling."""
 _WHOLE_FROM = 4
 """A stretch of in x out / (in + out) tokens, times this, is read by whole weights made for it."""
 Runs = tuple[tuple[int, int, int], ...]
+Merged = tuple[Tensor, list[Tensor]]
+"""The A of some nodes and modules, (nodes x modules x r, in), and scaling times each module's B, (nodes x r, out)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +35,23 @@ class Route:
 
     runs: Runs
     """Stretches of tokens of one node: (its index, first, one past the last). With gradients, or where they are long."""
-    node: int | None = None
-    """Index of the one node whose tokens they all are."""
-    mask_TR: Tensor | None = None
-    """(tokens, nodes x r): 1 at the ranks of a token's node, else 0. Where tokens are of several nodes."""
+    nodes: range = range(0)
+    """Indices of nodes, from the first to the last one with tokens here. No others enter a product: what nodes that have
+    nothing to say would add is 0, but processors sum products of another width in another order."""
+    mask_TN: Tensor | None = None
+    """(tokens, those nodes): 1 at a token's node, else 0. Where tokens are of several nodes."""
 
     @classmethod
-    def of(cls, nodes_T: Tensor, nodes: int, rank: int, dtype: torch.dtype, *, kept_whole: bool) -> "Route":
+    def of(cls, nodes_T: Tensor, dtype: torch.dtype, *, kept_whole: bool) -> "Route":
         stretches, counts = torch.unique_consecutive(nodes_T, return_counts=True)
         shortest = SHORT_STRETCH if kept_whole else LONG_STRETCH
         if torch.is_grad_enabled() or len(nodes_T) >= shortest * len(stretches):
             ends = counts.cumsum(0)
             return cls(tuple(zip(stretches.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
-        if len(stretches) == 1:
-            return cls((), node=int(stretches))
-        places = torch.arange(nodes * rank, device=nodes_T.device) // rank
-        return cls((), mask_TR=(nodes_T[:, None] == places).to(dtype))
+        nodes = range(int(stretches.min()), int(stretches.max()) + 1)
+        if len(nodes) == 1:
+            return cls((), nodes)
+        return cls((), nodes, (nodes_T[:, None] == torch.arange(nodes.start, nodes.stop, device=nodes_T.device)).to(dtype))
 
 
 @dataclass(slots=True)
@@ -59,8 +62,9 @@ class Routing:
     """alpha / r."""
     route: Route | None = None
     """None: no adapter acts."""
-    kept: "dict[tuple[tuple[AdaptedLinear, ...], int | None], tuple[Tensor, list[Tensor]]] | None" = None
-    """What modules made of their adapters for forwards without gradients, while adapters do not change."""
+    kept: "dict[tuple[tuple[AdaptedLinear, ...], range], Merged] | None" = None
+    """What modules made of their adapters, by modules and nodes, for forwards without gradients, while adapters do not
+    change."""
     whole: "dict[tuple[tuple[AdaptedLinear, ...], int, int], Tensor] | None" = None
     """The same as whole weights, W + scaling B A, by modules, rows of W and node; None where they are too large, or have too
     few digits to hold B A."""
@@ -90,6 +94,10 @@ class AdaptedLinear(nn.Module):
     def stack(self, half: str, generation: int) -> nn.Parameter:
         """Return `lora_A`, (nodes, r, in), or `lora_B`, (nodes, out, r), of the nodes that joined together."""
         return self.get_parameter(name_of(half, generation))
+
+    @property
+    def nodes(self) -> int:
+        return sum(map(len, self.routing.generations))
 
     def all_nodes(self, half: str) -> Tensor:
         """Return the stacks of all nodes as one."""
@@ -183,12 +191,15 @@ def product(
         assert isinstance(y, Tensor)
         return y
     y_TO = _linear(x_TI, weight, bias, residual_TO)
-    # All nodes' adapters as one, of which a token keeps its node's ranks: as many products whatever the number of nodes.
-    a, bs = _merged(routing, adapted, route.node, x_TI.dtype)
-    inner = x_TI @ a
-    if route.mask_TR is not None:
-        inner.view(len(inner), len(adapted), -1).mul_(route.mask_TR[:, None])
-    for part, b, where in zip(inner.chunk(len(adapted), 1), bs, columns, strict=True):
+    # Adapters of several nodes as one, of which a token keeps its node's ranks: as many products whatever the number of nodes.
+    a, bs = _merged(routing, adapted, route.nodes, x_TI.dtype)
+    inner_TR = x_TI @ a.T
+    if route.mask_TN is None:
+        parts = inner_TR.chunk(len(adapted), 1)
+    else:
+        inner_MTNr = inner_TR.view(len(x_TI), len(route.nodes), len(adapted), -1).permute(2, 0, 1, 3)
+        parts = torch.mul(inner_MTNr, route.mask_TN[..., None], out=inner_TR.new_empty(inner_MTNr.shape)).flatten(2)
+    for part, b, where in zip(parts, bs, columns, strict=True):
         y_TO[:, where].addmm_(part, b)
     return y_TO
 
@@ -239,18 +250,21 @@ def _whole_weight(weight: Tensor, columns: tuple[slice, ...], pairs: Sequence[tu
     return whole
 
 
-def _merged(
-    routing: Routing, adapted: tuple[AdaptedLinear, ...], node: int | None, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the A of all modules and nodes, (in, modules x nodes x r), and scaling times each module's B, (nodes x r, out)."""
-    kept, key = routing.kept, (adapted, node)
-    if kept is not None and key in kept:
-        return kept[key]
-    wanted = slice(None) if node is None else slice(node, node + 1)
-    a = torch.cat([module.all_nodes("lora_A")[wanted].to(dtype).flatten(0, 1) for module in adapted]).T
-    bs = [(routing.scaling * module.all_nodes("lora_B")[wanted]).to(dtype).mT.flatten(0, 1) for module in adapted]
-    if kept is not None:
-        kept[key] = (a, bs)
+def _merged(routing: Routing, adapted: tuple[AdaptedLinear, ...], nodes: range, dtype: torch.dtype) -> Merged:
+    if routing.kept is not None and (adapted, nodes) in routing.kept:
+        return routing.kept[adapted, nodes]
+    if nodes.start == 0 and nodes.stop == adapted[0].nodes:
+        a = torch.stack([module.all_nodes("lora_A").to(dtype) for module in adapted], 1).flatten(0, 2)
+        # Laid out alike for one node and for several: a product's order of adding up may follow the layout too.
+        bs = [(routing.scaling * module.all_nodes("lora_B")).to(dtype).mT.contiguous().flatten(0, 1) for module in adapted]
+    else:
+        # They are looked at, not copied.
+        a, bs = _merged(routing, adapted, range(adapted[0].nodes), dtype)
+        rank = adapted[0].rank
+        a = a[nodes.start * len(adapted) * rank : nodes.stop * len(adapted) * rank]
+        bs = [b[nodes.start * rank : nodes.stop * rank] for b in bs]
+    if routing.kept is not None:
+        routing.kept[adapted, nodes] = a, bs
     return a, bs
 
 

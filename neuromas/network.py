@@ -57,10 +57,11 @@ class Network:
     ) -> list[Group]:
         """Pass every example through the network `group_size` times and return one group per example, in order.
 
-        A draw depends on (seed, example, rollout, node) alone, so batches and other nodes change nothing. While a growth is not
-        fully open, a group runs as a whole through the parent's topology or through the grown one; that draw depends on
-        (seed, example). A closed group is what the parent itself would have written, token by token. With `branches`,
-        rollouts draw alike as far as they have the way through the tree in common, and so hold the same texts there.
+        Random numbers depend on (seed, example, rollout, node) alone, so batches and other nodes change nothing but rounding.
+        While a growth is not fully open, a group runs as a whole through the parent's topology or through the grown one; that
+        draw depends on (seed, example). Where all groups are closed they are what the parent itself writes, bit for bit.
+        With `branches`, rollouts draw alike as far as they have the way through the tree in common, and so hold the same texts
+        there.
         """
         for example in examples:
             self.check_length(example)
@@ -179,7 +180,7 @@ class _Sweep:
         inbox = [m for sender in senders for m in running.completions[sender].messages if m.recipient == node]
         text = messages.render(running.routes.topology, node, running.example, inbox)
         # Without messages a text is the same in all rollouts. One adapter for all nodes shares the question among them instead.
-        same_in_all = not senders and (self.backbone.adapters is None or len(self.backbone.adapters.nodes) > 1)
+        same_in_all = not senders and not (self.backbone.adapters and self.backbone.adapters.shared)
         prompt = self.backbone.prompt(running.example.question, text, same_in_all=same_in_all)
         # Rollouts that come from one text of this node.
         topology = running.routes.topology

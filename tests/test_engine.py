@@ -166,6 +166,7 @@ def test_a_sample_carries_the_adapters_version(folders: dict[str, Path], scope: 
 # What a row's text depends on
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("family", "max_rows"), [("qwen3", 3), ("llama", 3), ("gemma3", 3), ("stops", 1), ("stops", 5)])
 def test_the_number_of_slots_changes_nothing(folders: dict[str, Path], family: str, max_rows: int) -> None:
     """Fewer slots than rows: slots are used again, moved and widened, in another order each time."""
@@ -173,6 +174,7 @@ def test_the_number_of_slots_changes_nothing(folders: dict[str, Path], family: s
     assert_same_samples(samples(rollout(few, group_size=2)), samples(rollout(many, group_size=2)))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("scope", ["all", "suffix"])
 @pytest.mark.parametrize("family", [*FAMILIES, "stops"])
 def test_a_row_is_the_same_in_any_company(folders: dict[str, Path], family: str, scope: Scope) -> None:

@@ -125,6 +125,7 @@ def plain_reinforce_step(model: Any, tokenizer: Any, optimizer: torch.optim.Opti
     return sum(rewards) / len(rewards)
 
 
+@pytest.mark.exact
 def test_one_node_is_single_model_reinforce(folders: dict[str, Path], tmp_path: Path) -> None:
     """Three steps of the loop equal three steps of a loop written with PEFT, torch and nothing of ours but the draws."""
     config = make_config(
@@ -184,9 +185,10 @@ def test_a_step_leaves_the_backbone_alone(folders: dict[str, Path], tmp_path: Pa
     assert trainer.backbone.checksum() == load_backbone(folders["qwen3"]).checksum()
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("scope", ["all", "suffix"])
 def test_micro_batches_make_the_same_step(folders: dict[str, Path], tmp_path: Path, scope: Literal["all", "suffix"]) -> None:
-    """The optimizer's first moment is 0.1 times the clipped gradient: equal within 1e-6 of its largest entry."""
+    """The optimizer's first moment is 0.1 times the clipped gradient: equal within 1e-5 of its largest entry."""
     moments = []
     for tokens in (1, 100_000):
         config = make_config(
@@ -307,6 +309,7 @@ def assert_same_run(run: Path, alone: Path) -> None:
     assert sum(record["grad_norm/node/1/max"] > 0 for record in logs[0]) > NUM_STEPS // 2
 
 
+@pytest.mark.exact
 def test_killed_at_any_moment_a_run_resumes_to_the_same_adapters(
     folders: dict[str, Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

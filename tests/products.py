@@ -1,0 +1,53 @@
+"""What is computed, as a list of products and loops with the shapes they are given, in order.
+
+Two computations of equal lists, on equal numbers, have equal bits on every processor: which kernel it takes, and in which order
+that adds up, follows from shapes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import neuromas.kernels.decoding
+import neuromas.kernels.layers
+
+_ADD_UP = ("mm", "matmul", "linear", "attention", "softmax", "logsumexp", "embedding")
+"""Parts of the names of operations that add up what they multiply."""
+Product = tuple[str, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]]
+
+
+def _described(name: str, arguments: object) -> Product:
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return name, tuple((tuple(tensor.shape), tensor.stride()) for tensor in tensors)
+
+
+class _Listing(TorchDispatchMode):
+    def __init__(self, products: list[Product]) -> None:
+        super().__init__()
+        self._products = products
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(part in func.__name__ for part in _ADD_UP):
+            self._products.append(_described(func.__name__, (args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def listed() -> Iterator[list[Product]]:
+    """List the products of torch and the compiled loops that are run inside."""
+    products: list[Product] = []
+    run = neuromas.kernels.layers.run
+
+    def listing(loop: Callable[..., None], *arguments: Any) -> None:
+        products.append(_described(loop.__name__, arguments))
+        run(loop, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, _Listing(products):
+        for module in (neuromas.kernels.layers, neuromas.kernels.decoding):
+            patch.setattr(module, "run", listing)
+        yield products
