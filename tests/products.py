@@ -1,7 +1,7 @@
-"""What is computed, as a list of products and loops with the shapes they are given, in order.
+"""What is computed, as a list of products and loops with the layout of what they are given, in order.
 
 Two computations of equal lists, on equal numbers, have equal bits on every processor: which kernel it takes, and in which order
-that adds up, follows from shapes.
+that adds up, follows from shapes, strides and alignment.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,13 @@ import neuromas.kernels.layers
 
 _ADD_UP = ("mm", "matmul", "linear", "attention", "softmax", "logsumexp", "embedding")
 """Parts of the names of operations that add up what they multiply."""
-Product = tuple[str, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]]
+Layout = tuple[tuple[int, ...], tuple[int, ...], int]
+Product = tuple[str, tuple[Layout, ...]]
 
 
 def _described(name: str, arguments: object) -> Product:
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    return name, tuple((tuple(tensor.shape), tensor.stride()) for tensor in tensors)
+    return name, tuple((tuple(tensor.shape), tensor.stride(), tensor.storage_offset()) for tensor in tensors)
 
 
 class _Listing(TorchDispatchMode):
@@ -51,3 +52,8 @@ def listed() -> Iterator[list[Product]]:
         for module in (neuromas.kernels.layers, neuromas.kernels.decoding):
             patch.setattr(module, "run", listing)
         yield products
+
+
+def loops_of(products: list[Product]) -> list[str]:
+    """Return the names of the compiled loops among products; torch's have a dot."""
+    return [name for name, _ in products if "." not in name]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from products import listed, loops_of
 from torch import Tensor
 
 from neuromas import kernels
@@ -57,10 +58,12 @@ def test_compiled_loops_read_what_torch_reads(case: str, window: int | None, mon
     ]
     slots = make_slots(ROWS[case], lengths_Q)
     other = copy.deepcopy(slots)
-    ours, even = read_all(slots, Prefixes(past, lengths_Q), len(ROWS[case]), window)
-    monkeypatch.setattr(kernels, "fit", lambda *_: False)
-    theirs, _ = read_all(other, Prefixes(past, lengths_Q), len(ROWS[case]), window)
+    with listed() as computed:
+        ours, even = read_all(slots, Prefixes(past, lengths_Q), len(ROWS[case]), window)
+    with listed() as plainly:
+        monkeypatch.setattr(kernels, "fit", lambda *_: False)
+        theirs, _ = read_all(other, Prefixes(past, lengths_Q), len(ROWS[case]), window)
     for one, two in zip([*ours, *slots.keys, *slots.values], [*theirs, *other.keys, *other.values], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     assert even == (case != "one large prefix among many")
-    assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True)) == (not even)
+    assert (bool(loops_of(computed)), loops_of(plainly)) == (even, [])

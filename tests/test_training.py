@@ -125,7 +125,6 @@ def plain_reinforce_step(model: Any, tokenizer: Any, optimizer: torch.optim.Opti
     return sum(rewards) / len(rewards)
 
 
-@pytest.mark.exact
 def test_one_node_is_single_model_reinforce(folders: dict[str, Path], tmp_path: Path) -> None:
     """Three steps of the loop equal three steps of a loop written with PEFT, torch and nothing of ours but the draws."""
     config = make_config(
@@ -309,7 +308,6 @@ def assert_same_run(run: Path, alone: Path) -> None:
     assert sum(record["grad_norm/node/1/max"] > 0 for record in logs[0]) > NUM_STEPS // 2
 
 
-@pytest.mark.exact
 def test_killed_at_any_moment_a_run_resumes_to_the_same_adapters(
     folders: dict[str, Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
