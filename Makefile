@@ -6,7 +6,7 @@ FILE ?=
 
 VENV ?= .venv
 BIN = $(VENV)/bin
-EXACT = $(BIN)/pytest -m exact -n auto --maxprocesses 8 --dist loadfile
+EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
 .PHONY: help install install-dev train test test-kernels clean
@@ -30,10 +30,10 @@ test: install-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
-# What MKL takes on processors that it does not know, and what an older one has.
+# What MKL takes on processors that it does not know, and what an older one has. Threads that wait leave the processor to others.
 test-kernels: install-dev
 	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(EXACT)
-	OMP_NUM_THREADS=2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(EXACT)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(EXACT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
