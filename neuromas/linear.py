@@ -48,7 +48,8 @@ class Route:
         if torch.is_grad_enabled() or len(nodes_T) >= shortest * len(stretches):
             ends = counts.cumsum(0)
             return cls(tuple(zip(stretches.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
-        nodes = range(int(stretches.min()), int(stretches.max()) + 1)
+        present = stretches.tolist()
+        nodes = range(min(present), max(present) + 1)
         if len(nodes) == 1:
             return cls((), nodes)
         return cls((), nodes, (nodes_T[:, None] == torch.arange(nodes.start, nodes.stop, device=nodes_T.device)).to(dtype))
