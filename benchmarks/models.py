@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from neuromas.backbone import BUNDLED, Backbone
+from neuromas.backbone import Backbone
+from neuromas.bundled import BUNDLED
 from neuromas.config import AdapterConfig
 
 RANK = 8

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from neuromas.config import AdapterConfig
 from neuromas.linear import HALVES, KEPT_AT_MOST, AdaptedLinear, Route, Routing, name_of
+from neuromas.process import total_memory
 
 DEFAULT_TOTAL_RANK = 24
 _PEFT_PREFIX = "base_model.model."
@@ -54,6 +55,9 @@ class AdapterBank:
         targets = find_targets(model, self.target_modules)
         self.parameters_per_rank = sum(m.in_features + m.out_features for m in targets.values())
         self.rank = resolve_rank(config, len(self.nodes), self.parameters_per_rank)
+        weights = len(self.nodes) * self.rank * self.parameters_per_rank
+        device = next(iter(targets.values())).weight.device
+        require_memory(f"adapters of --adapter.rank {self.rank} for {len(self.nodes)} nodes", 4 * weights, device)
         self.alpha = config.alpha if config.alpha is not None else 2.0 * self.rank
         self.routing = Routing(self.alpha / self.rank, generations=self.generations)
         self._last_route: tuple[Tensor, Route] | None = None
@@ -219,6 +223,13 @@ class AdapterBank:
                     got = "nothing" if stored is None else tuple(stored.shape)
                     raise ValueError(f"adapter {folder} holds {got} for {name}.{half}, expected {tuple(target.shape)}")
                 target.copy_(stored)
+
+
+def require_memory(what: str, needed: int, device: torch.device) -> None:
+    """Raise ValueError if something takes more bytes than a device has in all: asked before any of them is taken."""
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else total_memory()
+    if there is not None and needed > there:
+        raise ValueError(f"{what} need {needed / 2**30:,.1f} GiB of memory, there are {there / 2**30:,.1f}; ask for less")
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:

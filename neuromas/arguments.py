@@ -19,7 +19,9 @@ class TrainArguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     resume: bool = False
-    """Go on from the last checkpoint of --run-dir, with that run's settings; starts it if there is none yet."""
+    """Go on from the last checkpoint of --run-dir, with that run's settings; starts it if there is no such folder yet."""
+    allow_code: bool = False
+    """Execute the Python file that the task of a run to --resume is in; a task that is named here need not be allowed."""
     dry_run: bool = False
     """Print the network, its trainable parameters and the resolved settings, and stop."""
 
@@ -65,6 +67,8 @@ class GrowArguments:
     """Checked only: a network grows on the task that it has."""
     backbone: str | None = None
     """Checked only: a network grows on the backbone that it has."""
+    allow_code: bool = False
+    """Execute the Python file that the run's task is in (class:FILE.py:CLASS)."""
     dry_run: bool = False
     """Print what would be kept and what new, the grown network and all settings, and stop."""
 
@@ -89,6 +93,8 @@ class EvalArguments:
     """Seed of the draws where the temperature is above 0."""
     untrained: bool = False
     """Score the network as it was before training."""
+    allow_code: bool = False
+    """Execute the Python file that the run's task is in (class:FILE.py:CLASS)."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -101,6 +107,8 @@ class AskArguments:
     """Folder of the run."""
     question: tyro.conf.Positional[str]
     """The question; `-` reads it from standard input."""
+    allow_code: bool = False
+    """Execute the Python file that the run's task is in (class:FILE.py:CLASS)."""
     json: bool = False
     """Print one JSON object and nothing else."""
 

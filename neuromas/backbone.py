@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.adapters import AdapterBank
 from neuromas.attention import PrefixAttention, Prefixes, SuffixAttention
+from neuromas.bundled import BUNDLED, find_backbone
 from neuromas.config import AdapterConfig
 from neuromas.decoder import LOGIT_CHANGES, Decoder, slides
 from neuromas.head import chosen_logprobs
@@ -32,7 +33,6 @@ from neuromas.norms import replace_norms
 from neuromas.packing import ATTENTION, Attention, Packed
 from neuromas.types import Prompt
 
-BUNDLED = Path(__file__).parent / "bundled"
 _PLACEHOLDER = "PLACEHOLDER"
 
 
@@ -81,20 +81,21 @@ class Backbone:
 
         Raises ValueError that says what is wrong with the folder or the id.
         """
-        source = _source(name)
+        source, device = find_backbone(name), resolve_device(device)
         # What goes wrong is said below, in one line.
         disable_progress_bar()
         set_verbosity_error()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
-            )
+                source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True,
+                trust_remote_code=False,
+            )  # fmt: skip
             model, report = loaded
             # Left alone, transformers fills what is missing with random numbers and goes on.
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"its files lack {len(missing)} weights, e.g. {missing[0]}")
-            backbone = cls(model.to(resolve_device(device)), tokenizer, name)
+            backbone = cls(model.to(device), tokenizer, name)
             backbone._probe()
         except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
             reason = " ".join(str(error).split())[:300]
@@ -141,6 +142,29 @@ class Backbone:
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
             )  # fmt: skip
             return cls(Qwen3ForCausalLM(config), tokenizer, f"tiny-{seed}")
+
+    @functools.cached_property
+    def max_tokens(self) -> int | None:
+        """The longest text that the model reads, None where its config names none.
+
+        Where rotary angles depend on the length of the text, it is the length from which on they change: keys that were kept
+        before would be of other angles than those behind.
+        """
+        config = self.model.config.get_text_config()
+        found = [getattr(config, "max_position_embeddings", None)]
+        rope = getattr(config, "rope_parameters", None) or {}
+        for kind in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+            if kind.get("rope_type") in ("longrope", "dynamic"):
+                found += [kind.get("original_max_position_embeddings")]
+        return min((limit for limit in found if limit), default=None)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token in all layers, 0 where the config does not say."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+        size = getattr(config, "head_dim", None) or config.hidden_size // max(1, config.num_attention_heads)
+        return 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -271,21 +295,12 @@ def resolve_device(device: str) -> str:
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _source(name: str) -> str:
-    """Return where a backbone's files are; ValueError if it is meant as a folder and is none."""
-    source = str(BUNDLED) if name == "bundled" else name
-    path = Path(source)
-    if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
-        raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
-    return source
-
-
 def config_of(name: str) -> Any:
     """Return a backbone's transformers config without its weights; ValueError as `Backbone.load`."""
-    source = _source(name)
+    source = find_backbone(name)
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged config raises whatever reading it meets
         raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -30,15 +30,18 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint, Method
-from neuromas.config import MAY_DIFFER, from_json, to_json
+from neuromas.config import from_json, to_json
 from neuromas.files import replace_file
 from neuromas.grid import describe_cell, find_method
+from neuromas.identity import MAY_DIFFER
 from neuromas.process import settle
 from neuromas.stop import Interrupted
 
 PACKAGE = Path(__file__).parent
 LEFT_OUT = frozenset(PACKAGE / name for name in ("baselines/__init__.py", "progress.py", "plot.py", "show.py", "statistics.py"))
 """Sources that are no part of a method's code version: the list of all methods, and what only shows or weighs results."""
+PATIENCE = 60.0
+"""Seconds that a worker has to save what it is at."""
 STOPPED = 130
 """Status of a worker that the user has stopped."""
 
@@ -288,7 +291,7 @@ class Worker:
 
     def _start(self) -> "subprocess.Popen[str]":
         self.close()
-        threads = min(self._threads, int(os.environ.get("OMP_NUM_THREADS", self._threads)))
+        threads = min(self._threads, int(os.environ.get("OMP_NUM_THREADS", str(self._threads)).partition(",")[0]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "neuromas.cells"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)}, pass_fds=self._keep,
@@ -300,12 +303,11 @@ class Worker:
         self._stopped = True
         if self._process is None:
             return
-        self._process.terminate()
         if self._process.stdin:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
         try:
-            self._process.wait(60)
+            self._process.wait(PATIENCE + 5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -344,11 +346,34 @@ def _printing_to(log: Path) -> Iterator[None]:
                 os.close(original)
 
 
+def _orders() -> Iterator[str]:
+    """Give the lines of standard input. When it ends, whatever the process is at is asked to stop, and soon made to.
+
+    It ends when the parent wants no more cells, and when the parent is gone, of whatever it died: then nobody else would stop
+    what is being made, and it keeps the folder locked.
+    """
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def listen() -> None:
+        # Not sys.stdin: whoever ends while a thread waits in there is aborted.
+        with open(0, "rb", buffering=0, closefd=False) as orders:  # a number, not a path
+            for line in orders:
+                lines.put(line.decode())
+        lines.put("")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while line := lines.get():
+        yield line
+
+
 def serve() -> None:
     """Make the cells that come as lines on standard input, until it ends."""
     # What methods print must not get between the lines that the parent reads.
     answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
+    for line in _orders():
         order = json.loads(line)
         spec = CellSpec(order["method"], from_json(order["config"], "order"), order["trial"])
         place = Cell(spec, Path(order["path"]), Path(order["run"]), order["code"])

@@ -22,8 +22,16 @@ from neuromas.arguments import (
     TasksShowArguments,
     TrainArguments,
 )
-from neuromas.config import GrowthConfig, TaskConfig, TrainConfig, from_json, load_toml
+from neuromas.bundled import find_backbone
+from neuromas.config import COLDEST, GrowthConfig, TaskConfig, TrainConfig, load_toml
+from neuromas.descent import grown_config
 from neuromas.process import settle
+from neuromas.questions import Questions, check_code, drawn_in_training, open_run
+from neuromas.rundir import RunDirectory
+from neuromas.terminal import one_line, printable
+
+MOST_ASKED = 1_000_000
+"""Characters of a question: standard input may have no end."""
 
 USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 
@@ -43,42 +51,49 @@ def run_train(args: Sequence[str]) -> None:
     if rest and not rest[0].startswith("-"):
         base = load_toml(Path(rest.pop(0)))
     parsed = _parse(TrainArguments, rest, "train", default=TrainArguments(config=base))
-    stored = parsed.config.run_path / "config.json"
-    if parsed.resume and stored.is_file() and len(args) == len(rest):
+    run_path = parsed.config.run_path
+    if parsed.resume and (run_path / "config.json").is_file() and len(args) == len(rest):
         # Without a config file, what the flags leave open comes from the run itself.
-        own = from_json(stored.read_text(encoding="utf-8", errors="replace"), str(stored))
-        parsed = _parse(TrainArguments, rest, "train", default=TrainArguments(config=own))
+        run, named = RunDirectory.open(run_path), parsed.config.task.name
+        parsed = _parse(TrainArguments, rest, "train", default=TrainArguments(config=run.config))
+        check_code(run, parsed.allow_code or named == run.config.task.name)
     config = parsed.config.check()
     if parsed.dry_run:
-        from neuromas import show  # these load torch, which --help and a wrong flag need not wait for
-        from neuromas.train import find_run, set_up_task
-
-        find_run(config, resume=parsed.resume)
-        set_up_task(config)
-        print(show.plan(config))
+        _plan(config)
         return
-    _train(config, resume=parsed.resume)
+    _train(config, RunDirectory.find(config, resume=parsed.resume), resume=parsed.resume)
 
 
-def _train(config: TrainConfig, *, resume: bool = False, parent: Path | None = None) -> None:
+def _plan(config: TrainConfig) -> None:
+    """Print what a run would be, after whatever would refuse it but its folder."""
+    questions = Questions.of(config)
+    find_backbone(config.backbone)
+    from neuromas import show  # loads torch, which a wrong flag need not wait for
+
+    print(show.plan(config, questions.task.remark))
+
+
+def _train(config: TrainConfig, run: RunDirectory, *, resume: bool = False, parent: RunDirectory | None = None) -> None:
     """Train a run, print its scores and draw its curve; exit with 130 if the user stops it."""
-    from neuromas.checkpoint import RunDirectory
+    questions = Questions.of(config)
+    find_backbone(config.backbone)
+    # What is wrong so far is told without waiting for torch, which these load.
     from neuromas.plot import plot_run
     from neuromas.stop import Interrupted
     from neuromas.train import train
 
     try:
-        scores = train(config, resume=resume, parent=RunDirectory.open(parent) if parent else None)
+        scores = train(config, resume=resume, parent=parent, questions=questions)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         if parent:
-            print(f"that is: neuromas train --resume --run-dir {config.run_path}", file=sys.stderr)
+            print(f"that is: neuromas train --resume --run-dir {run.path}", file=sys.stderr)
         sys.exit(130)
     for when, results in scores.items():
         for name, result in results.items():
             print(f"{when} training, {name}: {result}")
-    print(f"curve: {plot_run(RunDirectory.open(config.run_path))}")
-    print(f"look into it: neuromas show {config.run_path}")
+    print(f"curve: {plot_run(run)}")
+    print(f"look into it: neuromas show {run.path}")
 
 
 def run_grow(args: Sequence[str]) -> None:
@@ -91,11 +106,8 @@ def run_grow(args: Sequence[str]) -> None:
         widths=parsed.to, new_layers=parsed.new_layers, connect=parsed.connect, edges=parsed.edges, start=parsed.start,
         noise=parsed.noise, opening=parsed.opening, open_steps=parsed.open_steps, warmup_new=parsed.warmup_new,
     )  # fmt: skip
-    from neuromas import show
-    from neuromas.checkpoint import RunDirectory
-    from neuromas.stages import grown_config
-
     parent = RunDirectory.open(parsed.run)
+    check_code(parent, parsed.allow_code)
     changes = {
         name: value for name in ("lr", "step_tokens", "run_dir", "backbone") if (value := getattr(parsed, name)) is not None
     }
@@ -103,23 +115,24 @@ def run_grow(args: Sequence[str]) -> None:
         changes["task"] = replace(parent.config.task, name=parsed.task)
     config = grown_config(parent, entry, steps=parsed.steps, **changes)
     if parsed.dry_run:
-        print(show.plan(config))
+        _plan(config)
         return
-    _train(config, parent=parsed.run)
+    _train(config, RunDirectory.find(config, resume=False), parent=parent)
 
 
 def run_eval(args: Sequence[str]) -> None:
     parsed = _parse(EvalArguments, args, "eval")
     if parsed.size < 1:
         raise ValueError(f"--size must be at least 1, got {parsed.size}")
-    if not 0 <= parsed.temperature < math.inf:
-        raise ValueError(f"--temperature must be at least 0, got {parsed.temperature}")
-    from neuromas.evaluate import evaluate, score
-    from neuromas.load import drawn_in_training, load_network, open_run
-
-    run, task = open_run(parsed.run, untrained=parsed.untrained, data=parsed.data)
+    if parsed.temperature != 0 and not COLDEST <= parsed.temperature < math.inf:
+        raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {parsed.temperature}")
+    run, task = open_run(parsed.run, untrained=parsed.untrained, data=parsed.data, allow_code=parsed.allow_code)
     task.check_ready()
     examples = task.load(parsed.file) if parsed.file else task.examples(parsed.split, parsed.size)
+    find_backbone(run.config.backbone)
+    from neuromas.evaluate import evaluate, score
+    from neuromas.load import load_network
+
     network, step = load_network(run, untrained=parsed.untrained)
     result, groups = evaluate(network, task, examples, temperature=parsed.temperature, seed=parsed.seed)
     report, lines = result.to_json(), [str(result)]
@@ -138,20 +151,24 @@ def run_eval(args: Sequence[str]) -> None:
                 unseen = score(task, others)
                 report["not_drawn"] = unseen.to_json()
                 lines.append(f"the other {len(others)}: {unseen}")
-    print(json.dumps(report) if parsed.json else "\n".join(lines))
+    print(json.dumps(report) if parsed.json else printable("\n".join(lines)))
 
 
 def run_ask(args: Sequence[str]) -> None:
     parsed = _parse(AskArguments, args, "ask")
-    question = sys.stdin.read() if parsed.question == "-" else parsed.question
+    question = sys.stdin.read(MOST_ASKED + 1) if parsed.question == "-" else parsed.question
+    if len(question) > MOST_ASKED:
+        raise ValueError(f"QUESTION must be at most {MOST_ASKED:,} characters")
     if not question.strip():
         raise ValueError("QUESTION must not be empty")
     if not question.isascii() and question.encode(errors="replace").decode() != question:
         raise ValueError("QUESTION must be UTF-8 text, got bytes that are none")
+    run, _ = open_run(parsed.run, allow_code=parsed.allow_code)
+    find_backbone(run.config.backbone)
     from neuromas import show
     from neuromas.load import load_run
 
-    loaded = load_run(parsed.run)
+    loaded = load_run(parsed.run, allow_code=parsed.allow_code)
     rollout = loaded.network.ask(question.strip(), answer_format=loaded.task.answer_format)
     if parsed.json:
         print(json.dumps(show.rollout_json(rollout, loaded.task)))
@@ -161,9 +178,10 @@ def run_ask(args: Sequence[str]) -> None:
 
 def run_show(args: Sequence[str]) -> None:
     parsed = _parse(ShowArguments, args, "show")
+    what = load_toml(parsed.what).check() if parsed.what.suffix == ".toml" else RunDirectory.open(parsed.what)
     from neuromas import show
 
-    description = show.describe(parsed.what)
+    description = show.describe(what)
     if parsed.json:
         print(json.dumps(description))
     else:
@@ -174,13 +192,14 @@ def run_compare(args: Sequence[str]) -> None:
     parsed = _parse(CompareArguments, args, "compare")
     if parsed.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {parsed.jobs}")
-    from neuromas.compare import print_plan, print_result, run
     from neuromas.grid import load_grid
 
     grid = load_grid(
         parsed.grid, quick=parsed.quick, tasks=parsed.tasks, seeds=parsed.seeds, backbones=parsed.backbone,
         data=parsed.data, device=parsed.device,
     )  # fmt: skip
+    from neuromas.compare import print_plan, print_result, run
+
     if parsed.dry_run:
         print_plan(grid)
         return
@@ -201,8 +220,8 @@ def run_tasks(args: Sequence[str]) -> None:
             print(json.dumps(reading))
             return
         for node in reading["nodes"]:
-            print(f"--- node {node['node']} reads\n{node['reads']}")
-        print(f"--- gold answer, split {reading['split']}, verifier {reading['verifier']}\n{reading['gold']}")
+            print(printable(f"--- node {node['node']} reads\n{node['reads']}"))
+        print(printable(f"--- gold answer, split {reading['split']}, verifier {reading['verifier']}\n{reading['gold']}"))
         return
     parsed = _parse(TasksArguments, args, "tasks")
     rows = catalogue.listing(parsed.data)
@@ -229,7 +248,6 @@ def _parse(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
 
 
 def main() -> None:
-    settle()
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
@@ -239,9 +257,10 @@ def main() -> None:
         print(f"error: unknown command {args[0]!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     try:
+        settle()
         command(args[1:])
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -251,7 +270,7 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

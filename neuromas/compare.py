@@ -24,6 +24,7 @@ from neuromas.grid import Grid, Pair, describe_cell, find_method, problem_of
 from neuromas.matching import QUANTITIES, spell
 from neuromas.report import write_report
 from neuromas.sizes import sizes
+from neuromas.terminal import one_line
 from neuromas.tuning import Tuning
 
 PAPER_BACKBONE = "Qwen/Qwen3-0.6B"
@@ -139,7 +140,7 @@ def _duration(seconds: float) -> str:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -225,10 +226,10 @@ def _architecture(backbone: str) -> PretrainedConfig:
 def print_result(comparison: Comparison, out: Path) -> None:
     """Print what the report says above all: every pair's mean over the tasks, or why there is none."""
     for note in comparison.notes:
-        print(note)
+        print(one_line(note))
     for table in comparison.tables:
         for method, reason in table.missing.items():
-            print(f"{spell_problem(table.problem)}: {method}: {reason}")
+            print(one_line(f"{spell_problem(table.problem)}: {method}: {reason}"))
     for pair, found in zip(comparison.grid.pairs, comparison.overall, strict=True):
         print(f"{pair.first} - {pair.second}: {spell_difference(found)}")
     print(f"report: {out / 'report.html'} and {out / 'report.md'}")

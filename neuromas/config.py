@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import tyro
 
 from neuromas import growth as growing
+from neuromas.files import read_file
 from neuromas.growth import Growth, Opening
 from neuromas.topology import Topology
 
@@ -26,6 +27,10 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 MOST = 4
 """With a budget of tokens: times the first step's questions that a step asks at most."""
+COLDEST = 1e-3
+"""Temperature from which on logits divided by it are finite."""
+MOST_COUNTED = 999_999
+"""Of steps, whose checkpoints are named by six digits; and of questions, rollouts and tokens of a text."""
 
 
 def _require(ok: bool, flag: str, expected: str, got: object) -> None:
@@ -225,30 +230,26 @@ class TrainConfig:
     save_every: int = 10
     """Steps between checkpoints."""
     run_dir: Path | None = None
-    """Folder of the run. None: runs/TASK-WIDTHS-seedSEED."""
+    """Folder of the run. None: runs/TASK-WIDTHS-seedSEED; another backbone than the bundled one is named before the seed."""
     seed: int = 0
     """Decides the adapters' start, the training problems and every draw."""
 
     def check(self) -> "TrainConfig":
         """Return the config if it makes sense; ValueError names the flag that does not."""
+        _check_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
         self.adapter.check()
-        for name in (
-            "num_steps",
-            "examples_per_step",
-            "max_new_tokens",
-            "tokens_per_micro_batch",
-            "eval_size",
-            "validation_size",
-            "save_every",
-            "branches",
-        ):
+        counted = ("num_steps", "examples_per_step", "max_new_tokens", "eval_size", "validation_size")
+        for name in (*counted, "tokens_per_micro_batch", "save_every", "branches"):
             _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
+        for name in (*counted, "group_size"):
+            _require(getattr(self, name) <= MOST_COUNTED, _flag(name), f"at most {MOST_COUNTED:,}", getattr(self, name))
         for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens", "train_tokens"):
             _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
-        _require(0 < self.temperature < math.inf, "--temperature", "above 0 (training samples)", self.temperature)
-        _require(0 < self.lr < math.inf, "--lr", "above 0", self.lr)
-        _require(0 <= self.format_bonus < math.inf, "--format-bonus", "at least 0", self.format_bonus)
+        least = f"at least {COLDEST} (training samples)"
+        _require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
+        _require(self.lr > 0, "--lr", "above 0", self.lr)
+        _require(self.format_bonus >= 0, "--format-bonus", "at least 0", self.format_bonus)
         _require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
         needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1
         _require(
@@ -257,6 +258,8 @@ class TrainConfig:
             f"at least {needed} with --centring {self.centring}",
             self.group_size,
         )
+        unbiased = "leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer otherwise)"
+        _require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
         leaves = self.branches**depth
         _require(
             self.branches == 1 or self.group_size == leaves,
@@ -299,11 +302,21 @@ class TrainConfig:
             shape += f"-to-{'-'.join(map(str, growing.widths_of(growth.grown)))}"
         # A name may hold colons and slashes: jsonl:data/mine.jsonl.
         name = re.sub(r"[^\w.-]+", "-", self.task.name)
-        return Path("runs") / f"{name}-{shape}-seed{self.seed}"
+        backbone = "" if self.backbone == "bundled" else f"-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', Path(self.backbone).name)}"
+        return Path("runs") / f"{name}-{shape}{backbone}-seed{self.seed}"
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _check_finite(data: Any, where: str) -> None:
+    """Raise ValueError for a number that is none: `inf` and `nan` pass comparisons, and spoil everything they meet."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in items:
+        name = f"{where}{str(key).replace('_', '-')}"
+        _require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
+        _check_finite(value, f"{name}.")
 
 
 def from_dict(cls: type[C], data: dict[str, Any], *, where: str, prefix: str = "", base: C | None = None) -> C:
@@ -358,13 +371,18 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 def load_toml(path: Path) -> TrainConfig:
     """Read a TrainConfig from a TOML file; ValueError names the file and the key."""
+    return from_dict(TrainConfig, read_toml(path), where=f"config {path}", base=TrainConfig())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; ValueError names it."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(path).decode())
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # Beside what TOML refuses: bytes that are no UTF-8, numbers of thousands of digits, tables in tables without end.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
-    return from_dict(TrainConfig, data, where=f"config {path}", base=TrainConfig())
 
 
 def to_json(config: TrainConfig) -> str:
@@ -372,30 +390,11 @@ def to_json(config: TrainConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str)
 
 
-def from_json(text: str, where: str) -> TrainConfig:
+def from_json(text: str | bytes, where: str) -> TrainConfig:
     """Read a resolved config back; ValueError names `where` it came from and what is wrong with it."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged: not JSON ({error})") from error
     _require(isinstance(data, dict), where, "a JSON object", data)
     return from_dict(TrainConfig, data, where=where)
-
-
-MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
-"""Settings that a resumed run may change: they leave every step as it was. Of `task.file` it is the items that have to be the
-same, which the run directory looks at."""
-
-
-def differences(stored: TrainConfig, given: TrainConfig) -> str:
-    """Return the settings of `stored` that `given` has otherwise, as text; empty if a run of one can go on as the other."""
-    flat_stored, flat_given = (_flatten(dataclasses.asdict(config)) for config in (stored, given))
-    different = [key for key in flat_stored if flat_stored[key] != flat_given[key] and key not in MAY_DIFFER]
-    return ", ".join(f"{key} = {flat_stored[key]!r} (got {flat_given[key]!r})" for key in different)
-
-
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

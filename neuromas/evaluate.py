@@ -45,6 +45,17 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, data: object, where: str) -> "Evaluation":
+        """Read a stored score; ValueError names `where` it came from."""
+        kinds = {name: f.type for name, f in cls.__dataclass_fields__.items()}
+        numbers = {float: (int, float), int: int, str: str}
+        found: dict[str, Any] = data if isinstance(data, dict) else {}
+        fits = all(isinstance(found.get(name), numbers.get(kind, dict)) for name, kind in kinds.items())
+        if not fits or len(found) != len(kinds):
+            raise ValueError(f"{where} is damaged (a score lacks a part); restore it, or delete it to go on without it")
+        return cls(**found)
+
     def __str__(self) -> str:
         # A gold answer may be a whole program.
         best = self.floor_answer if len(self.floor_answer) <= 40 else self.floor_answer[:37] + "..."

@@ -1,7 +1,15 @@
-"""Files that are whole or not there, whoever is killed while they are written."""
+"""Files that are whole or not there, whoever is killed while they are written; and files that are read, whatever they are."""
 
+import errno
+import hashlib
 import os
+import shutil
+import stat
+from collections.abc import Mapping
 from pathlib import Path
+
+MOST_BYTES = 2**30
+"""Of a file of text that is read: beyond, it is no config and no list of questions."""
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -13,16 +21,48 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that whoever is killed leaves the old one or the new one, never a part."""
+    """Write a file so that whoever is killed, or loses power, leaves the old one or the new one, never a part."""
     fresh = path.with_name(f"{path.name}.new")
     write_file(fresh, data)
     fresh.replace(path)
+    sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Write the names in a folder down to the disk."""
+def sync(path: Path) -> None:
+    """Write the names in a folder, or what a file holds, down to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files so that whoever is killed, or loses power, leaves all of it or none under its name."""
+    partial = final.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, data in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(partial / name, data)
+    for folder in {partial, *(folder for folder in partial.rglob("*") if folder.is_dir())}:
+        sync(folder)
+    partial.rename(final)
+    sync(final.parent)
+
+
+def checksum_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def read_file(path: Path, most: int | None = MOST_BYTES) -> bytes:
+    """Return what a file holds; OSError, also for what has no end or no beginning: a device, a pipe, more than `most` bytes."""
+    # A pipe without a writer would keep a plain open waiting.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file, but a device or a pipe", str(path))
+        if most is not None and found.st_size > most:
+            raise OSError(errno.EFBIG, f"{found.st_size / 2**30:.1f} GiB, more than is read at once", str(path))
+        return file.read() if most is None else file.read(most)

@@ -7,10 +7,7 @@ methods = ["neuromas_3", "single_rl"]      tasks = ["navigate"]      seeds = [0,
 """
 
 import dataclasses
-import importlib.util
 import math
-import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +15,10 @@ from typing import Any
 
 from neuromas.baselines import METHODS, CellSpec, Method
 from neuromas.baselines.networks import Trained
-from neuromas.config import TrainConfig, from_dict
+from neuromas.config import TrainConfig, from_dict, read_toml
 from neuromas.matching import QUANTITIES
 from neuromas.tasks import from_config
+from neuromas.tasks.own import run_file
 
 DEFAULT_TOLERANCE = 0.02
 LISTS = ("methods", "tasks", "seeds", "backbones", "matched", "pairs")
@@ -96,15 +94,13 @@ def _load_class(place: str) -> Method:
     """Make a method of `FILE.py:CLASS`. The file is run: it is the user's own."""
     file, _, name = place.rpartition(":")
     path = Path(file)
-    spec = importlib.util.spec_from_file_location(f"method_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not path.is_file():
         raise ValueError(f"method class: must be followed by FILE.py:CLASS of a Python file that is there, got {place!r}")
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up by name.
-    sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
-    kind = getattr(module, name, None)
-    method = kind() if isinstance(kind, type) else None
+    kind = getattr(run_file(path, f"method_{path.stem}", f"method class:{place}"), name, None)
+    try:
+        method = kind() if isinstance(kind, type) else None
+    except Exception as error:  # whatever the user's own class raises
+        raise ValueError(f"method class:{place}: it cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(method, Method):
         raise ValueError(f"method class: {file} must have a class {name!r} with name, title, source, trained and run")
     return method
@@ -125,7 +121,7 @@ def load_grid(
     `tasks`, `seeds`, `backbones`, `data` and `device` go before what the file says.
     """
     where = f"config {path}"
-    raw = _read(path, where)
+    raw = read_toml(path)
     _check_keys(raw, KEYS, where)
     # What the file names at all: with --quick its tables and pairs may be about what the short lists leave out.
     named = {key: set(_distinct(raw, key, str, where)) for key in ("methods", "tasks")}
@@ -265,15 +261,6 @@ def _pair(entry: Any, matched: Any, tolerance: Any, methods: set[str], where: st
     return Pair(
         first=compare[0], second=compare[1], matched=tuple(declared), tolerance=float(allowed), asks=str(entry.get("asks", ""))
     )  # fmt: skip
-
-
-def _read(path: Path, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{where} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is not TOML: {error}") from error
 
 
 def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str, prefix: str = "") -> None:

@@ -1,16 +1,16 @@
 """A run from disk, ready to answer."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuromas.checkpoint import RunDirectory
+from neuromas import checkpoint
 from neuromas.network import Network
+from neuromas.questions import open_run
+from neuromas.rundir import RunDirectory
 from neuromas.stages import Stages
-from neuromas.tasks import Task, from_config
+from neuromas.tasks import Task
 from neuromas.train import build_network
-from neuromas.types import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,23 +23,15 @@ class LoadedRun:
     step: int
 
 
-def load_run(path: Path, *, untrained: bool = False, data: Path | None = None) -> LoadedRun:
+def load_run(path: Path, *, untrained: bool = False, data: Path | None = None, allow_code: bool = False) -> LoadedRun:
     """Load the newest checkpoint of a run, or its network before training; its task takes items from `data`, if given.
 
-    Raises ValueError if there is no run or checkpoint, a file is damaged, or the backbone has other weights than it had.
+    Raises ValueError if there is no run or checkpoint, a file is damaged, the backbone has other weights than it had, or the
+    task is a Python file and `allow_code` does not say that it may be executed.
     """
-    run, task = open_run(path, untrained=untrained, data=data)
+    run, task = open_run(path, untrained=untrained, data=data, allow_code=allow_code)
     network, step = load_network(run, untrained=untrained)
     return LoadedRun(run, network, task, step)
-
-
-def open_run(path: Path, *, untrained: bool = False, data: Path | None = None) -> tuple[RunDirectory, Task]:
-    """Return a run and its task, without its network; ValueError if there is no run or checkpoint."""
-    run = RunDirectory.open(path)
-    if not untrained and not run.checkpoints():
-        raise ValueError(f"{path} holds no checkpoint yet; train it first")
-    config = run.config.task
-    return run, from_config(dataclasses.replace(config, data=data) if data else config)
 
 
 def load_network(run: RunDirectory, *, untrained: bool = False) -> tuple[Network, int]:
@@ -49,20 +41,7 @@ def load_network(run: RunDirectory, *, untrained: bool = False) -> tuple[Network
     if untrained:
         return network, 0
     Stages(network, run.config.growths()).restore(run.step)
-    state = run.load(network.adapters)
+    state = checkpoint.load(run, network.adapters)
     assert state is not None
-    run.check_backbone(state, network.backbone.checksum())
+    run.check_backbone(network.backbone.checksum(), state.backbone_checksum)
     return network, state.step
-
-
-def drawn_in_training(run: RunDirectory, steps: int, examples: Iterable[Example]) -> set[str]:
-    """Return the ids of those examples that the first `steps` steps of a run drew: its batches, made once more.
-
-    Raises ValueError if the data that it was trained on is no longer where it was.
-    """
-    config, wanted, drawn = run.config, {example.id for example in examples}, set[str]()
-    task = from_config(config.task)
-    task.held_out = run.held_out()
-    for step in range(steps):
-        drawn |= wanted & {example.id for example in task.training_batch(config.seed, step, config.drawn_per_step)}
-    return drawn

@@ -1,6 +1,8 @@
 """The network: a topology whose nodes speak through one backbone, each with its own adapter."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch.nn import Parameter
@@ -15,6 +17,10 @@ from neuromas.growth import Growth
 from neuromas.topology import Topology
 from neuromas.types import Completion, Example, Group, Message, Request, Rollout, Sample
 from neuromas.votes import elect
+
+
+class Diverged(ValueError):
+    """Numbers of the network are no longer finite."""
 
 
 class Network:
@@ -63,11 +69,11 @@ class Network:
         With `branches`, rollouts draw alike as far as they have the way through the tree in common, and so hold the same texts
         there.
         """
-        for example in examples:
-            self.check_length(example)
+        self.check_lengths(examples)
         routed = [(example, self.topology_of(example, seed)) for example in examples]
         sweep = _Sweep(self.backbone, routed, group_size, tuple(seed), branches)
         self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
+        self._check_finite(sweep.passes)
         return [tuple(map(self._elect, group)) for group in sweep.groups()]
 
     def _elect(self, rollout: Rollout) -> Rollout:
@@ -98,22 +104,33 @@ class Network:
         self.parent, self.topology, self.open_probability = growth.parent, growth.grown, 0.0
         return self.adapters.add_nodes(dict(growth.copies), noise=growth.noise) if growth.new else []
 
-    def check_length(self, example: Example, *later: Topology) -> None:
+    def check_lengths(self, examples: Iterable[Example], *later: Topology) -> None:
         """Raise ValueError if a node's prompt and text may grow beyond what the backbone reads, in `later` topologies too."""
-        limit = getattr(self.backbone.model.config, "max_position_embeddings", None)
+        limit = self.backbone.max_tokens
         if limit is None:
             return
-        question = len(self.backbone.prompt(example.question, "").prefix_ids)
         shapes = [self.topology, *([self.parent] if self.parent else []), *later]
-        most_senders = max(len(shape.senders(node)) for shape in shapes for node in shape.nodes)
+        most_senders = max(max(Counter(recipient for _, recipient in shape.edges).values(), default=0) for shape in shapes)
         # A message comes with a line of its own, and the node's own part of the prompt is a few dozen tokens.
         texts = (most_senders + 1) * (self.max_new_tokens + 16) + 64
-        if question + texts > limit:
-            raise ValueError(
-                f"a question of {question} tokens ({example.question[:40]!r}...), {most_senders} messages to a node and "
-                f"--max-new-tokens {self.max_new_tokens} need up to {question + texts} tokens, the backbone reads {limit}; "
-                "shorten one of them"
-            )
+        for example in examples:
+            question = len(self.backbone.prompt(example.question, "").prefix_ids)
+            if question + texts > limit:
+                raise ValueError(
+                    f"a question of {question} tokens ({example.question[:40]!r}...), {most_senders} messages to a node and "
+                    f"--max-new-tokens {self.max_new_tokens} need up to {question + texts} tokens, the backbone reads {limit}; "
+                    "shorten one of them"
+                )
+
+    def _check_finite(self, passes: Iterable["_Pass"]) -> None:
+        """Raise Diverged if a text was drawn from log-probabilities that are no numbers."""
+        for running in passes:
+            for node, completion in running.completions.items():
+                if not math.isfinite(sum(completion.sample.logprobs)):
+                    raise Diverged(
+                        f"node {node} draws its words from log-probabilities that are not finite: its adapter, or the backbone "
+                        "in this --dtype, has grown beyond what numbers hold"
+                    )
 
     def ask(self, question: str, *, answer_format: str = 'Write "Answer:" and the answer.', seed: int = 0) -> Rollout:
         """Put one question to the network, greedily, and return the rollout with every message."""

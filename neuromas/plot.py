@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from neuromas.checkpoint import RunDirectory
 from neuromas.growth import widths_of
+from neuromas.rundir import RunDirectory
 
 SMOOTHING_STEPS = 10
 
@@ -31,7 +31,7 @@ def plot_run(run: RunDirectory) -> Path:
             [look["step"] + 1 for look in looks], accuracy, yerr=[below, above], color="tab:orange", marker="o", capsize=3,
             label="validation accuracy, greedy, 95% interval",
         )  # fmt: skip
-    scores = run.read_json("evaluation.json") or {}
+    scores = {when: run.scores(when) for when in ("before", "after")}
     for growth in run.config.growth:
         axes.axvline(growth.at_step, color="tab:gray", linestyle=":", linewidth=1)
     first = records[0]["step"] if records else 0

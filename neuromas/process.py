@@ -1,10 +1,25 @@
 """Settings of a process that trains, which a library must not change behind its user's back; the command line makes them."""
 
+import contextlib
 import ctypes
+import math
 import os
+import re
+from pathlib import Path
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1)}
 """Settings of glibc's allocator: the variable that sets one, its number for mallopt, and bytes."""
+
+
+def total_memory() -> int | None:
+    """Return the bytes of memory that this process may have at most: the machine's, or its container's; None if unknown."""
+    found = [math.inf]
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(ValueError, OSError):  # not there, or "max"
+            found.append(int(Path(limit).read_text()))
+    return int(least) if (least := min(found)) < math.inf else None
 
 
 def settle() -> None:
@@ -14,6 +29,13 @@ def settle() -> None:
     sleep at once make it half as fast on a machine of one's own. And a step frees and asks for the same large blocks again
     and again: given back to the system, each costs a page fault for every 4 KiB.
     """
+    for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        # OpenMP takes a list as well, one number for each level of nesting.
+        if (value := os.environ.get(variable)) is not None and not re.fullmatch(r"\s*0*[1-9]\d*\s*(,.*)?", value):
+            raise ValueError(f"{variable} must be a number of threads, at least 1, got {value!r}; set it so or unset it")
+    if not re.fullmatch(r"0*[2-9]\d|0*[1-9]\d{2,5}", os.environ.get("COLUMNS", "")):
+        # In a terminal of no columns nothing is shown at all, and the help of a few columns never ends.
+        os.environ.pop("COLUMNS", None)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         mallopt = ctypes.CDLL(None).mallopt

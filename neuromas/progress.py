@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from neuromas.terminal import printable
+
 LINE_EVERY_SECONDS = 10.0
 
 
@@ -35,7 +37,7 @@ class Progress:
         self._bar.stop()
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def step(self, steps: int, metrics: Mapping[str, float], sampled_tokens: int) -> None:
         """Show that `steps` steps are done, in which the nodes have sampled so many tokens."""

@@ -6,7 +6,7 @@ trains every node through the log-probability of what it wrote itself,
     grad J = E[ sum over nodes n, sampled tokens t of  advantage * grad log p_n(token_t | what node n read and wrote) ].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -23,11 +23,17 @@ Centring = Literal["leave_one_out", "group_mean", "ema", "none"]
 
 
 def advantages(
-    rewards_PG: Float[Tensor, "P G"], centring: Centring, *, running_mean: float = 0.0, normalize: bool = False
+    rewards_PG: Float[Tensor, "P G"],
+    centring: Centring,
+    *,
+    alike: int = 1,
+    running_mean: float = 0.0,
+    normalize: bool = False,
 ) -> Float[Tensor, "P G"]:
-    """Centre rewards.
+    """Centre rewards, for the texts that each `alike` rollouts in a row have in common.
 
-    `leave_one_out`: minus the mean of the group's other rollouts (Kool et al. 2019); unbiased.
+    `leave_one_out`: minus the mean of the group's other rollouts (Kool et al. 2019): those that do not hold the text, since the
+    reward of one that does depends on it; unbiased.
     `group_mean`: minus the group's mean; the expected gradient is (G - 1) / G of the true one.
     `ema`: minus `running_mean`, a mean over earlier steps; unbiased. `none`: the reward itself.
     `normalize` divides by the group's standard deviation (Shao et al. 2024); biased towards groups of equal rewards.
@@ -38,8 +44,10 @@ def advantages(
     """
     group_size = rewards_PG.shape[1]
     if centring == "leave_one_out":
-        # r - (sum - r) / (G - 1) in one fraction, which is 0 for a group of one.
-        centred = (group_size * rewards_PG - rewards_PG.sum(1, keepdim=True)) / max(1, group_size - 1)
+        # r - (sum - sum of those alike) / (G - alike) in one fraction, which is 0 for a group of one.
+        same_PG = rewards_PG.unflatten(1, (-1, alike)).sum(2).repeat_interleave(alike, 1)
+        others = group_size - alike
+        centred = (others * rewards_PG - (rewards_PG.sum(1, keepdim=True) - same_PG)) / max(1, others)
     elif centring == "group_mean":
         centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
     else:
@@ -128,21 +136,23 @@ class Batch:
 
 def build_batch(
     groups: Sequence[Group],
-    advantages_PG: Float[Tensor, "P G"],
+    advantages: Mapping[int, Float[Tensor, "P G"]],
     *,
     nodes: Sequence[int],
     adapter_version: int,
     temperature: float,
     scope: Literal["all", "suffix"],
 ) -> Batch:
-    """Return one row per completion whose rollout has an advantage other than 0; the others have no gradient.
+    """Return one row per completion that has an advantage other than 0, of those of its node; the others have no gradient.
 
     Raises ValueError if a completion was written by another version of the adapters: the estimator is on-policy.
     """
     chosen: list[tuple[Completion, float]] = []
-    for group, advantages_G in zip(groups, advantages_PG.tolist(), strict=True):
-        for rollout, advantage in zip(group, advantages_G, strict=True):
+    weights = {node: advantages_PG.tolist() for node, advantages_PG in advantages.items()}
+    for place, group in enumerate(groups):
+        for index, rollout in enumerate(group):
             for completion in rollout.completions:
+                advantage = weights[completion.node][place][index]
                 written_by = completion.sample.adapter_version
                 if written_by != adapter_version:
                     raise ValueError(

@@ -1,52 +1,88 @@
 """Networks and rollouts, drawn in the terminal and described as JSON."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from neuromas.checkpoint import RunDirectory
-from neuromas.config import TrainConfig, load_toml, to_json
+from neuromas.backbone import resolve_device
+from neuromas.config import TrainConfig, to_json
 from neuromas.evaluate import Evaluation
 from neuromas.growth import Growth
 from neuromas.growth import describe as describe_growth
+from neuromas.rundir import RunDirectory, damaged
 from neuromas.sizes import sizes
 from neuromas.tasks import Task, from_config
+from neuromas.tasks.own import OWN_CODE
+from neuromas.terminal import one_line, printable
 from neuromas.topology import Topology
+from neuromas.train import require_training_memory
 from neuromas.types import Rollout
 
 
-def plan(config: TrainConfig) -> str:
-    """Return what a run of this config would be, as text: the drawing, the budget, the resolved settings."""
-    console = Console(width=100, highlight=False, markup=False)
+def plan(config: TrainConfig, remark: str = "") -> str:
+    """Return what a run of this config would be, as text: the drawing, the budget, a remark on the task, all settings.
+
+    Raises ValueError if its adapters would not fit into memory.
+    """
+    console, description = Console(width=100, highlight=False, markup=False), _planned(config)
+    trainable, device = description["trainable_parameters"], torch.device(resolve_device(config.device))
+    require_training_memory(trainable, description["rank"], len(description["nodes"]), device)
     with console.capture() as capture:
-        print_description(_planned(config), console)
-    return f"{capture.get()}{to_json(config)}"
+        print_description(description, console)
+    remark = printable(f"{remark}\n") if remark else ""
+    return f"{capture.get()}{remark}{to_json(config)}"
 
 
-def describe(what: Path) -> dict[str, Any]:
-    """Describe a run folder or a TOML config; ValueError if it is neither."""
-    if what.suffix == ".toml":
-        return _planned(load_toml(what).check())
-    run = RunDirectory.open(what)
+def describe(what: TrainConfig | RunDirectory) -> dict[str, Any]:
+    """Describe a run or a config; ValueError names a file of the run that is damaged."""
+    if isinstance(what, TrainConfig):
+        return _planned(what)
+    run = what
     done, growths = run.step, run.config.growths()
     taken = [growth for growth in growths if growth.at_step < done]
+    where = str(run.path / "evaluation.json")
+    scores = {when: run.scores(when) for when in ("before", "after")}
     description = _description(run.config, taken[-1].grown if taken else run.topology, taken, done) | {
-        "run": str(what),
-        "evaluation": run.read_json("evaluation.json"),
+        "run": str(run.path),
+        "evaluation": {
+            when: {name: Evaluation.from_json(score, where).to_json() for name, score in sets.items()}
+            for when, sets in scores.items()
+            if sets
+        },
     }
     if growths:
-        records = run.read_json("growth.json") or []
-        description["growth"] = records[: len(taken)] + [growth.record() for growth in growths[len(taken) :]]
-        description["parent"] = run.read_json("parent.json")
-    if folders := run.checkpoints():
-        description["checkpoint"] = folders[-1].name
-        description["ledger"] = run.read_json(f"checkpoints/{folders[-1].name}/ledger.json")
+        description["growth"] = _records(run)[: len(taken)] + [growth.record() for growth in growths[len(taken) :]]
+        description["parent"] = _origin(run)
+    if run.checkpoints():
+        # A ledger that is not what was saved is no ledger.
+        folder, _ = run.newest()
+        description["checkpoint"] = folder.name
+        description["ledger"] = run.read_json(f"checkpoints/{folder.name}/ledger.json", dict)
     return description
+
+
+def _records(run: RunDirectory) -> list[dict[str, Any]]:
+    """Return what is stored of a run's growths."""
+    records = run.read_json("growth.json", list) or []
+    try:
+        for record in records:
+            describe_growth(record)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise damaged(run.path / "growth.json", "a growth lacks a part") from error
+    return records
+
+
+def _origin(run: RunDirectory) -> dict[str, Any] | None:
+    """Return which run a run has grown from, None if from none."""
+    origin = run.read_json("parent.json", dict)
+    if origin is not None and not origin.keys() >= {"run", "checkpoint", "checksum"}:
+        raise damaged(run.path / "parent.json", "it lacks run, checkpoint or checksum")
+    return origin
 
 
 def _planned(config: TrainConfig) -> dict[str, Any]:
@@ -58,12 +94,14 @@ def _planned(config: TrainConfig) -> dict[str, Any]:
 
 def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth], step: int) -> dict[str, Any]:
     """Describe a network that has taken these growths on and done so many steps."""
+    name = config.task.name
     # Nodes that join get the rank of those that were there first.
     count = sizes(config)
     new = taken[-1].new if taken else ()
     probability = taken[-1].open_probability(step) if taken else 1.0
     return {
-        "task": from_config(config.task).name,
+        # A task of one's own is a file that would have to be executed.
+        "task": name if name.startswith(OWN_CODE) else from_config(config.task).name,
         "backbone": config.backbone,
         "backbone_parameters": count.backbone,
         "nodes": [
@@ -97,19 +135,19 @@ def print_description(description: dict[str, Any], console: Console | None = Non
     edges = "  ".join(f"{node['id']}─▶{recipient}" for node in description["nodes"] for recipient in node["writes_to"])
     console.print(f"messages: {edges or 'none'}; every node reads the question as well")
     for record in description.get("growth") or []:
-        console.print(describe_growth(record), soft_wrap=True)
+        console.print(printable(describe_growth(record)), soft_wrap=True)
     if description.get("growth"):
         console.print(_opening(description))
     if origin := description.get("parent"):
-        console.print(f"grown from: {origin['run']}, {origin['checkpoint']}, checksum {origin['checksum']}", soft_wrap=True)
+        text = f"grown from: {origin['run']}, {origin['checkpoint']}, checksum {origin['checksum']}"
+        console.print(one_line(text), soft_wrap=True)
     for key in ("task", "backbone", "backbone_parameters", "trainable_parameters", "trainable_parameters_per_node", "rank",
                 "adapter_scope", "calls_per_answer", "max_tokens_per_answer", "training_rollouts", "training_sampled_tokens",
                 "checkpoint"):  # fmt: skip
         if key in description:
             value = description[key]
-            console.print(
-                f"{key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')}: {value}"
-            )
+            text = f"{value:,}" if isinstance(value, int) else one_line(str(value))
+            console.print(f"{key.replace('_', ' ')}: {text}")
     ledger = dict(description.get("ledger") or {})
     phases = ledger.pop("phases", [])
     for key, value in ledger.items():
@@ -119,7 +157,7 @@ def print_description(description: dict[str, Any], console: Console | None = Non
         console.print(f"of that in phase {number}: {counts}", soft_wrap=True)
     for when, results in (description.get("evaluation") or {}).items():
         for name, result in results.items():
-            console.print(Text(f"{when} training, {name}: {Evaluation(**result)}"), soft_wrap=True)
+            console.print(Text(one_line(f"{when} training, {name}: {Evaluation(**result)}")), soft_wrap=True)
 
 
 _MARKS = {"kept": "({})", "new": "[{}]", "opening": "<{}>"}
@@ -162,13 +200,15 @@ def print_rollout(rollout: Rollout, task: Task) -> None:
             fault = "" if message.status.value == "ok" else f"  ({message.status.value})"
             console.print(
                 Panel(
-                    Text(message.text),
+                    Text(printable(message.text)),
                     title=f"node {message.sender} ─▶ node {message.recipient}{fault}",
                     title_align="left",
                 )
             )
-    console.print(Panel(Text(rollout.answer), title=f"node {rollout.completions[-1].node} answers", title_align="left"))
-    console.print(f"answer: {task.parse_answer(rollout.answer) or '(none that the task can read)'}")
+    console.print(
+        Panel(Text(printable(rollout.answer)), title=f"node {rollout.completions[-1].node} answers", title_align="left")
+    )
+    console.print(printable(f"answer: {task.parse_answer(rollout.answer) or '(none that the task can read)'}"))
 
 
 def rollout_json(rollout: Rollout, task: Task) -> dict[str, Any]:

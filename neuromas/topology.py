@@ -5,6 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+MOST_NODES = 512
+"""Every node is a call for each answer, and in wide layers a message for each node of the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Topology:
@@ -32,6 +35,8 @@ class Topology:
             raise ValueError(f"topology.widths must be positive, e.g. 1 1 1, got {list(widths)}")
         if widths[-1] != 1 and not vote:
             raise ValueError(f"topology.widths must end in 1 (one output node), got {list(widths)}")
+        if sum(widths) > MOST_NODES:
+            raise ValueError(f"topology.widths must make at most {MOST_NODES} nodes, got {sum(widths):,}")
         layer_of = [layer for layer, width in enumerate(widths, start=1) for _ in range(width)]
         layers = tuple(enumerate(layer_of, start=1))
         edges = tuple((a, b) for a, la in layers for b, lb in layers if (la < lb if skip else la + 1 == lb))
@@ -52,6 +57,8 @@ class Topology:
         named = {node for edge in edges for node in edge}
         if min(named) < 1:
             raise ValueError(f"topology.edges must use node ids from 1, got {min(named)}")
+        if max(named) > MOST_NODES:
+            raise ValueError(f"topology.edges must use node ids up to {MOST_NODES}, got {max(named):,}")
         nodes = range(1, max(named) + 1)
         if lost := next((node for node in nodes if node not in named), None):
             raise ValueError(f"topology.edges leaves node {lost} unreachable; add an edge or renumber the nodes")

@@ -5,24 +5,32 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
-from neuromas import reinforce
+from neuromas import checkpoint, reinforce
+from neuromas.adapters import require_memory
 from neuromas.backbone import Backbone
 from neuromas.budget import Ledger, Pace
-from neuromas.checkpoint import RunDirectory, State
 from neuromas.config import TrainConfig
+from neuromas.descent import check_descends
+from neuromas.engines.torch_engine import MAX_ROWS
 from neuromas.evaluate import Evaluation, evaluate
 from neuromas.growth import Growth, describe
 from neuromas.metrics import rollout_metrics, well_formed
-from neuromas.network import Network
+from neuromas.network import Diverged, Network
 from neuromas.progress import Progress
-from neuromas.stages import Stages, changed_answers, check_descends
+from neuromas.questions import Questions
+from neuromas.rundir import RunDirectory
+from neuromas.stages import Stages, changed_answers
 from neuromas.stop import Stop, stop_signals
-from neuromas.tasks import Task, from_config
+from neuromas.tasks import from_config
 from neuromas.types import Example, Group
+
+ROLLOUT_BYTES = 3000
+"""What a completion of few words takes in memory, at least."""
 
 
 @dataclass(slots=True)
@@ -30,49 +38,39 @@ class Setup:
     """What a config describes, built; anything that is wrong with it has been said by now."""
 
     config: TrainConfig
-    task: Task
+    questions: Questions
     network: Network
-    evaluation_sets: dict[str, list[Example]]
 
 
-def set_up(config: TrainConfig) -> Setup:
+def set_up(config: TrainConfig, questions: Questions | None = None) -> Setup:
     """Build task, backbone and network; ValueError names the flag that is wrong."""
-    task, sets = set_up_task(config)
+    questions = questions or Questions.of(config)
     network = build_network(config)
-    if growths := config.growths():
-        # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
-        for example in (example for examples in sets.values() for example in examples):
-            network.check_length(example, *(growth.grown for growth in growths))
-    return Setup(config, task, network, sets)
+    # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
+    later = [growth.grown for growth in config.growths()]
+    network.check_lengths([*questions.training, *chain(*questions.evaluation_sets.values())], *later)
+    check_memory(config, network, max(len(shape.nodes) for shape in (network.topology, *later)))
+    return Setup(config, questions, network)
 
 
-def set_up_task(config: TrainConfig) -> tuple[Task, dict[str, list[Example]]]:
-    """Return the task and its evaluation sets: all of a set-up that needs no weights. ValueError as of `set_up`."""
-    config.check()
-    task = from_config(config.task)
-    task.check_ready()
-    sets = evaluation_sets(config, task)
-    # A task with nothing to train on says so now, not after the first evaluation.
-    task.training_batch(config.seed, 0, 1)
-    return task, sets
+def check_memory(config: TrainConfig, network: Network, nodes: int) -> None:
+    """Raise ValueError if training would need more memory than there is: before it, not in the midst of it."""
+    bank, rollouts = network.adapters, config.examples_per_step * config.group_size
+    trainable = (1 if config.adapter.shared else nodes) * bank.rank * bank.parameters_per_rank
+    device = network.backbone.device
+    require_training_memory(trainable, bank.rank, nodes, device)
+    columns = config.max_new_tokens * min(rollouts * nodes, MAX_ROWS)
+    require_memory(
+        f"keys and values of texts of --max-new-tokens {config.max_new_tokens}", columns * network.backbone.token_bytes, device
+    )
+    what = f"--examples-per-step {config.examples_per_step} x --group-size {config.group_size} rollouts of {nodes} nodes"
+    require_memory(what, rollouts * nodes * ROLLOUT_BYTES, torch.device("cpu"))
 
 
-def find_run(config: TrainConfig, *, resume: bool) -> RunDirectory:
-    """Return the run to start or to go on with; nothing is written. ValueError if it can't be."""
-    return RunDirectory.resume(config) if resume else RunDirectory.create(config)
-
-
-def evaluation_sets(config: TrainConfig, task: Task) -> dict[str, list[Example]]:
-    """Return what is scored, by name; ValueError if that is what is trained on. The task then never draws a file's items."""
-    split = config.task.split
-    if split == "train" and not config.task.train_on_evaluation:
-        raise ValueError("--task.split train would score what is trained on; say --task.train-on-evaluation if that is meant")
-    sets: dict[str, list[Example]] = {split: task.examples(split, config.eval_size)}
-    if config.task.file:
-        name = f"file {config.task.file.name}"
-        sets[name] = task.load(config.task.file)
-        task.held_out = frozenset(example.id for example in sets[name])
-    return sets
+def require_training_memory(trainable: int, rank: int, nodes: int, device: torch.device) -> None:
+    """Raise ValueError if adapters with all that training keeps of them do not fit into memory."""
+    # In float32: a weight, its gradient, and AdamW's two moments of it.
+    require_memory(f"{trainable:,} trainable parameters (rank {rank}, {nodes} nodes)", 16 * trainable, device)
 
 
 def build_network(config: TrainConfig) -> Network:
@@ -101,15 +99,21 @@ def learning_rate(config: TrainConfig, step: int, sampled_tokens: int = 0) -> fl
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None) -> dict[str, dict[str, Evaluation]]:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    parent: RunDirectory | None = None,
+    questions: Questions | None = None,
+) -> dict[str, dict[str, Evaluation]]:
     """Train a run to its end and return its scores, `before` and `after`, by set of examples.
 
-    With a `parent`, a new run goes on from that run's newest checkpoint.
+    With a `parent`, a new run goes on from that run's newest checkpoint. `questions` are the config's, if there already.
 
     Raises ValueError for a mistake in the config or the run directory before any long work, and `Interrupted` if the user
     stops it, after saving.
     """
-    with trainer_of(config, resume=resume, parent=parent) as (trainer, progress, stop):
+    with trainer_of(config, resume=resume, parent=parent, questions=questions) as (trainer, progress, stop):
         progress.note(f"run {trainer.run.path}: {trainer.bank.trainable_parameters:,} trainable parameters")
         scores = {"before": trainer.evaluate_once("before", progress, stop)}
         trainer.train_to_end(progress, stop)
@@ -119,23 +123,26 @@ def train(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | N
 
 @contextmanager
 def trainer_of(
-    config: TrainConfig, *, resume: bool, parent: RunDirectory | None = None
+    config: TrainConfig, *, resume: bool, parent: RunDirectory | None = None, questions: Questions | None = None
 ) -> "Iterator[tuple[Trainer, Progress, Stop]]":
     """Give the trainer of a run, set up and where it stands, while its folder is locked; raises as `train`."""
     config.check()
-    run = find_run(config, resume=resume)
+    run = RunDirectory.find(config, resume=resume)
     if parent:
         check_descends(parent, config)
-    setup = set_up(config)
+    setup = set_up(config, questions)
+    task, checksums = setup.questions.task, setup.questions.checksums()
     if parent:
-        parent.check_backbone(None, setup.network.backbone.checksum())
+        parent.check_backbone(setup.network.backbone.checksum())
     with run.locked():
         if parent:
-            run.adopt(parent)
-        run.initialise(setup.task.held_out)
+            run.adopt(parent, checksums)
+        run.initialise(task.held_out, checksums)
         trainer = Trainer(setup, run)
         with Progress(config.num_steps, config.train_tokens) as progress, stop_signals(progress.note) as stop:
             trainer.tell = progress.note
+            if task.remark:
+                progress.note(task.remark)
             yield trainer, progress, stop
 
 
@@ -143,36 +150,52 @@ class Trainer:
     """A run in progress: one optimizer over the adapters of all nodes."""
 
     def __init__(self, setup: Setup, run: RunDirectory) -> None:
-        self.config, self.task, self.network, self.run = setup.config, setup.task, setup.network, run
-        self.sets = setup.evaluation_sets
+        self.config, self.network, self.run = setup.config, setup.network, run
+        self.task, self.sets = setup.questions.task, setup.questions.evaluation_sets
         self.bank, self.backbone = setup.network.adapters, setup.network.backbone
         self.tell: Callable[[str], None] = lambda text: None
         self.checksum = self.backbone.checksum()
         self.stages = Stages(setup.network, setup.config.growths())
         self.stages.restore(run.step)
         self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=setup.config.lr, weight_decay=0.0)
-        state = run.load(self.bank, self.optimizer)
+        state = checkpoint.load(run, self.bank, self.optimizer)
         if state:
-            run.check_backbone(state, self.checksum)
+            run.check_backbone(self.checksum, state.backbone_checksum)
         self.step = state.step if state else 0
         self.running_mean = state.running_mean if state else 0.0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
         self.pace = state.pace if state else Pace()
+        self.sampled_from = -1
+        """The step whose adapters have written finite numbers last."""
         run.forget_after(self.step)
         self.validates = self.config.eval_every > 0 and self.task.has("validation")
         if self.validates:
             self.validation = self.task.examples("validation", self.config.validation_size)
-        self.best_accuracy = run.best_accuracy()
+        best = run.best()
+        self.best_accuracy = best[1]["validation_accuracy"] if best else -1.0
 
     def train_to_end(self, progress: Progress, stop: Stop) -> None:
         """Do the steps that are left, with checkpoints on the way."""
         while not self.finished:
-            metrics = self.train_step(self.step)
+            try:
+                metrics = self.train_step(self.step)
+            except Diverged as error:
+                raise self._given_up(f"step {self.step + 1}", error) from error
             progress.step(self.step, metrics, self.ledger.sampled_tokens)
             if stop.asked or self.step % self.config.save_every == 0 or self.finished:
                 self.save()
             stop.leave_if_asked(f"after step {self.step}")
         self.check_frozen()
+
+    def _given_up(self, when: str, error: Diverged) -> ValueError:
+        """Return what to say of a run whose numbers are no longer finite; no checkpoint that cannot answer stays."""
+        is_bad = self.sampled_from != self.step != self.run.first_step
+        left = self.run.drop_checkpoint(self.step) if is_bad else self.run.checkpoints()
+        kept = f"the last good checkpoint is {left[-1].name}" if left else "there is no good checkpoint"
+        return ValueError(
+            f"--run-dir {self.run.path}: {when}: {error}. Training has diverged and is stopped; {kept}. Start again, in "
+            "another --run-dir, with a lower --lr"
+        )
 
     @property
     def finished(self) -> bool:
@@ -191,6 +214,7 @@ class Trainer:
         groups = self.network.rollout(
             examples, config.group_size, seed=(config.seed, step), temperature=config.temperature, branches=config.branches
         )  # fmt: skip
+        self.sampled_from = step
         rollout_seconds = time.perf_counter() - started
         self.pace.settle(config.step_tokens, groups)
 
@@ -200,12 +224,10 @@ class Trainer:
         if config.format_bonus:
             form = [well_formed(self.task, r) for group in groups for r in group]
             trained_PG = rewards_PG + config.format_bonus * torch.tensor(form).view_as(rewards_PG)
-        advantages_PG = reinforce.advantages(
-            trained_PG, config.centring, running_mean=self.running_mean, normalize=config.normalize
-        )
+        advantages = self._advantages(trained_PG)
         self.running_mean += (trained_PG.mean().item() - self.running_mean) * (0.1 if step else 1.0)
-        metrics = rollout_metrics(self.task, groups, rewards_PG, advantages_PG)
-        metrics |= self._shape(step, examples) | self._update(step, groups, advantages_PG)
+        metrics = rollout_metrics(self.task, groups, rewards_PG, advantages[self.network.topology.output_node])
+        metrics |= self._shape(step, examples) | self._update(step, groups, advantages)
 
         seconds = time.perf_counter() - started
         metrics["seconds/rollout/sum"] = rollout_seconds
@@ -218,6 +240,17 @@ class Trainer:
         self.run.log_metrics(step, metrics)
         self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
         return metrics
+
+    def _advantages(self, trained_PG: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Return the advantages of each node's texts; in a tree, rollouts have those of early layers in common."""
+        config, topology = self.config, self.network.topology
+        return {
+            node: reinforce.advantages(
+                trained_PG, config.centring, alike=config.branches ** (topology.depth - topology.layer(node)),
+                running_mean=self.running_mean, normalize=config.normalize,
+            )
+            for node in topology.nodes
+        }  # fmt: skip
 
     def _questions(self, step: int) -> list[Example]:
         config = self.config
@@ -249,14 +282,14 @@ class Trainer:
         self.ledger.begin_phase(self.bank.trainable_parameters)
         if before:
             record["changed_answers"] = changed_answers(before, self.network, self.task, examples)
-        records = (self.run.read_json("growth.json") or [])[: self.stages.taken - 1]
+        records = (self.run.read_json("growth.json", list) or [])[: self.stages.taken - 1]
         self.run.write_json("growth.json", [*records, record])
         self.tell(describe(record))
 
-    def _update(self, step: int, groups: list[Group], advantages_PG: torch.Tensor) -> dict[str, float]:
+    def _update(self, step: int, groups: list[Group], advantages: dict[int, torch.Tensor]) -> dict[str, float]:
         config, bank = self.config, self.bank
         batch = reinforce.build_batch(
-            groups, advantages_PG, nodes=bank.nodes, adapter_version=bank.version, temperature=config.temperature,
+            groups, advantages, nodes=bank.nodes, adapter_version=bank.version, temperature=config.temperature,
             scope=self.backbone.scope,
         )  # fmt: skip
         loss_sum = gap = 0.0
@@ -268,6 +301,8 @@ class Trainer:
             gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
         bank.drop_gradients(self.stages.learning(step, groups))
         grad_norms = bank.clip_grad_norms(config.max_grad_norm)
+        if not math.isfinite(sum((loss_sum, gap, *grad_norms.values()))):
+            raise Diverged(f"the loss is {loss_sum:g}, the largest gradient norm {max(grad_norms.values(), default=0.0):g}")
         lr = learning_rate(config, step, self.ledger.sampled_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -295,29 +330,33 @@ class Trainer:
 
     def evaluate_once(self, when: str, progress: Progress, stop: Stop) -> dict[str, Evaluation]:
         """Score every evaluation set and store it; a resumed run reads what it has already measured."""
-        stored: dict[str, Any] = self.run.read_json("evaluation.json") or {}
+        stored = {moment: self.run.scores(moment) for moment in ("before", "after")}
         results: dict[str, Evaluation] = {}
         for name, examples in self.sets.items():
-            if name in stored.get(when, {}):
-                results[name] = Evaluation(**stored[when][name])
+            if name in stored[when]:
+                results[name] = Evaluation.from_json(stored[when][name], str(self.run.path / "evaluation.json"))
                 continue
-            if when == "before" and self.step:
+            # A run that has grown begins where its parent ended.
+            if when == "before" and self.step != self.run.first_step:
                 continue
             progress.note(f"scoring {when} training on {name}: {len(examples)} questions")
-            results[name], groups = evaluate(
-                self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training")
-            )  # fmt: skip
+            try:
+                results[name], groups = evaluate(
+                    self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training")
+                )  # fmt: skip
+            except Diverged as error:
+                raise self._given_up(f"scoring {when} training", error) from error
             self.run.log_rollouts(self.step, _records(groups, split=name))
-            stored.setdefault(when, {})[name] = results[name].to_json()
+            stored[when][name] = results[name].to_json()
             self.run.write_json("evaluation.json", stored)
             progress.note(f"{when} training, {name}: {results[name]}")
         return results
 
     def save(self, *, validation_accuracy: float | None = None) -> None:
-        state = State(
+        state = checkpoint.State(
             self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology, validation_accuracy
         )
-        self.run.save(self.bank, self.optimizer, state)
+        checkpoint.save(self.run, self.bank, self.optimizer, state)
 
     def check_frozen(self) -> None:
         """Raise RuntimeError if a weight of the backbone is not what it was."""

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 # Before torch is loaded, and inherited by subprocesses: on models this small more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from neuromas import Backbone
+from commands import FLAGS, Call, Outcome
+
+from neuromas import Backbone, cli
 
 
 @pytest.fixture
@@ -25,3 +28,31 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone.model.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Calls the command line in this process, from the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["neuromas", *map(str, args)])
+        status: int | str | None = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two nodes. Copy it before changing anything in it."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["neuromas", "train", *FLAGS, "--backbone", str(tiny_folder), "--run-dir", str(run)])
+        cli.main()
+    return run

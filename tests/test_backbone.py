@@ -23,6 +23,7 @@ from models import (
     suffix_logprobs,
 )
 from torch import Tensor
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from neuromas import Network, Topology, reinforce
 from neuromas.adapters import AdapterBank, resolve_rank
@@ -32,7 +33,7 @@ from neuromas.config import AdapterConfig
 from neuromas.norms import replace_norms
 from neuromas.packing import Packed
 from neuromas.tasks import get_task
-from neuromas.types import Completion, Group
+from neuromas.types import Completion, Example, Group
 
 Scope = Literal["all", "suffix"]
 
@@ -59,9 +60,9 @@ class Case:
         return self.network.adapters
 
     def batch(self) -> reinforce.Batch:
-        advantages_PG = torch.tensor([[1.0, -1.0], [0.5, -0.25]])
+        advantages = dict.fromkeys(self.bank.nodes, torch.tensor([[1.0, -1.0], [0.5, -0.25]]))
         return reinforce.build_batch(
-            self.groups, advantages_PG, nodes=self.bank.nodes, adapter_version=0, temperature=1.0,
+            self.groups, advantages, nodes=self.bank.nodes, adapter_version=0, temperature=1.0,
             scope=self.backbone.scope,
         )  # fmt: skip
 
@@ -274,6 +275,28 @@ def test_a_model_that_reads_two_parts_otherwise_is_refused(
     monkeypatch.setattr("neuromas.backbone.SuffixAttention", Forgets)
     with pytest.raises(ValueError, match=r"its kind of attention \(qwen3\) is not supported"):
         Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
+
+
+def test_a_model_whose_angles_change_with_the_length_reads_texts_up_to_there(tmp_path: Path) -> None:
+    """Phi-3's LongRoPE: one text beyond the original length, and every position of the batch has other angles."""
+    original, plain = 256, make_model("llama").config
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 8.0, 16.0], "rope_theta": 1e4}
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+             "initializer_range", "pad_token_id", "eos_token_id", "bos_token_id")  # fmt: skip
+    config = Phi3Config(
+        **{name: getattr(plain, name) for name in sizes}, num_hidden_layers=2, max_position_embeddings=1024,
+        original_max_position_embeddings=original, rope_parameters=rope,
+    )  # fmt: skip
+    backbone = load_backbone(save_model(Phi3ForCausalLM(config), tmp_path / "phi"))
+    assert backbone.max_tokens == original
+    network = Network(Topology.layered([1, 1]), backbone, adapter=AdapterConfig(rank=2), max_new_tokens=5)
+    short, long = (Example(str(n), "one " * n, "", "") for n in (100, original))
+    ((rollout,),) = network.rollout([short], 1, seed=(0,))
+    for completion in rollout.completions:
+        expected = plain_logprobs(Phi3ForCausalLM.from_pretrained(tmp_path / "phi"), completion)
+        assert (torch.tensor(completion.sample.logprobs) - expected).abs().max() <= LOGPROB_BOUND
+    with pytest.raises(ValueError, match=r"need up to \d+ tokens, the backbone reads 256; shorten one of them$"):
+        network.rollout([short, long], 1, seed=(0,))
 
 
 def test_the_head_takes_no_adapter(bare: Backbone) -> None:

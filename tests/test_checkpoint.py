@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import random
 import re
 import resource
 from collections.abc import Callable, Iterator
@@ -11,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuromas import Backbone
+from neuromas import Backbone, checkpoint
 from neuromas.adapters import AdapterBank
 from neuromas.budget import Ledger
-from neuromas.checkpoint import RunDirectory, State
+from neuromas.checkpoint import State
 from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
+from neuromas.rundir import RunDirectory
 
 Learner = tuple[AdapterBank, torch.optim.Optimizer]
 
@@ -91,7 +94,7 @@ def save(run: RunDirectory, learner: Learner) -> Save:
     """Saves a checkpoint of the learner as it is and returns its folder."""
 
     def save(step: int) -> Path:
-        run.save(*learner, state(step))
+        checkpoint.save(run, *learner, state(step))
         return run.path / "checkpoints" / f"step-{step:06d}"
 
     return save
@@ -99,9 +102,9 @@ def save(run: RunDirectory, learner: Learner) -> Save:
 
 def test_a_checkpoint_comes_back_bit_for_bit_and_learns_on_as_the_original(run: RunDirectory, learner: Learner) -> None:
     learn(learner, seed=2)
-    run.save(*learner, state(2))
+    checkpoint.save(run, *learner, state(2))
     restored = make_learner(seed=9)
-    assert run.load(*restored) == state(2)
+    assert checkpoint.load(run, *restored) == state(2)
     assert restored[0].version == 2
     assert_equal(tensors(restored), tensors(learner))
     for each in (learner, restored):
@@ -111,8 +114,8 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_learns_on_as_the_original(run: 
 
 def test_a_checkpoint_from_before_the_first_gradient_comes_back(run: RunDirectory) -> None:
     fresh, restored = make_learner(seed=4), make_learner(seed=9)
-    run.save(*fresh, state(1))
-    run.load(*restored)
+    checkpoint.save(run, *fresh, state(1))
+    checkpoint.load(run, *restored)
     for each in (fresh, restored):
         learn(each, seed=3)
     assert_equal(tensors(restored), tensors(fresh))
@@ -121,7 +124,7 @@ def test_a_checkpoint_from_before_the_first_gradient_comes_back(run: RunDirector
 def test_adapters_load_without_an_optimizer(run: RunDirectory, learner: Learner, save: Save) -> None:
     save(1)
     bank, _ = make_learner(seed=9)
-    assert run.load(bank) == state(1)
+    assert checkpoint.load(run, bank) == state(1)
     for name, parameter in bank.parameters().items():
         assert torch.equal(parameter, learner[0].parameters()[name])
 
@@ -129,7 +132,7 @@ def test_adapters_load_without_an_optimizer(run: RunDirectory, learner: Learner,
 def test_a_run_without_a_checkpoint_loads_nothing(run: RunDirectory) -> None:
     learner = make_learner()
     before = tensors(learner)
-    assert run.load(*learner) is None
+    assert checkpoint.load(run, *learner) is None
     assert_equal(tensors(learner), before)
 
 
@@ -149,7 +152,7 @@ def test_what_a_killed_run_left_of_a_checkpoint_is_no_checkpoint(run: RunDirecto
     partial = run.path / "checkpoints" / "step-000002.partial" / "adapters" / "7"
     partial.mkdir(parents=True)
     (partial / "adapter_model.safetensors").write_bytes(b"half")
-    assert run.load(*make_learner()) == state(1)
+    assert checkpoint.load(run, *make_learner()) == state(1)
     save(2)
     assert [path.name for path in run.checkpoints()] == ["step-000001", "step-000002"]
     assert not partial.exists()
@@ -166,7 +169,7 @@ def test_a_truncated_file_is_named_with_the_remedy(run: RunDirectory, save: Save
         f"delete {newest} to continue from {older.name}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        run.load(*make_learner())
+        checkpoint.load(run, *make_learner())
 
 
 def test_a_missing_file_is_named_with_the_remedy(run: RunDirectory, save: Save) -> None:
@@ -175,7 +178,7 @@ def test_a_missing_file_is_named_with_the_remedy(run: RunDirectory, save: Save) 
     (newest / "ledger.json").unlink()
     message = f"checkpoint {newest}: ledger.json is truncated (0 of {size} bytes); delete {newest} to start again"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        run.load(*make_learner())
+        checkpoint.load(run, *make_learner())
 
 
 def test_a_damaged_file_is_named_with_the_remedy(run: RunDirectory, save: Save) -> None:
@@ -189,7 +192,44 @@ def test_a_damaged_file_is_named_with_the_remedy(run: RunDirectory, save: Save) 
         f"delete {newest} to start again"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        run.load(*make_learner())
+        checkpoint.load(run, *make_learner())
+
+
+def test_no_bit_of_a_checkpoint_changes_unnoticed(run: RunDirectory, save: Save) -> None:
+    newest, rng = save(1), random.Random(0)
+    for path in sorted(path for path in newest.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        for at in [0, len(data) - 1, *(rng.randrange(len(data)) for _ in range(6))]:
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+            with pytest.raises(ValueError, match=r"^checkpoint .*/step-000001: .* delete .* to start again$"):
+                run.newest()
+        path.write_bytes(data)
+    assert run.newest()[1]["step"] == 1
+
+
+def test_what_is_renamed_is_on_the_disk_and_so_is_its_name(
+    run: RunDirectory, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def note_sync(descriptor: int) -> None:
+        done.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        sync(descriptor)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        done.append(f"{self} -> {target}")
+        return rename(self, target)
+
+    run.log_metrics(0, {"reward/mean": 0.5})
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    final = save(1)
+    partial = final.with_suffix(".partial")
+    at = done.index(f"{partial} -> {final}")
+    written = {str(partial / path.relative_to(final)) for path in final.rglob("*")}
+    assert written | {str(partial), str(run.path / "metrics.jsonl")} <= set(done[:at])
+    assert done[at + 1] == str(final.parent)
 
 
 @pytest.mark.parametrize("left", [None, b"", b'{"step": 2, "files": {"adap', b"\xff\x00"])
@@ -200,13 +240,16 @@ def test_a_missing_or_damaged_state_is_named_and_the_remedy_works(run: RunDirect
         path.unlink()
     else:
         path.write_bytes(left)
-    message = f"checkpoint {newest}: state.json is missing or damaged; delete {newest} to continue from {older.name}"
+    wrong = "state.json or checksum is missing or damaged"
+    if left is not None:
+        wrong = "state.json is damaged (its checksum or its step differs)"
+    message = f"checkpoint {newest}: {wrong}; delete {newest} to continue from {older.name}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        run.load(*make_learner())
+        checkpoint.load(run, *make_learner())
     for file in sorted(newest.rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
     newest.rmdir()
-    assert run.load(*make_learner()) == state(1)
+    assert checkpoint.load(run, *make_learner()) == state(1)
 
 
 # The adapters' files are larger than 4 kB, the optimizer's is the largest of all.
@@ -223,14 +266,14 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(
         "Make room and run the same command with --resume"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), full_disk(room):
-        run.save(*learner, state(2))
+        checkpoint.save(run, *learner, state(2))
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-000001"]
     restored = make_learner(seed=9)
-    assert run.load(*restored) == state(1)
+    assert checkpoint.load(run, *restored) == state(1)
     assert_equal(tensors(restored), good)
     # With room again, the same save succeeds.
-    run.save(*learner, state(2))
-    assert run.load(*restored) == state(2)
+    checkpoint.save(run, *learner, state(2))
+    assert checkpoint.load(run, *restored) == state(2)
     assert_equal(tensors(restored), tensors(learner))
 
 
@@ -239,8 +282,8 @@ def test_a_disk_that_is_full_before_the_first_checkpoint_says_so(run: RunDirecto
         pytest.raises(ValueError, match=r"step-000001 cannot be saved \(File too large\); there is none yet\. Make room"),
         full_disk(0),
     ):
-        run.save(*learner, state(1))
-    assert run.load(*make_learner()) is None
+        checkpoint.save(run, *learner, state(1))
+    assert checkpoint.load(run, *make_learner()) is None
 
 
 def test_a_disk_that_fills_up_while_logging_says_so(run: RunDirectory) -> None:
@@ -258,7 +301,7 @@ def test_a_disk_that_fills_up_while_logging_says_so(run: RunDirectory) -> None:
     assert run.metrics() == [{"step": 0, "reward/mean": 0.5}]
     with pytest.raises(ValueError, match=r"evaluation\.json cannot be written \(File too large\)\. Make room"), full_disk(0):
         run.write_json("evaluation.json", {"before": {}})
-    assert run.read_json("evaluation.json") is None
+    assert run.read_json("evaluation.json", dict) is None
 
 
 def test_a_folder_that_cannot_be_made_says_so(config: TrainConfig) -> None:
@@ -317,9 +360,19 @@ def test_a_folder_of_something_else_is_no_run(config: TrainConfig) -> None:
     assert RunDirectory.create(config).path == config.run_path
     (config.run_path / "thesis.tex").touch()
     message = f"--run-dir {config.run_path} exists already and is no run; name another --run-dir"
-    for make in (RunDirectory.create, RunDirectory.resume):
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            make(config)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        RunDirectory.create(config)
+    message = f"--run-dir {config.run_path} is no run, there is nothing to --resume; start one there without it"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        RunDirectory.resume(config)
+
+
+def test_a_run_that_was_killed_as_it_began_is_begun_again(config: TrainConfig) -> None:
+    run = RunDirectory.resume(config)
+    with run.locked():
+        pass
+    (run.path / "held_out.json.new").touch()
+    assert RunDirectory.resume(config).path == run.path
 
 
 def test_a_file_in_the_place_of_the_run_is_refused(config: TrainConfig) -> None:

@@ -13,15 +13,16 @@ import pytest
 
 from neuromas.config import (
     AdapterConfig,
+    GrowthConfig,
     TaskConfig,
     TopologyConfig,
     TrainConfig,
-    differences,
     from_json,
     load_toml,
     to_json,
 )
 from neuromas.grid import load_grid
+from neuromas.identity import differences
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -129,12 +130,27 @@ NAN = float("nan")
         ({"save_every": 0}, "--save-every must be at least 1, got 0"),
         ({"warmup_steps": -1}, "--warmup-steps must be at least 0, got -1"),
         ({"max_grad_norm": -0.5}, "--max-grad-norm must be at least 0, got -0.5"),
-        ({"max_grad_norm": NAN}, "--max-grad-norm must be at least 0, got nan"),
+        ({"max_grad_norm": NAN}, "--max-grad-norm must be a finite number, got nan"),
         ({"eval_every": -1}, "--eval-every must be at least 0, got -1"),
         ({"seed": -1}, "--seed must be at least 0, got -1"),
-        ({"temperature": 0.0}, "--temperature must be above 0 (training samples), got 0.0"),
+        ({"temperature": 0.0}, "--temperature must be at least 0.001 (training samples), got 0.0"),
         ({"lr": 0.0}, "--lr must be above 0, got 0.0"),
-        ({"lr": NAN}, "--lr must be above 0, got nan"),
+        ({"lr": NAN}, "--lr must be a finite number, got nan"),
+        ({"lr": float("inf")}, "--lr must be a finite number, got inf"),
+        ({"adapter": AdapterConfig(alpha=float("inf"))}, "--adapter.alpha must be a finite number, got inf"),
+        ({"growth": (GrowthConfig(noise=float("inf")),)}, "--growth.0.noise must be a finite number, got inf"),
+        ({"num_steps": 10**6}, "--num-steps must be at most 999,999, got 1000000"),
+        ({"max_new_tokens": 10**12 - 1}, "--max-new-tokens must be at most 999,999, got 999999999999"),
+        ({"topology": TopologyConfig(widths=(10**9, 1))}, "topology.widths must make at most 512 nodes, got 1,000,000,001"),
+        (
+            {"topology": TopologyConfig(edges=((1, 2), (2, 10**12)))},
+            "topology.edges must use node ids up to 512, got 1,000,000,000,000",
+        ),
+        (
+            {"branches": 2, "centring": "group_mean"},
+            "--centring must be leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer "
+            "otherwise), got 'group_mean'",
+        ),
         ({"final_lr": 1.1}, "--final-lr must be between 0 and 1, got 1.1"),
         ({"final_lr": -0.1}, "--final-lr must be between 0 and 1, got -0.1"),
         ({"group_size": 1}, "--group-size must be at least 2 with --centring leave_one_out, got 1"),

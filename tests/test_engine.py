@@ -109,8 +109,8 @@ def adapted(folder: Path, scope: Scope = "all") -> Backbone:
 def largest_gap(network: Network, *, temperature: float = 1.0) -> float:
     groups = rollout(network, temperature=temperature)
     batch = reinforce.build_batch(
-        groups, torch.ones(3, 4), nodes=network.adapters.nodes, adapter_version=0, temperature=temperature,
-        scope=network.backbone.scope,
+        groups, dict.fromkeys(NODES, torch.ones(3, 4)), nodes=network.adapters.nodes, adapter_version=0,
+        temperature=temperature, scope=network.backbone.scope,
     )  # fmt: skip
     gaps = []
     for micro in batch.split(7, network.backbone.device):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from neuromas.config import TaskConfig, TrainConfig
+from neuromas.questions import Questions
 from neuromas.tasks import SPLITS, TASKS, GeneratedTask, Problem, get_family, split_of
 from neuromas.tasks import compare_families as compare
 from neuromas.tasks.boolean_expressions import Expression, count_expressions, draw_words
@@ -27,7 +28,6 @@ from neuromas.tasks.multistep_arithmetic_two import Arithmetic
 from neuromas.tasks.navigate import Walk
 from neuromas.tasks.tracking_shuffled_objects import STORIES, Shuffle
 from neuromas.tasks.web_of_lies import Web
-from neuromas.train import set_up_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "bbh"
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
@@ -573,7 +573,7 @@ def test_training_meets_published_items_unless_they_are_held_out(name: str) -> N
         tasks |= {"file": TaskConfig(name=name, file=DATA / own), "benchmark": TaskConfig(name=f"bbh:{name}", data=DATA)}
     met: dict[str, int] = {}
     for way, config in tasks.items():
-        task, _ = set_up_task(TrainConfig(task=config, eval_size=1))
+        task = Questions.of(TrainConfig(task=config, eval_size=1)).task
         drawn = [e.question for step in range(30) for e in task.training_batch(0, step, 16)]
         assert len(drawn) == 480
         met[way] = sum(question in published for question in drawn)

@@ -23,13 +23,13 @@ from models import make_model, save_model
 from products import listed
 from torch import Tensor
 
-from neuromas import Backbone, Network, Topology, cli
+from neuromas import Backbone, Network, Topology, checkpoint, cli
 from neuromas.budget import Ledger, Pace
-from neuromas.checkpoint import RunDirectory
 from neuromas.config import AdapterConfig, GrowthConfig, TopologyConfig, TrainConfig, load_toml
+from neuromas.descent import check_descends, grown_config
 from neuromas.load import load_run
 from neuromas.progress import Progress
-from neuromas.stages import check_descends, grown_config
+from neuromas.rundir import RunDirectory
 from neuromas.stop import Stop
 from neuromas.train import Trainer, learning_rate, set_up, train
 
@@ -55,7 +55,7 @@ def make_config(speaker: Path, run_dir: Path, **changes: Any) -> TrainConfig:
 def start(config: TrainConfig, *, resume: bool = False) -> Trainer:
     run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
     setup = set_up(config)
-    run.initialise(setup.task.held_out)
+    run.initialise(setup.questions.task.held_out, setup.questions.checksums())
     return Trainer(setup, run)
 
 
@@ -447,7 +447,7 @@ def test_a_checkpoint_of_other_nodes_than_the_config_says_is_refused(speaker: Pa
     backbone = Backbone.load(str(speaker), device="cpu")
     other = Network(Topology.layered([2, 1, 1]), backbone, adapter=AdapterConfig(rank=2)).adapters
     with pytest.raises(ValueError, match=r"step-000001 holds nodes \[1, 2, 3\], by the run's config it has \[1, 2, 3, 4\]"):
-        trainer.run.load(other)
+        checkpoint.load(trainer.run, other)
 
 
 # Schedules

@@ -34,7 +34,8 @@ def build(
     groups: list[Group], advantages: list[list[float]], *, version: int = 0, scope: Literal["all", "suffix"] = "suffix"
 ) -> reinforce.Batch:
     return reinforce.build_batch(
-        groups, torch.tensor(advantages), nodes=(4, 7), adapter_version=version, temperature=1.0, scope=scope
+        groups, dict.fromkeys((4, 7), torch.tensor(advantages)), nodes=(4, 7), adapter_version=version, temperature=1.0,
+        scope=scope,
     )  # fmt: skip
 
 
@@ -248,6 +249,33 @@ def test_two_node_chain_exact_gradient(centring: reinforce.Centring, ratio: floa
     for node, true in zip(estimated, true_gradient(outcomes, parameters), strict=True):
         assert true.norm() > 0.01
         assert cosine_and_ratio(node, true) == pytest.approx((1.0, ratio), abs=1e-9)
+
+
+@pytest.mark.parametrize(("centring", "biased"), [("leave_one_out", False), ("ema", False), ("group_mean", True)])
+def test_a_tree_has_the_exact_gradient_in_every_layer(centring: reinforce.Centring, biased: bool) -> None:
+    """Two nodes, two branches: leaves 0 and 1 share the first text, 2 and 3 the other; each node writes one of two symbols."""
+    symbols = range(2)
+    first, second = parameters = draw_parameters(3, (2,), (2, 2))
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    head, tail = first.log_softmax(-1), second.log_softmax(-1)
+    total = torch.zeros((), dtype=torch.float64)
+    for texts in product(symbols, repeat=2):
+        for answers in product(symbols, repeat=4):
+            before = [texts[0], texts[0], texts[1], texts[1]]
+            rewards_PG = torch.stack([rewards[a, b] for a, b in zip(before, answers, strict=True)])[None]
+            rows = [(head[a], tail[a, b]) for a, b in zip(before, answers, strict=True)]
+            # Each text is drawn once, however many leaves hold it.
+            probability = (head[texts[0]] + head[texts[1]] + sum(own for _, own in rows)).exp().detach()
+            for layer, alike in ((0, 2), (1, 1)):
+                advantages_PG = reinforce.advantages(rewards_PG, centring, alike=alike, running_mean=0.3)
+                logprobs_K = torch.stack([row[layer] for row in rows])
+                total = total + probability * reinforce.loss(logprobs_K, advantages_PG[0], 4)
+    expected = (head.exp()[:, None] * tail.exp() * rewards).sum()
+    true = torch.autograd.grad(-expected, parameters, retain_graph=True)
+    for node, gradient in zip(torch.autograd.grad(total, parameters), true, strict=True):
+        assert gradient.norm() > 0.01
+        ratio = cosine_and_ratio(node, gradient)[1]
+        assert (abs(ratio - 1) > 0.1) if biased else ratio == pytest.approx(1.0, abs=1e-9)
 
 
 def stop_symbol_outcomes(parameters: list[Tensor], *, learn_stop: bool) -> list[tuple[Tensor, list[Tensor], float]]:

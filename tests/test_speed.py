@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from neuromas import Backbone
 from neuromas.adapters import AdapterBank
-from neuromas.backbone import BUNDLED
+from neuromas.bundled import BUNDLED
 from neuromas.config import AdapterConfig
 from neuromas.engines.torch_engine import TorchEngine
 from neuromas.reinforce import Batch

@@ -18,11 +18,11 @@ from neuromas.baselines import METHODS, CellResult, CellSpec
 from neuromas.baselines.gptswarm import GPTSwarm
 from neuromas.baselines.networks import MALT_ROLES, ROLES, Trained
 from neuromas.baselines.paper import paper_sizes
-from neuromas.checkpoint import RunDirectory
 from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
 from neuromas.engines.scripted import ScriptedEngine
 from neuromas.load import load_run
 from neuromas.reinforce import advantages
+from neuromas.rundir import RunDirectory
 from neuromas.sizes import sizes
 from neuromas.tasks import Navigate, get_task
 from neuromas.train import Trainer, set_up
@@ -309,9 +309,9 @@ def test_rollouts_of_a_tree_share_what_comes_before_their_branches(folder: Path)
 def test_a_tree_gives_each_text_the_value_of_its_leaves() -> None:
     """What a text that rollouts share gets in the sum over them, for rewards of the 8 leaves of a tree of 2 branches."""
     leaves = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]])
-    summed = advantages(leaves, "leave_one_out").view(2, 4).sum(1)
-    # Values of the two first texts: 3/4 and 1/4. Each rollout has (8 r - 4) / 7; four of them 4 * (8 * 3/4 - 4) / 7 = 8/7.
-    assert summed.tolist() == pytest.approx([8 / 7, -8 / 7])
+    summed = advantages(leaves, "leave_one_out", alike=4).view(2, 4).sum(1)
+    # Values of the two first texts: 3/4 and 1/4. What is left out is the other one's: four leaves, each 3/4 - 1/4 on average.
+    assert summed.tolist() == pytest.approx([2.0, -2.0])
 
 
 def test_a_tree_has_as_many_leaves_as_rollouts(spec: CellSpec) -> None:

@@ -30,13 +30,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from neuromas import Network, Topology, cli
-from neuromas.checkpoint import RunDirectory
+from neuromas import Network, Topology, checkpoint, cli, reinforce
 from neuromas.config import AdapterConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.engines.base import uniforms
 from neuromas.load import load_run
+from neuromas.rundir import RunDirectory
 from neuromas.tasks import get_task
-from neuromas.train import Trainer, learning_rate, set_up
+from neuromas.train import Trainer, learning_rate, set_up, train
 from neuromas.types import Completion, Prompt, Sample
 
 NUM_STEPS = 16
@@ -182,6 +182,39 @@ def test_a_step_leaves_the_backbone_alone(folders: dict[str, Path], tmp_path: Pa
     trainer = start(make_config(folders["qwen3"], tmp_path / "run"))
     trainer.train_step(0)
     assert trainer.backbone.checksum() == load_backbone(folders["qwen3"]).checksum()
+
+
+def test_training_that_diverges_stops_with_the_last_good_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", lr=1e30, save_every=1, warmup_steps=0, num_steps=6)
+    message = (
+        r"^--run-dir .*/run: (step \d|scoring after training): .* not finite.*\. Training has diverged and is stopped; "
+        r"there is no good checkpoint\. Start again, in another --run-dir, with a lower --lr$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    run = RunDirectory.open(config.run_path)
+    assert run.checkpoints() == []
+    for line in (run.path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_gradient_that_is_no_number_moves_nothing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", save_every=1, num_steps=3)
+    loss = reinforce.loss
+
+    def late(logprobs_K: Tensor, advantages_K: Tensor, num_rollouts: int) -> Tensor:
+        # After two checkpoints.
+        bad = RunDirectory.open(config.run_path).step == 2
+        return loss(logprobs_K, advantages_K, num_rollouts) * (float("inf") if bad else 1.0)
+
+    monkeypatch.setattr(reinforce, "loss", late)
+    message = r"step 3: the loss is \S+, the largest gradient norm \S+\. .*; the last good checkpoint is step-000002\. Start"
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert [folder.name for folder in RunDirectory.open(config.run_path).checkpoints()] == ["step-000001", "step-000002"]
+    assert len(RunDirectory.open(config.run_path).metrics()) == 2
 
 
 @pytest.mark.exact
@@ -437,7 +470,7 @@ def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[st
     # The first of equals, and nothing of those before it.
     trainer.save()
     assert [folder.name for folder in sorted((config.run_path / "checkpoints").glob("best-*"))] == ["best-000002"]
-    assert trainer.run.load_best(trainer.bank) == 2
+    assert checkpoint.load_best(trainer.run, trainer.bank) == 2
     assert_bit_equal(dict(trainer.bank.parameters()), at[2])
     assert start(config, resume=True).best_accuracy == 0.5
 
@@ -456,4 +489,4 @@ def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, P
     resumed.task.rewards = lambda pairs: [float(resumed.step) / 4] * len(pairs)
     resumed.train_step(1)
     assert resumed.best_accuracy == 0.5
-    assert trainer.run.load_best(resumed.bank) == 1 or resumed.run.best() is None
+    assert checkpoint.load_best(trainer.run, resumed.bank) == 1 or resumed.run.best() is None

@@ -13,9 +13,10 @@ import torch
 from benchmarks.peers.common import Row, of_first_layer, prepare, read_rows, score
 from benchmarks.peers.protocol import Work, serve
 from neuromas.backbone import Backbone
-from neuromas.checkpoint import RunDirectory
 from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
 from neuromas.network import Network
+from neuromas.questions import Questions
+from neuromas.rundir import RunDirectory
 from neuromas.tasks.base import Task
 from neuromas.train import Setup, Trainer
 from neuromas.types import Completion, Example, Group, Prompt, Request, Rollout, Sample
@@ -111,12 +112,12 @@ def make_trainer(spec: dict[str, Any], steps: Sequence[Sequence[str]]) -> Traine
     config = TrainConfig(
         topology=TopologyConfig(widths=tuple(spec["widths"])), adapter=AdapterConfig(rank=spec["rank"], scope=spec["scope"]),
         backbone=spec["model_folder"], dtype=spec["dtype"], device="cuda" if device.type == "cuda" else "cpu",
-        num_steps=1_000_000, examples_per_step=spec["questions"], group_size=spec["group"], max_new_tokens=spec["new"],
+        num_steps=100_000, examples_per_step=spec["questions"], group_size=spec["group"], max_new_tokens=spec["new"],
         lr=spec["lr"], eval_every=0, run_dir=folder / "run",
     )  # fmt: skip
     run = RunDirectory.create(config)
     run.initialise()
-    return Trainer(Setup(config, TextTask(steps), load(spec, device), {}), run)
+    return Trainer(Setup(config, Questions(TextTask(steps), [], {}), load(spec, device)), run)
 
 
 class UpdateWork:
@@ -128,7 +129,8 @@ class UpdateWork:
         self.by_rollout: dict[int, list[Row]] = {}
         for row in self.rows:
             self.by_rollout.setdefault(row.rollout, []).append(row)
-        self.advantages_PG = torch.tensor([rows[0].advantage for rows in self.by_rollout.values()]).view(-1, self.group)
+        advantages_PG = torch.tensor([rows[0].advantage for rows in self.by_rollout.values()]).view(-1, self.group)
+        self.advantages = dict.fromkeys(self.trainer.bank.nodes, advantages_PG)
 
     def _groups(self) -> list[Group]:
         version = self.trainer.bank.version
@@ -139,11 +141,11 @@ class UpdateWork:
         return [tuple(rollouts[i : i + self.group]) for i in range(0, len(rollouts), self.group)]
 
     def run(self) -> int:
-        self.trainer._update(0, self._groups(), self.advantages_PG)
+        self.trainer._update(0, self._groups(), self.advantages)
         return sum(len(row.written) for row in self.rows)
 
     def check(self) -> dict[str, Any]:
-        metrics = self.trainer._update(0, self._groups(), self.advantages_PG)
+        metrics = self.trainer._update(0, self._groups(), self.advantages)
         norms = [metrics[f"grad_norm/node/{node}/max"] for node in self.trainer.bank.nodes]
         return {"loss": metrics["loss/mean"], "grad_norms": norms}
 

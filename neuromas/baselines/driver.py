@@ -12,8 +12,8 @@ from neuromas.config import TrainConfig, to_json
 from neuromas.engines.base import Engine
 from neuromas.engines.torch_engine import TorchEngine
 from neuromas.evaluate import EXAMPLES_AT_ONCE
+from neuromas.questions import evaluation_sets
 from neuromas.tasks import Task, from_config
-from neuromas.train import evaluation_sets
 from neuromas.types import Example, Group, Request, Sample
 from neuromas.votes import elect
 
@@ -37,7 +37,7 @@ class _Round:
 
     def __init__(self, talks: list[_Talk], backbone: Backbone, seed: tuple[int | str, ...], max_new_tokens: int) -> None:
         self.talks, self.backbone, self.seed, self.max_new_tokens = talks, backbone, seed, max_new_tokens
-        self.limit = getattr(backbone.model.config, "max_position_embeddings", None)
+        self.limit = backbone.max_tokens
         self.places: list[tuple[int, int]] = []
         """(conversation, place in its current list) of each request."""
 

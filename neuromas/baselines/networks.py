@@ -161,7 +161,7 @@ def malt(config: TrainConfig) -> TrainConfig:
     """Generator, verifier and refiner, with credit by the values of a search tree (Motwani et al. 2025, arXiv 2412.01928).
 
     Rollouts of a question are the leaves of a tree. In the sum over rollouts a text that several of them share weighs with the
-    sum of their advantages: the mean reward of its leaves, which is MALT's value of it, against that of all.
+    sum of their advantages: the mean reward of its leaves, which is MALT's value of it, against that of all other leaves.
     Differs: on-policy REINFORCE by that value, where MALT labels texts above one half and trains off-line by SFT and DPO; as
     many branches as the group allows (2 with 8 rollouts), not 3; one pass to answer, not the majority of 3. Shared texts are
     sampled, and counted, once for each rollout that holds them, so that rollouts and calls match the other methods'.

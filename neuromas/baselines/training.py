@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from neuromas import checkpoint
 from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint
 from neuromas.baselines.conversation import Spoken
 from neuromas.baselines.driver import answers_of, in_parts, settings_of, voted
 from neuromas.baselines.networks import Trained, UntrainedNetwork
-from neuromas.checkpoint import RunDirectory
 from neuromas.network import Network
+from neuromas.questions import evaluation_sets
+from neuromas.rundir import RunDirectory
 from neuromas.tasks import Task, from_config
-from neuromas.train import build_network, evaluation_sets, trainer_of
+from neuromas.train import build_network, trainer_of
 from neuromas.types import Example
 
 
@@ -60,7 +62,7 @@ def run_trained(method: Trained, spec: CellSpec, folder: Path) -> CellResult:
             )  # fmt: skip
 
         answers, best_answers, curve = answer(), {}, curve_of(trainer.run)
-        best_step = trainer.run.load_best(trainer.bank) if curve else None
+        best_step = checkpoint.load_best(trainer.run, trainer.bank) if curve else None
         if best_step is not None:
             best_answers = answers if best_step == trainer.step else answer()
     return CellResult(

@@ -22,6 +22,8 @@ from neuromas.engines.slots import DecodeAttention, Order, PrefillAttention, Sha
 from neuromas.packing import Packed
 from neuromas.types import Prompt, Request, Sample
 
+MAX_ROWS = 256
+
 Keyed = tuple[int, Request]
 PrefixKey = tuple[tuple[int, ...], int]
 
@@ -32,7 +34,7 @@ class TorchEngine:
     `max_rows` bounds how many rows decode at once, and so their memory; distinct prefixes take theirs beside it.
     """
 
-    def __init__(self, backbone: Backbone, max_rows: int = 256) -> None:
+    def __init__(self, backbone: Backbone, max_rows: int = MAX_ROWS) -> None:
         self.backbone = backbone
         self.max_rows = max_rows
 

@@ -5,7 +5,18 @@ from functools import partial
 from pathlib import Path
 
 from neuromas.config import TaskConfig
-from neuromas.tasks.base import SPLITS, DatasetTask, GeneratedTask, Problem, Split, Task, floor, question_id, split_of
+from neuromas.tasks.base import (
+    SPLITS,
+    DatasetTask,
+    GeneratedTask,
+    Problem,
+    Split,
+    Task,
+    checksum_of,
+    floor,
+    question_id,
+    split_of,
+)
 from neuromas.tasks.benchmarks import BBH, SUBJECTS, ArcChallenge, Benchmark, BigBenchHard, Gsm8k, Mmlu
 from neuromas.tasks.boolean_expressions import BooleanExpressions
 from neuromas.tasks.code import HumanEval, HumanEvalPlus, Mbpp
@@ -112,6 +123,7 @@ __all__ = [
     "Task",
     "TrackingShuffledObjects",
     "WebOfLies",
+    "checksum_of",
     "floor",
     "from_config",
     "get_family",

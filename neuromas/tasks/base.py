@@ -4,7 +4,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,9 @@ class Task(ABC):
     """Which of `neuromas.tasks.verifiers` its answers are checked as."""
     held_out: frozenset[str] = frozenset()
     """Ids of examples that training never draws: a generator now and then meets an item of a file to be scored on."""
+
+    remark = ""
+    """What to tell whoever trains or scores on it of where its questions come from; empty: nothing."""
 
     def check_ready(self) -> None:  # noqa: B027  # most tasks need nothing
         """Raise ValueError if something that rewards need is missing on this machine: asked before any long work."""
@@ -223,6 +226,14 @@ class DatasetTask(Task):
 
 def question_id(question: str) -> str:
     return hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
+
+
+def checksum_of(examples: Iterable[Example]) -> str:
+    """Return a checksum of questions and their gold answers, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        digest.update(f"{example.id} {len(example.answer)} {example.answer}\n".encode())
+    return digest.hexdigest()
 
 
 def split_of(question: str) -> Split:

@@ -1,14 +1,18 @@
 """Reading questions from files, with the flag, the file and the line in every error."""
 
 import csv
+import errno
 import gzip
 import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from neuromas.files import MOST_BYTES, read_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +27,37 @@ class Record:
 
     def texts(self, *keys: str) -> list[str]:
         """Return the texts under these keys; ValueError if one is missing or is no text."""
-        if not all(isinstance(self.data.get(key), str) for key in keys):
+        texts = [text for key in keys if isinstance(text := self.data.get(key), str)]
+        if len(texts) < len(keys):
             raise self.error(f"expected an object with the texts {' and '.join(map(repr, keys))}")
-        return [self.data[key] for key in keys]
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise self.error(f"a text holds half a character, {half}, without its other half") from error
+        return texts
 
 
 def read_text(path: Path, flag: str) -> str:
     """Return a file's text, unpacked if its name ends in .gz."""
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        data = read_file(path)
+        return (_unpacked(data) if path.suffix == ".gz" else data).decode("utf-8")
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be read: {error.strerror or error}") from error
     except (EOFError, zlib.error) as error:
         raise ValueError(f"{flag} {path} is damaged: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{flag} {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+
+
+def _unpacked(data: bytes) -> bytes:
+    # A small file may hold gigabytes of one letter.
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        unpacked = file.read(MOST_BYTES + 1)
+    if len(unpacked) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"more than {MOST_BYTES / 2**30:g} GiB when unpacked")
+    return unpacked
 
 
 def read_json_lines(path: Path, flag: str) -> Iterator[Record]:
@@ -49,17 +68,19 @@ def read_json_lines(path: Path, flag: str) -> Iterator[Record]:
             continue
         try:
             data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{flag} {path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{flag} {path}, line {number}: not JSON ({_reason(error)})") from error
         yield Record(f"{flag} {path}, line {number}", data if isinstance(data, dict) else {})
 
 
 def read_json_list(path: Path, flag: str, key: str | None = None) -> Iterator[Record]:
     """Give the objects of a JSON list, or of the list under `key` of a JSON object."""
+    text = read_text(path, flag)
     try:
-        data = json.loads(read_text(path, flag))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} {path}, line {error.lineno}: not JSON ({error.msg})") from error
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{flag} {path}{line}: not JSON ({_reason(error)})") from error
     items = data if key is None else data.get(key) if isinstance(data, dict) else None
     if not isinstance(items, list):
         expected = "a JSON list" if key is None else f"a JSON object with a list {key!r}, as BIG-Bench-Hard has it"
@@ -68,9 +89,23 @@ def read_json_list(path: Path, flag: str, key: str | None = None) -> Iterator[Re
         yield Record(f"{flag} {path}, item {number}", item if isinstance(item, dict) else {})
 
 
+def _reason(error: ValueError | RecursionError) -> str:
+    """Say what is wrong with JSON: its form, a number of thousands of digits, or lists in lists without end."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def read_csv(path: Path, flag: str, columns: tuple[str, ...]) -> Iterator[Record]:
     """Give the rows of a CSV file without a header."""
-    for number, row in enumerate(csv.reader(io.StringIO(read_text(path, flag), newline="")), start=1):
+    rows = csv.reader(io.StringIO(read_text(path, flag), newline=""))
+    for number in count(1):
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(f"{flag} {path}, row {number}: not CSV ({error})") from error
+        if row is None:
+            return
         if len(row) != len(columns):
             raise ValueError(f"{flag} {path}, row {number}: expected {len(columns)} columns, got {len(row)}")
         yield Record(f"{flag} {path}, row {number}", dict(zip(columns, row, strict=True)))

@@ -3,8 +3,11 @@
 import ast
 import builtins
 import importlib.util
+import sys
+import traceback
 from functools import cached_property, partial
 from pathlib import Path
+from types import ModuleType
 
 from neuromas.sandbox import Program
 from neuromas.tasks import files
@@ -13,6 +16,9 @@ from neuromas.tasks.code import CodeTask
 from neuromas.tasks.files import Record
 from neuromas.tasks.verifiers import Verifier, VerifierName, make_verifier
 from neuromas.types import Example
+
+OWN_CODE = "class:"
+"""How the name of a task begins that a Python file makes."""
 
 
 class JsonlTask(DatasetTask):
@@ -49,17 +55,25 @@ class JsonlTask(DatasetTask):
         return float(self.form.check(example.answer, text))
 
     def read_splits(self) -> dict[str, list[Example]]:
-        has_splits = "split" in self.records[0].data
-        splits: dict[str, list[Example]] = {}
+        named: dict[str | None, list[Example]] = {}
         for record in self.records:
-            example = self.example_of(record)
-            split = record.data.get("split") if has_splits else split_of(example.question)
-            if has_splits is not ("split" in record.data) or split not in SPLITS:
-                raise record.error(
-                    f"'split' must be one of {list(SPLITS)} in every line or in none, got {record.data.get('split')!r}"
-                )
-            splits.setdefault(split, []).append(example)
-        return splits
+            split = record.data.get("split")
+            if ("split" in record.data) is not ("split" in self.records[0].data) or split not in (*SPLITS, None):
+                raise record.error(f"'split' must be one of {list(SPLITS)} in every line or in none, got {split!r}")
+            named.setdefault(split, []).append(self.example_of(record))
+        splits = {split: examples for split, examples in named.items() if split is not None}
+        if splits.keys() - {"train"}:
+            return splits
+        # Nobody has said what to score on.
+        return _by_hash(named.get(None, splits.get("train", [])))
+
+    @property
+    def remark(self) -> str:  # type: ignore[override]  # not known before the file is read
+        """Where nobody names the questions to score on, say how many are held out, and how."""
+        if {record.data.get("split") for record in self.records} - {"train", None}:
+            return ""
+        counts = ", ".join(f"{len(examples)} for {split}" for split, examples in self.splits.items())
+        return f"task {self.name} names no questions to score on: some are held out by their hash ({counts})"
 
     def example_of(self, record: Record) -> Example:
         question, answer = record.texts("question", "answer")
@@ -71,6 +85,17 @@ class JsonlTask(DatasetTask):
 
     def load(self, path: Path) -> list[Example]:
         return [self.example_of(record) for record in files.read_question_file(path, "task.file")]
+
+
+def _by_hash(examples: list[Example]) -> dict[str, list[Example]]:
+    """Split questions by their hash. Of few questions none may fall to test: then the one with the largest hash does."""
+    splits: dict[str, list[Example]] = {}
+    chosen = {example.id: split_of(example.question) for example in examples}
+    if len(chosen) > 1 and "test" not in chosen.values():
+        chosen[max(chosen)] = "test"
+    for example in examples:
+        splits.setdefault(chosen[example.id], []).append(example)
+    return splits
 
 
 class JsonlCodeTask(CodeTask, JsonlTask):
@@ -109,12 +134,28 @@ def load_class(place: str) -> Task:
     path = Path(file)
     if not path.is_file() or not name.isidentifier():
         raise ValueError(f"--task class: must be followed by FILE.py:CLASS of a file that is there, got {place!r}")
-    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--task class: must name a Python file, got {file!r}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    kind = getattr(module, name, None)
+    kind = getattr(run_file(path, f"task_{path.stem}", f"--task {OWN_CODE}{place}"), name, None)
     if not isinstance(kind, type) or not issubclass(kind, Task):
         raise ValueError(f"{file} has no class {name} derived from neuromas.tasks.Task")
-    return kind()
+    try:
+        return kind()
+    except Exception as error:  # whatever the user's own class raises
+        raise ValueError(f"--task {OWN_CODE}{place}: it cannot be made: {type(error).__name__}: {error}") from error
+
+
+def run_file(path: Path, name: str, flag: str) -> ModuleType:
+    """Execute a Python file as a module of that name; ValueError says on which line it fails."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{flag}: expected a Python file, got {str(path)!r}")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else next(reversed(frames), None)
+        what = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{flag}: {path}, line {line}: {type(error).__name__}: {what}") from error
+    return module
