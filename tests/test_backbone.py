@@ -289,7 +289,8 @@ def test_a_model_whose_angles_change_with_the_length_reads_texts_up_to_there(tmp
     )  # fmt: skip
     backbone = load_backbone(save_model(Phi3ForCausalLM(config), tmp_path / "phi"))
     assert backbone.max_tokens == original
-    network = Network(Topology.layered([1, 1]), backbone, adapter=AdapterConfig(rank=2), max_new_tokens=5)
+    adapter = AdapterConfig(rank=2, target_modules=("qkv_proj",))
+    network = Network(Topology.layered([1, 1]), backbone, adapter=adapter, max_new_tokens=5)
     short, long = (Example(str(n), "one " * n, "", "") for n in (100, original))
     ((rollout,),) = network.rollout([short], 1, seed=(0,))
     for completion in rollout.completions:

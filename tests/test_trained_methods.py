@@ -187,7 +187,7 @@ def test_the_parameters_of_the_paper_from_its_configuration_alone() -> None:
 def test_a_stopped_cell_goes_on_as_if_it_had_not_been(spec: CellSpec, cell: Cell, tmp_path: Path) -> None:
     config = replace(trained("neuromas_3").change(spec.config), run_dir=tmp_path / "run")
     run, setup = RunDirectory.create(config), set_up(config)
-    run.initialise()
+    run.initialise(setup.questions.task.held_out, setup.questions.checksums())
     trainer = Trainer(setup, run)
     for step in range(2):
         trainer.train_step(step)
@@ -325,7 +325,7 @@ def test_a_tree_has_as_many_leaves_as_rollouts(spec: CellSpec) -> None:
 def test_one_adapter_serves_all_nodes_and_is_stored_and_loaded(spec: CellSpec, tmp_path: Path) -> None:
     config = replace(trained("shared_adapter").change(spec.config), run_dir=tmp_path / "run")
     run, setup = RunDirectory.create(config), set_up(config)
-    run.initialise()
+    run.initialise(setup.questions.task.held_out, setup.questions.checksums())
     trainer = Trainer(setup, run)
     randomise(trainer.bank)
     metrics = trainer.train_step(0)
