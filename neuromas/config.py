@@ -30,7 +30,8 @@ MOST = 4
 COLDEST = 1e-3
 """Temperature from which on logits divided by it are finite."""
 MOST_COUNTED = 999_999
-"""Of steps, whose checkpoints are named by six digits; and of questions, rollouts and tokens of a text."""
+"""Of steps, whose checkpoints are named by six digits; and of questions and tokens of a text."""
+MOST_ROLLOUTS = 100_000
 
 
 def _require(ok: bool, flag: str, expected: str, got: object) -> None:
@@ -242,8 +243,10 @@ class TrainConfig:
         counted = ("num_steps", "examples_per_step", "max_new_tokens", "eval_size", "validation_size")
         for name in (*counted, "tokens_per_micro_batch", "save_every", "branches"):
             _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
-        for name in (*counted, "group_size"):
+        for name in counted:
             _require(getattr(self, name) <= MOST_COUNTED, _flag(name), f"at most {MOST_COUNTED:,}", getattr(self, name))
+        rollouts = self.examples_per_step * self.group_size
+        _require(rollouts <= MOST_ROLLOUTS, "--examples-per-step x --group-size", f"at most {MOST_ROLLOUTS:,}", rollouts)
         for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens", "train_tokens"):
             _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         least = f"at least {COLDEST} (training samples)"
@@ -252,21 +255,13 @@ class TrainConfig:
         _require(self.format_bonus >= 0, "--format-bonus", "at least 0", self.format_bonus)
         _require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
         needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1
-        _require(
-            self.group_size >= needed,
-            "--group-size",
-            f"at least {needed} with --centring {self.centring}",
-            self.group_size,
-        )
+        enough = f"at least {needed} with --centring {self.centring}"
+        _require(self.group_size >= needed, "--group-size", enough, self.group_size)
         unbiased = "leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer otherwise)"
         _require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
         leaves = self.branches**depth
-        _require(
-            self.branches == 1 or self.group_size == leaves,
-            "--group-size",
-            f"{leaves} with --branches {self.branches} and {depth} layers",
-            self.group_size,
-        )
+        exactly = f"{leaves} with --branches {self.branches} and {depth} layers"
+        _require(self.branches == 1 or self.group_size == leaves, "--group-size", exactly, self.group_size)
         fixed = self.adapter.shared or self.topology.vote or self.topology.roles or self.branches > 1
         if self.growth and fixed:
             raise ValueError("growth goes with none of --adapter.shared, --topology.vote, --topology.roles and --branches")

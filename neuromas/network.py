@@ -51,6 +51,7 @@ class Network:
         self.adapters: AdapterBank = backbone.add_adapters(topology.nodes, adapter or AdapterConfig(), seed)
         self.engine: Engine = engine or TorchEngine(backbone)
         self.max_new_tokens = max_new_tokens
+        self._own: dict[tuple[Topology, str], int] = {}
 
     def rollout(
         self,
@@ -111,16 +112,26 @@ class Network:
             return
         shapes = [self.topology, *([self.parent] if self.parent else []), *later]
         most_senders = max(max(Counter(recipient for _, recipient in shape.edges).values(), default=0) for shape in shapes)
-        # A message comes with a line of its own, and the node's own part of the prompt is a few dozen tokens.
-        texts = (most_senders + 1) * (self.max_new_tokens + 16) + 64
+        # A message comes with a line of its own, and the chat template closes the prompt.
+        texts = (most_senders + 1) * (self.max_new_tokens + 16) + 32
         for example in examples:
             question = len(self.backbone.prompt(example.question, "").prefix_ids)
-            if question + texts > limit:
+            own = max(self._own_tokens(shape, example.answer_format) for shape in shapes)
+            if (needed := question + own + texts) > limit:
                 raise ValueError(
-                    f"a question of {question} tokens ({example.question[:40]!r}...), {most_senders} messages to a node and "
-                    f"--max-new-tokens {self.max_new_tokens} need up to {question + texts} tokens, the backbone reads {limit}; "
-                    "shorten one of them"
+                    f"a question of {question} tokens ({example.question[:40]!r}...), {own} tokens for a node alone, "
+                    f"{most_senders} messages to a node and --max-new-tokens {self.max_new_tokens} need up to {needed} tokens, "
+                    f"the backbone reads {limit}; shorten one of them"
                 )
+
+    def _own_tokens(self, topology: Topology, answer_format: str) -> int:
+        """Return the most tokens that a node reads beside question and messages: its place, its role, whom it writes to."""
+        key = topology, answer_format
+        if key not in self._own:
+            asked = Example("", "", "", answer_format)
+            texts = (messages.render(topology, node, asked, []) for node in topology.nodes)
+            self._own[key] = max(len(self.backbone.prompt("", text).suffix_ids) for text in texts)
+        return self._own[key]
 
     def _check_finite(self, passes: Iterable["_Pass"]) -> None:
         """Raise Diverged if a text was drawn from log-probabilities that are no numbers."""

@@ -29,11 +29,17 @@ class Questions:
         """Read or generate them; ValueError names the flag that is wrong."""
         config.check()
         task = from_config(config.task)
-        task.check_ready()
-        sets = evaluation_sets(config, task)
-        # A task with nothing to train on says so now, not after the first evaluation.
-        first = task.training_batch(config.seed, 0, min(config.drawn_per_step, LOOKED_AT))
-        return cls(task, task.training_examples() if isinstance(task, DatasetTask) else first, sets)
+        try:
+            task.check_ready()
+            sets = evaluation_sets(config, task)
+            # A task with nothing to train on says so now, not after the first evaluation.
+            first = task.training_batch(config.seed, 0, min(config.drawn_per_step, LOOKED_AT))
+            return cls(task, task.training_examples() if isinstance(task, DatasetTask) else first, sets)
+        except Exception as error:
+            # Whatever the user's own class raises.
+            if isinstance(error, ValueError) or not config.task.name.startswith(OWN_CODE):
+                raise
+            raise ValueError(f"--task {config.task.name}: {type(error).__name__}: {error}") from error
 
     def checksums(self) -> dict[str, str]:
         """Return checksums of questions and answers, by what they are for."""

@@ -60,7 +60,7 @@ def test_numbers_that_are_none_and_sizes_that_do_not_fit(refuses: Refuses, call:
     refuses(rf"adapters of --adapter\.rank 999999999 for 2 nodes {message}", "--adapter.rank", 999999999)
     planned = call("train", *FLAGS, "--backbone", tiny_folder, "--dry-run", "--adapter.rank", 999999999)
     assert_refused(planned, rf"trainable parameters \(rank 999999999, 2 nodes\) {message}")
-    refuses(rf"--group-size 999999 rollouts of 2 nodes {message}", "--group-size", 999999, "--examples-per-step", 9999)
+    refuses(r"--examples-per-step x --group-size must be at most 100,000, got 999999$", "--group-size", 999999)
 
 
 def test_questions_that_are_too_long(refuses: Refuses, call: Call, trained: Path, tmp_path: Path) -> None:
@@ -68,11 +68,21 @@ def test_questions_that_are_too_long(refuses: Refuses, call: Call, trained: Path
     items = write_lines(tmp_path / "items.jsonl", [{"question": long, "answer": "Yes"}])
     message = r"a question of \d+ tokens \('word word .* the backbone reads \d+; shorten one of them$"
     refuses(message, "--task.file", items)
+    refuses(r"\d{5} tokens for a node alone, .* the backbone reads \d+; shorten", "--topology.roles", long, "You are brief.")
     # Also one that no evaluation meets, and that training would meet later.
     lines = [*numbered(30, split="train"), {"question": long, "answer": "1", "split": "train"}, *numbered(1, split="test")]
     refuses(message, "--task", f"jsonl:{write_lines(tmp_path / 'mine.jsonl', lines)}")
     assert_refused(call("ask", trained, long), message)
     assert_refused(call("ask", trained, "x" * 1_000_001), r"QUESTION must be at most 1,000,000 characters$")
+
+
+def test_a_model_that_could_not_be_laid_out(refuses: Refuses, tmp_path: Path, tiny_folder: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["layer_types"] = None
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**4}))
+    refuses(r"/model: cannot be loaded: its config has 10,000 layers, at most 1,000 are read$", "--backbone", folder)
 
 
 def test_cuda_where_there_is_none_is_told_by_its_flag(refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,13 +153,17 @@ def test_lines_that_are_no_questions(refuses: Refuses, tmp_path: Path, text: str
             "from neuromas.tasks import Task\nclass X(Task): pass",
             r"X: it cannot be made: TypeError: Can't instantiate",
         ),
+        (
+            "from neuromas.tasks import Navigate\nclass X(Navigate):\n    def generate(self, rng): return None",
+            r"X: AttributeError: 'NoneType' object has no attribute 'question'$",
+        ),
     ],
 )
 def test_a_class_file_that_fails(refuses: Refuses, call: Call, tmp_path: Path, source: str, message: str) -> None:
     path = tmp_path / "mine.py"
     path.write_text(source)
     refuses(message, "--task", f"class:{path}:X")
-    if "Task" not in source:
+    if "neuromas" not in source:
         grid = tmp_path / "grid.toml"
         grid.write_text(f'methods = ["class:{path}:X"]\ntasks = ["navigate"]\nseeds = [0]\n')
         assert_refused(call("compare", grid, "--dry-run"), message)
