@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table as Grille
 from transformers import PretrainedConfig
 
-from neuromas.analysis import Comparison, compare, spell_difference, spell_problem, to_json
+from neuromas.analysis import compare
 from neuromas.backbone import Backbone, config_of
 from neuromas.baselines.base import CellResult, CellSpec
 from neuromas.baselines.paper import qwen3_0_6b
 from neuromas.cells import Cell, Stored, cell, make_all, read
 from neuromas.config import TrainConfig
+from neuromas.findings import Comparison, spell_difference, spell_problem, to_json
 from neuromas.grid import Grid, Pair, describe_cell, find_method, problem_of
 from neuromas.matching import QUANTITIES, spell
 from neuromas.report import write_report

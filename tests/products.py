@@ -24,7 +24,7 @@ Product = tuple[str, tuple[Layout, ...]]
 
 def _described(name: str, arguments: object) -> Product:
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    return name, tuple((tuple(tensor.shape), tensor.stride(), tensor.storage_offset()) for tensor in tensors)
+    return name, tuple((tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())) for tensor in tensors)
 
 
 class _Listing(TorchDispatchMode):

@@ -219,10 +219,13 @@ def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(
     out = capsys.readouterr().out
     counts = dict(re.findall(r"^(\w+) +yes +18 +[\d,]+ \(([\d.]+M)\)", out, re.MULTILINE))
     assert counts == {"malt": "6.9M", "single_rl": "6.9M", "single_rl_vote_3": "6.9M", "neuromas_3": "6.9M",
+                      "single_rl_long": "6.9M", "single_rl_long_continued": "6.9M",
                       "neuromas_5": "11.5M", "neuromas_7": "16.1M", "neuromas_5_grown": "11.5M",
                       "neuromas_7_grown": "16.1M"}  # fmt: skip
     assert "neuromas_3 - single_rl: matched in trainable parameters, training questions" in out
-    assert "234 cells: 13 methods x 6 tasks x 3 seeds on Qwen/Qwen3-0.6B" in out
+    assert "270 cells: 15 methods x 6 tasks x 3 seeds on Qwen/Qwen3-0.6B" in out
+    # Nine methods train by the common loop; the vote shares the single model's trials.
+    assert "108 trials: every trained method on every task tries lr 0.0003, 0.001; validation chooses" in out
 
 
 def test_the_dry_run_counts_tokens_where_these_are_the_budget(
@@ -233,7 +236,7 @@ def test_the_dry_run_counts_tokens_where_these_are_the_budget(
     cli.main()
     out = capsys.readouterr().out
     assert len(re.findall(r"^neuromas_\w+ +yes +15 +[\d,]+ +of [\d,]+ tokens +\d+$", out, re.MULTILINE)) == 6
-    assert "neuromas_7_grown - neuromas_7: matched in optimizer steps, sampled tokens in training (to within" in out
+    assert "neuromas_7_grown - neuromas_7: matched in training steps, sampled tokens in training (to within" in out
 
 
 def test_jobs_must_be_some(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from rivals import Rival
 
-from neuromas.analysis import Comparison, Difference, amounts_of, compare, spell_difference, to_json
+from neuromas.analysis import amounts_of, compare
 from neuromas.baselines import METHODS, Answer, CellResult
 from neuromas.cells import Stored
 from neuromas.figures import growth_marks
+from neuromas.findings import Comparison, Difference, spell_difference, to_json
 from neuromas.grid import Grid, load_grid
 from neuromas.matching import QUANTITIES, mismatches
 from neuromas.report import write_report
