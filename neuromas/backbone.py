@@ -33,7 +33,6 @@ from neuromas.norms import replace_norms
 from neuromas.packing import ATTENTION, Attention, Packed
 from neuromas.types import Prompt
 
-MOST_LAYERS = 1000
 _PLACEHOLDER = "PLACEHOLDER"
 
 
@@ -87,11 +86,10 @@ class Backbone:
         disable_progress_bar()
         set_verbosity_error()
         try:
-            config = _config(source)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True,
-                config=config, trust_remote_code=False,
+                trust_remote_code=False,
             )  # fmt: skip
             model, report = loaded
             # Left alone, transformers fills what is missing with random numbers and goes on.
@@ -297,19 +295,11 @@ def resolve_device(device: str) -> str:
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _config(source: str) -> Any:
-    """Read a config, whose own code is never executed; ValueError for one whose model would take forever to lay out."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > MOST_LAYERS:
-        raise ValueError(f"its config has {layers:,} layers, at most {MOST_LAYERS:,} are read")
-    return config
-
-
 def config_of(name: str) -> Any:
     """Return a backbone's transformers config without its weights; ValueError as `Backbone.load`."""
     source = find_backbone(name)
     try:
-        return _config(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged config raises whatever reading it meets
         raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
 

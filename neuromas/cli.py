@@ -23,7 +23,7 @@ from neuromas.arguments import (
     TrainArguments,
 )
 from neuromas.bundled import find_backbone
-from neuromas.config import COLDEST, GrowthConfig, TaskConfig, TrainConfig, load_toml
+from neuromas.config import COLDEST, MOST_COUNTED, GrowthConfig, TaskConfig, TrainConfig, load_toml
 from neuromas.descent import grown_config
 from neuromas.process import settle
 from neuromas.questions import Questions, check_code, drawn_in_training, open_run
@@ -122,8 +122,8 @@ def run_grow(args: Sequence[str]) -> None:
 
 def run_eval(args: Sequence[str]) -> None:
     parsed = _parse(EvalArguments, args, "eval")
-    if parsed.size < 1:
-        raise ValueError(f"--size must be at least 1, got {parsed.size}")
+    if not 1 <= parsed.size <= MOST_COUNTED:
+        raise ValueError(f"--size must be 1 to {MOST_COUNTED:,}, got {parsed.size}")
     if parsed.temperature != 0 and not COLDEST <= parsed.temperature < math.inf:
         raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {parsed.temperature}")
     run, task = open_run(parsed.run, untrained=parsed.untrained, data=parsed.data, allow_code=parsed.allow_code)
@@ -156,7 +156,10 @@ def run_eval(args: Sequence[str]) -> None:
 
 def run_ask(args: Sequence[str]) -> None:
     parsed = _parse(AskArguments, args, "ask")
-    question = sys.stdin.read(MOST_ASKED + 1) if parsed.question == "-" else parsed.question
+    if parsed.question == "-":
+        question = sys.stdin.buffer.read(4 * MOST_ASKED + 1).decode(errors="surrogateescape")
+    else:
+        question = parsed.question
     if len(question) > MOST_ASKED:
         raise ValueError(f"QUESTION must be at most {MOST_ASKED:,} characters")
     if not question.strip():

@@ -256,7 +256,7 @@ def test_a_backbone_that_has_changed_since(call: Call, tmp_path: Path, trained: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--size", "0"], r"^error: --size must be at least 1, got 0$"),
+        (["--size", "0"], r"^error: --size must be 1 to 999,999, got 0$"),
         (["--temperature", "-1"], r"^error: --temperature must be 0 \(greedy\) or at least 0\.001, got -1\.0$"),
     ],
 )
