@@ -371,7 +371,7 @@ def test_isolation_that_does_not_hold_is_not_used(tmp_path: Path, monkeypatch: p
     fake = tmp_path / "bwrap"
     fake.write_text(
         '#!/bin/sh\necho "{ \\"child-pid\\": $$ }" > /proc/self/fd/$2\n'
-        'while [ "$1" != "--remount-ro" ]; do shift; done\nshift 2\nexec "$@"\n'
+        'while [ "$1 $2" != "--remount-ro /" ]; do shift; done\nshift 2\nexec "$@"\n'
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -125,7 +125,7 @@ class Bubblewrap:
         for name in _readable():
             options += ["--dev-bind" if name.startswith("/dev/") else "--ro-bind", name, name]
         for name in _packages():
-            options += ["--tmpfs", name]
+            options += ["--tmpfs", name, "--remount-ro", name]
         for name, value in _environment().items():
             options += ["--setenv", name, value]
         self._path, self._options = path, [*options, "--remount-ro", "/"]

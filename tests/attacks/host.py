@@ -38,6 +38,7 @@ def solve(a, b):
         tmp=lambda: open("/tmp/neuromas-attack", "w"),
         here=lambda: open("here", "w"),
         node=lambda: os.mkfifo(FOLDER + "/fifo"),
+        packages=lambda: open(os.path.dirname(os.__file__) + "/site-packages/new", "w"),
     )
 """,
         FAILED,
