@@ -2,11 +2,13 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 MOST_BYTES = 2**30
 """Of a file of text that is read: beyond, it is no config and no list of questions."""
@@ -66,3 +68,31 @@ def read_file(path: Path, most: int | None = MOST_BYTES) -> bytes:
         if most is not None and found.st_size > most:
             raise OSError(errno.EFBIG, f"{found.st_size / 2**30:.1f} GiB, more than is read at once", str(path))
         return file.read() if most is None else file.read(most)
+
+
+def damaged(path: Path, error: object) -> ValueError:
+    """Return what to say of a file of a run that does not hold what it should."""
+    return ValueError(f"{path} is damaged ({error}); restore it, or delete it to go on without it")
+
+
+def read_or_damaged(path: Path, most: int | None = MOST_BYTES) -> bytes:
+    """Return what a file of a run holds; ValueError that names it."""
+    try:
+        return read_file(path, most)
+    except OSError as error:
+        raise damaged(path, error.strerror) from error
+
+
+def parse_json(path: Path, data: bytes, kind: type) -> Any:
+    """Return what a run's file of this content says; ValueError that names it if it is damaged or no `kind`."""
+    try:
+        found = json.loads(data, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(found, kind):
+        raise damaged(path, f"it holds no JSON {'object' if kind is dict else 'list'}")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

@@ -15,6 +15,7 @@ Imports no torch, so that a folder that cannot be used is refused at once.
 
 import fcntl
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from neuromas.config import TrainConfig, from_json, to_json
-from neuromas.files import MOST_BYTES, checksum_of, read_file, replace_file, sync, write_folder
+from neuromas.files import checksum_of, damaged, parse_json, read_file, read_or_damaged, replace_file, sync, write_folder
 from neuromas.identity import differences, identity
 from neuromas.topology import Topology
 
@@ -126,6 +127,13 @@ class RunDirectory:
         self.write_json("growth.json", parent.read_json("growth.json", list) or [])
         self.write_json("parent.json", origin)
 
+    def check_files(self) -> None:
+        """Raise ValueError if a file that a run goes on from is damaged: asked before anything is written."""
+        self.held_out()
+        self.scores("after")
+        self.read_json("growth.json", list)
+        _ = self.first_step, self._started_with
+
     def held_out(self) -> frozenset[str]:
         """Return the ids of the examples that training never draws."""
         return frozenset(id for id in self.read_json("held_out.json", list) or () if isinstance(id, str))
@@ -156,7 +164,8 @@ class RunDirectory:
         """Keep other processes out of the folder; ValueError if one is in it."""
         with self._writing("lock"):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("w")
+            # Nonblocking: whatever lies there must not keep anybody waiting.
+            file = os.fdopen(os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC), "wb")
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,7 +183,7 @@ class RunDirectory:
             missing = Path(error.filename).name
             raise ValueError(f"{path} is no run: expected {missing} in it, {error.strerror}") from error
         topology = config.topology.build()
-        if _parse_json(path / "topology.json", drawn, dict) != topology.to_json():
+        if parse_json(path / "topology.json", drawn, dict) != topology.to_json():
             raise ValueError(f"{path / 'topology.json'} is not the topology of config.json beside it; restore them both")
         return cls(path, config, topology)
 
@@ -334,42 +343,24 @@ class RunDirectory:
     def read_json(self, name: str, kind: type) -> Any:
         """Return a JSON file's content, None if it is not there; ValueError names one that is damaged or holds no `kind`."""
         path = self.path / name
-        return _parse_json(path, _read(path), kind) if path.exists() else None
+        return parse_json(path, read_or_damaged(path), kind) if path.exists() else None
 
     def _read_lines(self, name: str) -> list[tuple[bytes, dict[str, Any]]]:
         """Return the whole lines of a JSONL file, raw and parsed; a killed run's last line may be cut off."""
         path = self.path / name
-        raw = _read(path, most=None).splitlines(keepends=True) if path.exists() else []
-        lines = [(line, _parse_json(path, line, dict)) for line in raw if line.endswith(b"\n")]
-        if any(not isinstance(record.get("step"), int) for _, record in lines):
+        raw = read_or_damaged(path, most=None).splitlines(keepends=True) if path.exists() else []
+        lines = [(line, parse_json(path, line, dict)) for line in raw if line.endswith(b"\n")]
+        values = (record.values() if name == "metrics.jsonl" else () for _, record in lines)
+        fits = all(isinstance(value, int | float) for of_record in values for value in of_record)
+        steps = all(isinstance(record.get("step"), int) and isinstance(record.get("split", ""), str) for _, record in lines)
+        if not (fits and steps):
             raise ValueError(f"{path} is damaged: a line is no record with a step; delete the file to go on without it")
         return lines
-
-
-def damaged(path: Path, error: object) -> ValueError:
-    return ValueError(f"{path} is damaged ({error}); restore it, or delete it to go on without it")
 
 
 def _kind(name: str) -> str:
     """Return what a set of examples is called wherever it lies: a file may be moved."""
     return "--task.file" if name.startswith("file ") else name
-
-
-def _read(path: Path, most: int | None = MOST_BYTES) -> bytes:
-    try:
-        return read_file(path, most)
-    except OSError as error:
-        raise damaged(path, error.strerror) from error
-
-
-def _parse_json(path: Path, data: bytes, kind: type) -> Any:
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, error) from error
-    if not isinstance(found, kind):
-        raise damaged(path, f"it holds no JSON {'object' if kind is dict else 'list'}")
-    return found
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -12,9 +12,10 @@ from rich.text import Text
 from neuromas.backbone import resolve_device
 from neuromas.config import TrainConfig, to_json
 from neuromas.evaluate import Evaluation
+from neuromas.files import damaged
 from neuromas.growth import Growth
 from neuromas.growth import describe as describe_growth
-from neuromas.rundir import RunDirectory, damaged
+from neuromas.rundir import RunDirectory
 from neuromas.sizes import sizes
 from neuromas.tasks import Task, from_config
 from neuromas.tasks.own import OWN_CODE

@@ -130,6 +130,10 @@ def trainer_of(
     run = RunDirectory.find(config, resume=resume)
     if parent:
         check_descends(parent, config)
+    for each in (run, parent) if parent else (run,):
+        each.check_files()
+        for score in (score for when in ("before", "after") for score in each.scores(when).values()):
+            Evaluation.from_json(score, str(each.path / "evaluation.json"))
     setup = set_up(config, questions)
     task, checksums = setup.questions.task, setup.questions.checksums()
     if parent:

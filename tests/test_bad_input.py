@@ -230,6 +230,28 @@ def test_hand_edited_files_of_a_run_are_named(call: Call, trained: Path, tmp_pat
     assert seen > 5
 
 
+def test_a_run_does_not_go_on_from_damaged_files(call: Call, trained: Path, tmp_path: Path) -> None:
+    for name, text, message in (
+        ("evaluation.json", '{"after": {"test": {"accuracy": 1}}}', r"is damaged \(a score lacks a part\)"),
+        ("evaluation.json", '{"after": {"test": NaN}}', r"is damaged \(NaN is no JSON\)"),
+        ("growth.json", "3", r"is damaged \(it holds no JSON list\)"),
+        ("metrics.jsonl", '{"step": 0, "reward/mean": "x"}\n', r"is damaged: a line is no record with a step"),
+        ("rollouts.jsonl", '{"step": 0, "split": []}\n', r"is damaged: a line is no record with a step"),
+    ):
+        run, child = tmp_path / "run", tmp_path / "child"
+        shutil.copytree(trained, run, symlinks=True)
+        (run / name).write_text(text)
+        assert_refused(call("train", "--resume", "--run-dir", run), message)
+        if name.endswith(".json"):
+            assert_refused(call("grow", run, "--to", 2, 1, "--run-dir", child), message)
+        assert not child.exists()
+        shutil.rmtree(run)
+    shutil.copytree(trained, run, symlinks=True)
+    (run / "lock").unlink()
+    os.mkfifo(run / "lock")
+    assert call("train", "--resume", "--run-dir", run).status == 0
+
+
 def _places(data: object, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     return [place for key, value in items for place in [(*at, key), *_places(value, (*at, key))]]
