@@ -247,7 +247,7 @@ def _parse(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
         if not stop.code:
             raise
         lines = (line.strip("│╰╭─╮╯ ") for line in complaint.getvalue().splitlines() if not line.startswith("╭"))
-        raise ValueError(" ".join(line for line in lines if line)) from stop
+        raise ValueError(" ".join(line for line in lines if line.strip("-"))) from stop
 
 
 def main() -> None:

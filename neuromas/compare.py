@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import signal
 import sys
 import time
@@ -23,8 +24,10 @@ from neuromas.config import TrainConfig
 from neuromas.findings import Comparison, spell_difference, spell_problem, to_json
 from neuromas.grid import Grid, Pair, describe_cell, find_method, problem_of
 from neuromas.matching import QUANTITIES, spell
+from neuromas.questions import Questions, evaluation_sets
 from neuromas.report import write_report
 from neuromas.sizes import sizes
+from neuromas.tasks import from_config
 from neuromas.terminal import one_line
 from neuromas.tuning import Tuning
 
@@ -37,8 +40,10 @@ def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_
     Cells of other code are made again, unless `keep_old`; cells that died are tried again. Raises ValueError if another process
     is at it.
     """
+    if not report_only:
+        check_questions(grid)
+    checksums = {name: _checksum(name, grid) for name in grid.backbones}
     with _locked(out) as lock:
-        checksums = {name: _checksum(name, grid) for name in grid.backbones}
         found: dict[Path, Stored] = {}
         notes: list[str] = []
 
@@ -75,6 +80,18 @@ def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_
         (out / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
         write_report(data, out)
     return comparison
+
+
+def check_questions(grid: Grid) -> None:
+    """Raise ValueError if a task cannot ask what its cells need: before any of them, not in the report of those that died."""
+    needed = {(spec.config.task.name, find_method(spec.method).trained): spec.config for spec in grid.cells}
+    for (_, trained), config in needed.items():
+        if trained:
+            Questions.of(config)
+        else:
+            task = from_config(config.task)
+            task.check_ready()
+            evaluation_sets(config, task)
 
 
 def _checksum(backbone: str, grid: Grid) -> str:
@@ -148,7 +165,8 @@ def _tell(text: str) -> None:
 def _locked(out: Path) -> Iterator[int]:
     """Keep other processes out; workers inherit the lock, so that one that outlives this process is not overtaken."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as file:
+    # Nonblocking: whatever lies there must not keep anybody waiting.
+    with os.fdopen(os.open(out / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

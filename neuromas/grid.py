@@ -127,6 +127,7 @@ def load_grid(
     named = {key: set(_distinct(raw, key, str, where)) for key in ("methods", "tasks")}
     short = _table(raw, "quick", where)
     _check_keys(short, (*LISTS, "train", "tuning", "reference", "tolerance"), where, "quick.")
+    _table(short, "train", f"{where}: quick")
     if quick:
         raw |= {key: value for key, value in short.items() if key != "train"}
     given = {"tasks": list(tasks), "seeds": list(seeds), "backbones": list(backbones)}
@@ -235,12 +236,15 @@ class _Layers:
 def _pairs(raw: Mapping[str, Any], methods: Sequence[str], left_out: set[str], where: str) -> tuple[Pair, ...]:
     """Return the named pairs, then every other method with the reference; none of methods that --quick leaves out."""
     matched, tolerance = raw.get("matched", []), raw.get("tolerance", DEFAULT_TOLERANCE)
-    entries = [{"compare": entry} if isinstance(entry, list) else entry for entry in raw.get("pairs", [])]
+    given = raw.get("pairs", [])
+    if not isinstance(given, list):
+        raise ValueError(f"{where}: pairs must be a list, got {given!r}")
+    entries = [{"compare": entry} if isinstance(entry, list) else entry for entry in given]
     reference = raw.get("reference")
     if reference is not None:
         if reference not in methods:
             raise ValueError(f"{where}: reference must be one of the methods {', '.join(methods)}, got {reference!r}")
-        named = [set(entry.get("compare", ())) for entry in entries if isinstance(entry, dict)]
+        named = [set(c) for e in entries if isinstance(e, dict) and _are_texts(c := e.get("compare"))]
         entries += [{"compare": [m, reference]} for m in methods if m != reference and {m, reference} not in named]
     pairs = [_pair(entry, matched, tolerance, {*methods, *left_out}, where) for entry in entries]
     return tuple(pair for pair in pairs if pair.first in methods and pair.second in methods)
@@ -251,9 +255,9 @@ def _pair(entry: Any, matched: Any, tolerance: Any, methods: set[str], where: st
         raise ValueError(f'{where}: pairs must hold ["METHOD", "METHOD"] or tables, got {entry!r}')
     _check_keys(entry, ("compare", "matched", "tolerance", "asks"), where, "pairs.")
     compare, declared, allowed = entry.get("compare"), entry.get("matched", matched), entry.get("tolerance", tolerance)
-    if not isinstance(compare, list) or len(compare) != 2 or compare[0] == compare[1] or not methods.issuperset(compare):
+    if not _are_texts(compare) or len(compare) != 2 or compare[0] == compare[1] or not methods.issuperset(compare):
         raise ValueError(f"{where}: pairs.compare must name two of the methods {', '.join(sorted(methods))}, got {compare!r}")
-    if not isinstance(declared, list) or not declared or not QUANTITIES.keys() >= set(declared):
+    if not _are_texts(declared) or not declared or not QUANTITIES.keys() >= set(declared):
         raise ValueError(f"{where}: {' and '.join(compare)}: matched must name one or more of {', '.join(QUANTITIES)}, "
                          f"got {declared!r}")  # fmt: skip
     if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not 0 <= allowed < 1:
@@ -261,6 +265,10 @@ def _pair(entry: Any, matched: Any, tolerance: Any, methods: set[str], where: st
     return Pair(
         first=compare[0], second=compare[1], matched=tuple(declared), tolerance=float(allowed), asks=str(entry.get("asks", ""))
     )  # fmt: skip
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str, prefix: str = "") -> None:

@@ -121,6 +121,16 @@ def test_what_has_no_end_is_not_read(refuses: Refuses, call: Call, trained: Path
     assert_refused(call("show", run), r"evaluation\.json is damaged \(not a regular file, but a device or a pipe\); restore it")
 
 
+def test_a_comparison_that_cannot_be_made_leaves_nothing(call: Call, tmp_path: Path) -> None:
+    grid, out = tmp_path / "grid.toml", tmp_path / "out"
+    grid.write_text('methods = ["single_rl"]\ntasks = ["gsm8k"]\nseeds = [0]\n')
+    refused = call("compare", grid, "--out", out, "--data", tmp_path / "none")
+    assert_refused(refused, r"^error: task\.data .*/none is not there, which should be a file or folder for task gsm8k")
+    refused = call("compare", grid, "--out", out, "--tasks", "navigate", "--backbone", tmp_path)
+    assert_refused(refused, r"^error: --backbone .* expected a folder with a config\.json, found none$")
+    assert not out.exists()
+
+
 def test_a_file_that_is_too_large_is_not_read(refuses: Refuses, tmp_path: Path) -> None:
     path = tmp_path / "large.jsonl"
     with path.open("wb") as file:
