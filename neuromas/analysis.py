@@ -39,13 +39,21 @@ class Run:
     def right(self) -> np.ndarray:
         """One value a distinct question, with the mean of the rewards.
 
-        A question that is published twice is one question to every interval and test: its rewards are added, in units that
-        leave the mean over all answers as it is.
+        A question that is published twice is one question to every interval and test. Its weight is in the mean, which is that
+        over all answers, and linearised around it: mean + weight * (own mean - mean), weights of mean 1.
         """
-        sums: dict[str, float] = {}
+        rewards: dict[str, list[float]] = {}
         for answer in self.answers:
-            sums[answer.example] = sums.get(answer.example, 0.0) + answer.reward
-        return np.array(list(sums.values())) * len(sums) / len(self.answers)
+            rewards.setdefault(answer.example, []).append(answer.reward)
+        own = np.array([sum(each) / len(each) for each in rewards.values()])
+        weights = np.array([len(each) for each in rewards.values()]) * len(rewards) / len(self.answers)
+        mean = sum(answer.reward for answer in self.answers) / len(self.answers)
+        return mean + weights * (own - mean)
+
+    @property
+    def independent(self) -> float:
+        """How many independent questions its answers are worth."""
+        return statistics.independent(list(Counter(answer.example for answer in self.answers).values()))
 
     @property
     def questions(self) -> list[tuple[str, str]]:
@@ -89,7 +97,7 @@ def _compare(
     for spec, stored in found:
         problem = problem_of(spec)
         if stored is None or stored.result is None:
-            reason = "not run yet" if stored is None else f"died: {stored.error}"
+            reason = "not run yet" if stored is None else f"died: {stored.error}" if stored.code else stored.error or ""
             lost.setdefault(problem, {}).setdefault(spec.method, {}).setdefault(reason, []).append(str(spec.config.seed))
             continue
         result = stored.result
@@ -147,14 +155,14 @@ def _score(name: str, runs: Sequence[Run]) -> Score:
     method = find_method(name)
     right_RQ = np.array([run.right for run in runs])
     n, distinct = len(runs[0].answers), right_RQ.shape[1]
-    low, high = statistics.share_interval(right_RQ)
+    low, high = statistics.share_interval(right_RQ, runs[0].independent)
     given = Counter(UNPARSED if a.given is None else a.given for run in runs for a in run.answers)
     (best, count), *_ = Counter(answer.gold for answer in runs[0].answers).most_common(1)
     floor = count / n if count > 1 else None
     each = [
         RunScore(seed=run.seed, accuracy=float(right.mean()), low=interval[0], high=interval[1])
         for run, right in zip(runs, right_RQ, strict=True)
-        for interval in [statistics.wilson(float(right.sum()), distinct)]
+        for interval in [statistics.wilson(float(right.mean()) * run.independent, run.independent)]
     ]
     score = Score(
         method=name, title=method.title, trained=method.trained, n=n, distinct=distinct,
@@ -217,17 +225,17 @@ def _difference(
         low_these_runs=these[0], high_these_runs=these[1], p_these_runs=p_these,
         runs=[_of_one_run(first, second) for first, second in together],
         unmatched=_unmatched(pair, *([run.amounts for run in runs[name]] for name in (pair.first, pair.second))),
-        uninformative=_uninformative(scores[pair.first], scores[pair.second]),
+        uninformative=_uninformative(scores[pair.first], scores[pair.second], p),
     )  # fmt: skip
     return found, estimate
 
 
-def _uninformative(first: Score, second: Score) -> str | None:
+def _uninformative(first: Score, second: Score, p: float) -> str | None:
     """Say why a difference of two scores says nothing; None where it does."""
-    if min(first.accuracy, second.accuracy) >= CEILING:
+    if min(first.accuracy, second.accuracy) >= CEILING and p >= statistics.SIGNIFICANT:
         return f"both at the ceiling ({CEILING:.0%} or more)"
-    if all(score.floor is not None and score.low <= score.floor for score in (first, second)):
-        return "both at the floor (their intervals reach it)"
+    if all(score.low <= (score.floor or 0.0) <= score.high for score in (first, second)):
+        return "both at the floor (it lies in their intervals)"
     return None
 
 
@@ -257,8 +265,11 @@ def _adjusted(differences: Sequence[Difference]) -> list[Difference]:
 
 def _overall(pair: Pair, estimates: Sequence[statistics.Estimate | None], tables: Sequence[Table], index: int) -> Difference:
     """Return the mean difference of a pair over all problems; refused if any of them is."""
+    # A further set of the same task is answered by the same runs: it is no task of its own.
+    first = {table.problem[:2]: place for place, table in reversed(list(enumerate(tables)))}
+    tables = [tables[place] for place in sorted(first.values())]
+    known = [estimate for place in sorted(first.values()) if (estimate := estimates[place]) is not None]
     refused = [(spell_problem(t.problem), reason) for t in tables if (reason := t.differences[index].refused)]
-    known = [estimate for estimate in estimates if estimate is not None]
     if refused:
         where, reason = refused[0]
         return Difference(refused=f"refused on {len(refused)} of {len(tables)} tasks: {where}: {reason}")

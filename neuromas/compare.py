@@ -50,11 +50,12 @@ def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_
         def place_of(spec: CellSpec) -> Cell:
             return cell(spec, out, checksums[spec.config.backbone])
 
-        def result_of(spec: CellSpec) -> CellResult | None:
+        def result_of(spec: CellSpec) -> CellResult | str | None:
             stored = found.get(place_of(spec).path)
-            return stored.result if stored else None
+            return (stored.result or stored.error) if stored else None
 
         tuning = Tuning(grid, result_of)
+        tuning.check_settings()
         tuning.check()
         specs, seen = [*tuning.trials(), *grid.cells], set[Path]()
         # What some cells train with is known when others have been made, so they come in turns.
@@ -72,7 +73,10 @@ def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_
                 )
                 found |= _make(left, jobs, lock)
         settled = [(spec, tuning.settle(spec)) for spec in grid.cells]
-        cells = [(own or spec, found.get(place_of(own).path) if own else None) for spec, own in settled]
+        cells = [
+            (own, found.get(place_of(own).path)) if own else (spec, Stored("", None, tuning.why_not(spec), 0.0))
+            for spec, own in settled
+        ]
         trials = {(spec.method, *problem_of(spec)): tuning.table(spec) for spec in grid.cells}
         comparison = compare(grid, cells, notes, trials)
         codes = sorted({place_of(spec).code for spec in grid.cells})
@@ -147,7 +151,7 @@ def _outcome(stored: Stored) -> str:
     if stored.result is None:
         return f"died: {stored.error}"
     if not stored.result.answers:
-        return f"validation {max(point.accuracy for point in stored.result.curve):.1%} at best"
+        return f"validation {max((point.accuracy for point in stored.result.curve), default=0.0):.1%} at best"
     scores = (f"{sum(a.reward for a in answers) / len(answers):.1%} of {len(answers)} right on {which}"
               for which, answers in stored.result.answers.items())  # fmt: skip
     return ", ".join(scores)
@@ -198,7 +202,9 @@ def print_plan(grid: Grid) -> None:
         + (f" x {len(grid.backbones)} backbones" if several else f" on {grid.backbones[0]}")
     )
     console.print(f"tasks: {', '.join(grid.tasks)}")
-    if trials := Tuning(grid, lambda spec: None).trials():
+    tuning = Tuning(grid, lambda spec: None)
+    tuning.check_settings()
+    if trials := tuning.trials():
         tried = ", ".join(f"{lr:g}" for lr in grid.tuning.lrs) if grid.tuning else ""
         console.print(f"{len(trials)} trials: every trained method on every task tries lr {tried}; validation chooses")
     for pair in grid.pairs:

@@ -7,7 +7,7 @@ from typing import Any
 
 from neuromas.budget import spending
 from neuromas.network import Network
-from neuromas.statistics import wilson
+from neuromas.statistics import independent, wilson
 from neuromas.tasks import Task, floor
 from neuromas.types import Example, Group
 
@@ -77,15 +77,16 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
         raise ValueError("nothing to evaluate: expected at least one example")
     n = len(rollouts)
     right = sum(task.rewards([(rollout.example, rollout.answer) for rollout in rollouts]))
-    distinct = len({rollout.example.id for rollout in rollouts})
-    low, high = wilson(right / n * distinct, distinct)
+    counts = Counter(rollout.example.id for rollout in rollouts)
+    effective = independent(list(counts.values()))
+    low, high = wilson(right / n * effective, effective)
     best, best_share = floor([rollout.example for rollout in rollouts])
     answers = Counter(task.parse_answer(rollout.answer) or UNPARSED for rollout in rollouts)
     spent = spending(groups)
     return Evaluation(
         accuracy=right / n,
         n=n,
-        distinct=distinct,
+        distinct=len(counts),
         low=low,
         high=high,
         floor=best_share,

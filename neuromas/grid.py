@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from neuromas.baselines import METHODS, CellSpec, Method
 from neuromas.baselines.networks import Trained
@@ -26,8 +26,8 @@ TABLES = ("train", "task", "method", "tuning", "quick")
 KEYS = (*LISTS, *TABLES, "reference", "tolerance")
 BY_THE_LISTS = ("seed", "backbone", "run_dir")
 """Settings that come from the lists of the file."""
-SAME_FOR_ALL = (*BY_THE_LISTS, "task", "eval_size", "validation_size")
-"""Settings that no method may have for itself: they decide the questions."""
+SAME_FOR_ALL = (*BY_THE_LISTS, "task", "eval_size", "validation_size", "eval_every")
+"""Settings that no method may have for itself: they decide the questions, and how often validation chooses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,7 +267,7 @@ def _pair(entry: Any, matched: Any, tolerance: Any, methods: set[str], where: st
     )  # fmt: skip
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 

@@ -8,13 +8,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from neuromas import figures
 from neuromas.matching import QUANTITIES, shorten, spell
+from neuromas.statistics import SIGNIFICANT
 
 Data = dict[str, Any]
 TEMPLATES = Path(__file__).parent
 SPENT = tuple(QUANTITIES)
 ANSWERS_SHOWN = 4
 MINUS = "\N{MINUS SIGN}"
-SIGNIFICANT = 0.05
 
 
 def write_report(data: Data, out: Path) -> tuple[Path, Path]:
@@ -57,7 +57,8 @@ def _tried(entry: Data, title: dict[str, str]) -> Data:
 
     def spell_trial(trial: Data) -> str:
         rank = f", rank {trial['rank']}" if trial["rank"] else ""
-        seen = "no result" if trial["accuracy"] is None else f"{100 * trial['accuracy']:.1f}"
+        seen = "not run yet" if trial["accuracy"] is None else f"{100 * trial['accuracy']:.1f}"
+        seen = f"died: {trial['died']}" if trial["died"] else seen
         return f"lr {trial['lr']:g}{rank}: {seen}{' (chosen)' if trial['chosen'] else ''}"
 
     return {

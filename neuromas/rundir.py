@@ -223,9 +223,13 @@ class RunDirectory:
 
         What a killed run saved behind its newest checkpoint does not count: it comes again.
         """
+        found = self._bests(self.step)
+        return (found[-1], _verified_state(found[-1], older=None)) if found else None
+
+    def _bests(self, step: int) -> list[Path]:
+        """Return checkpoints that were the best when they were made, at most `step` steps into the run, oldest first."""
         folders = sorted((self.path / "checkpoints").glob(f"best-{'[0-9]' * 6}"))
-        found = next((folder for folder in reversed(folders) if _step_of(folder) <= self.step), None)
-        return (found, _verified_state(found, older=None)) if found else None
+        return [folder for folder in folders if _step_of(folder) <= step]
 
     def newest(self) -> tuple[Path, dict[str, Any]]:
         """Return the newest checkpoint and what its state.json says.
@@ -240,7 +244,7 @@ class RunDirectory:
     def save(self, step: int, head: Mapping[str, Any], files: Mapping[str, bytes], *, best: bool = False) -> None:
         """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses.
 
-        `head` goes to state.json, beside the checksums of the files. The `best` one takes the place of the best one before.
+        `head` goes to state.json, beside the checksums of the files. A `best` one stands beside the others.
         """
         final = self.path / "checkpoints" / f"{'best' if best else 'step'}-{step:06d}"
         listing = {name: [len(data), checksum_of(data)] for name, data in files.items()}
@@ -262,10 +266,10 @@ class RunDirectory:
                 "Make room and run the same command with --resume"
             ) from error
         if best:
-            for other in final.parent.glob("best-*"):
-                if other != final:
-                    shutil.rmtree(other, ignore_errors=True)
             return
+        # The best before the best is kept until the run cannot fall back behind the newer one.
+        for other in self._bests(step)[:-1]:
+            shutil.rmtree(other, ignore_errors=True)
         self._link_adapters(final)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -293,7 +297,11 @@ class RunDirectory:
             warnings.warn(f"{link} cannot be linked to {newest / 'adapters'}: {error.strerror}", stacklevel=2)
 
     def forget_after(self, step: int) -> None:
-        """Drop what a killed run logged after its last checkpoint, and rollouts of an evaluation that it did not finish."""
+        """Drop what a killed run logged, or saved as best, behind its last checkpoint, and rollouts of unfinished scores."""
+        past = set(self._bests(step))
+        for folder in (self.path / "checkpoints").glob("best-*"):
+            if folder not in past:
+                shutil.rmtree(folder, ignore_errors=True)
         scores = {when: self.scores(when) for when in ("before", "after")}
         first = self.first_step
 

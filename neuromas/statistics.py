@@ -22,6 +22,7 @@ from scipy import stats
 Table = Float[ndarray, "runs questions"]
 
 RESAMPLES = 10_000
+SIGNIFICANT = 0.05
 LEVEL = 0.95
 
 
@@ -58,7 +59,17 @@ def wilson(right: float | int, n: float | int, *, level: float = LEVEL, freedom:
     share = right / n
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    # At shares of 0 and 1 the ends are exact, but for rounding.
+    return min(max(0.0, centre - reach), share), max(min(1.0, centre + reach), share)
+
+
+def independent(counts: Sequence[int]) -> float:
+    """Return how many independent questions a set is worth in which question i stands counts[i] times (Kish 1965).
+
+    >>> independent([1, 1, 2])  # (1 + 1 + 2)^2 / (1 + 1 + 4)
+    2.6666666666666665
+    """
+    return sum(counts) ** 2 / sum(count * count for count in counts)
 
 
 def crossed_estimate(table_RQ: Table) -> Estimate:
@@ -87,19 +98,20 @@ def crossed_estimate(table_RQ: Table) -> Estimate:
     return Estimate(mean, math.sqrt(variance / (runs * questions)), max(1.0, variance**2 / spread))
 
 
-def share_interval(right_RQ: Table) -> tuple[float, float]:
-    """Return the interval of a pooled accuracy over runs and questions.
+def share_interval(right_RQ: Table, questions: float | None = None) -> tuple[float, float]:
+    """Return the interval of a pooled accuracy over runs and questions, `questions` independent ones; None: all of them.
 
     Wilson's with an effective number of questions, and Student's t (Korn and Graubard 1998, for shares in clustered samples):
     R x Q answers to the same Q questions are worth less than R x Q questions. One run: Wilson's.
     """
-    runs, questions = right_RQ.shape
-    share = float(right_RQ.mean())
+    runs, columns = right_RQ.shape
+    worth: float = columns if questions is None else questions
+    share = min(1.0, max(0.0, float(right_RQ.mean())))
     estimate = crossed_estimate(right_RQ)
-    if runs == 1 or estimate.error in (0.0, math.inf):
+    if runs == 1 or estimate.error in (0.0, math.inf) or share * (1 - share) < 1e-12:
         # All answers alike: then the questions are what there is.
-        return wilson(share * questions, questions)
-    effective = min(share * (1 - share) / estimate.error**2, runs * questions)
+        return wilson(share * worth, worth)
+    effective = min(share * (1 - share) / estimate.error**2, runs * worth)
     return wilson(share * effective, effective, freedom=estimate.freedom)
 
 

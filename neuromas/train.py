@@ -175,6 +175,9 @@ class Trainer:
         self.validates = self.config.eval_every > 0 and self.task.has("validation")
         if self.validates:
             self.validation = self.task.examples("validation", self.config.validation_size)
+            scored = {example.id for examples in self.sets.values() for example in examples}
+            # What is scored chooses nothing.
+            self.chooses = not any(example.id in scored for example in self.validation)
         best = run.best()
         self.best_accuracy = best[1]["validation_accuracy"] if best else -1.0
 
@@ -259,11 +262,19 @@ class Trainer:
     def _questions(self, step: int) -> list[Example]:
         config = self.config
         if not config.step_tokens:
-            return self.task.training_batch(config.seed, step, config.examples_per_step)
+            asked = self.task.training_batch(config.seed, step, config.examples_per_step)
+            return asked[: self._affordable()] if config.train_tokens else asked
         calls = self.stages.expected_calls() * config.group_size
         count = self.pace.questions(config.step_tokens, config.examples_per_step, calls)
         # Always as many are drawn: what a step draws is then a function of the step alone.
         return self.task.training_batch(config.seed, step, config.drawn_per_step)[:count]
+
+    def _affordable(self) -> int:
+        """Return how many questions the tokens that are left are about good for, one at least: the last step asks fewer."""
+        if not self.pace.tokens_per_call:
+            return self.config.examples_per_step
+        tokens = self.pace.tokens_per_call * self.stages.expected_calls() * self.config.group_size
+        return max(1, round((self.config.train_tokens - self.ledger.sampled_tokens) / tokens))
 
     def _shape(self, step: int, examples: list[Example]) -> dict[str, float]:
         metrics: dict[str, float] = {"questions/sum": float(len(examples))}
@@ -321,7 +332,7 @@ class Trainer:
         seen, _ = evaluate(self.network, self.task, self.validation)
         # The best of a run that grows is the best of what it has grown to.
         whole = self.stages.taken == len(self.stages.growths) and self.network.open_probability == 1
-        if whole and seen.accuracy > self.best_accuracy:
+        if whole and self.chooses and seen.accuracy > self.best_accuracy:
             self.best_accuracy = seen.accuracy
             self.save(validation_accuracy=seen.accuracy)
         values = {

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 from neuromas.baselines.base import CellResult, CellSpec
 from neuromas.baselines.networks import Trained
-from neuromas.config import TrainConfig
+from neuromas.config import AdapterConfig, TrainConfig
 from neuromas.grid import Grid, describe_cell, find_method, problem_of
+from neuromas.questions import evaluation_sets
 from neuromas.tasks import from_config
 
-Results = Callable[[CellSpec], CellResult | None]
-"""Returns what a cell has measured; None if it is not made yet or has died."""
+Results = Callable[[CellSpec], CellResult | str | None]
+"""Returns what a cell has measured, or the error that it died of; None if it is not made yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Trial:
     mean_accuracy: float | None
     """Mean over all validations, which is higher where the same is learned sooner: it decides between equals."""
     chosen: bool = False
+    died: str | None = None
+    """The error that a trial died of, such as a loss that is no number: this candidate is not chosen."""
 
 
 class Tuning:
@@ -38,13 +41,29 @@ class Tuning:
         self.grid, self.results = grid, results
         self._base = {(spec.method, *problem_of(spec)): spec.config for spec in reversed(grid.cells)}
 
+    def check_settings(self) -> None:
+        """Raise ValueError if some method could not train with one of its candidates."""
+        for (name, *_), config in self._base.items():
+            method = find_method(name)
+            if isinstance(method, Trained):
+                for candidate, _ in self._candidates(name, config) or [(config, [])]:
+                    method.change(candidate).check()
+                    if method.tokens_of:
+                        method.change(replace(candidate, train_tokens=1)).check()
+
     def check(self) -> None:
-        """Raise ValueError if there are trials on a task that has nothing to choose by."""
-        for trial in self.trials():
-            if not (trial.config.eval_every and from_config(trial.config.task).has("validation")):
+        """Raise ValueError if there are trials on a task that has nothing to choose by, or what is scored alone."""
+        for trial in {trial.config.task: trial for trial in self.trials()}.values():
+            task, config = from_config(trial.config.task), trial.config
+            if not (config.eval_every and task.has("validation")):
                 raise ValueError(
                     f"{describe_cell(trial)}: [tuning] chooses by validation; give the task validation problems and eval_every "
                     "above 0, or leave out [tuning]"
+                )
+            scored = {example.id for examples in evaluation_sets(config, task).values() for example in examples}
+            if any(example.id in scored for example in task.examples("validation", config.validation_size)):
+                raise ValueError(
+                    f"{describe_cell(trial)}: [tuning] would choose by questions that are scored; score another split or file"
                 )
 
     def trials(self) -> list[CellSpec]:
@@ -63,17 +82,28 @@ class Tuning:
         base = self._tuned(method.tokens_of, self._base[method.tokens_of, *problem_of(spec)])
         other = CellSpec(method.tokens_of, replace(base, seed=config.seed), spec.trial) if base else None
         result = self.results(other) if other else None
-        if result is None or not result.training:
+        if not isinstance(result, CellResult) or not result.training:
             return None
         return replace(spec, config=replace(config, train_tokens=result.training["sampled_tokens"]))
+
+    def why_not(self, spec: CellSpec) -> str:
+        """Say what an unsettled cell waits for."""
+        rows = self.table(spec)
+        if rows and all(row.died for row in rows):
+            return f"all its trials died: {rows[0].died}"
+        if rows and not any(row.chosen for row in rows):
+            return "waits for its trials"
+        method = find_method(spec.method)
+        return f"waits for {method.tokens_of if isinstance(method, Trained) else ''}, or that died"
 
     def table(self, spec: CellSpec) -> list[Trial]:
         """Return what the trials of a cell's method on its task have given; empty where nothing is tried."""
         rows = [self._row(config, trials) for config, trials in self._candidates(spec.method, spec.config) if trials]
-        if not rows or any(row.accuracy is None for row in rows):
+        alive = [row for row in rows if not row.died]
+        if not alive or any(row.accuracy is None for row in alive):
             return rows
         # max returns the first of equals, and candidates come in the order of the file.
-        best = max(rows, key=lambda row: (row.accuracy, row.mean_accuracy))
+        best = max(alive, key=lambda row: (row.accuracy, row.mean_accuracy))
         return [replace(row, chosen=row is best) for row in rows]
 
     def _tuned(self, method: str, config: TrainConfig) -> TrainConfig | None:
@@ -92,7 +122,7 @@ class Tuning:
         if space is None or not isinstance(method, Trained):
             return []
         configs = [
-            replace(config, lr=lr, adapter=replace(config.adapter, rank=rank) if rank else config.adapter)
+            replace(config, lr=lr, adapter=_of_rank(config.adapter, rank) if rank else config.adapter)
             for rank in space.ranks or (None,)
             for lr in space.lrs
         ]
@@ -103,8 +133,26 @@ class Tuning:
     def _row(self, config: TrainConfig, trials: list[CellSpec]) -> Trial:
         settled = [self.settle(trial) for trial in trials]
         results = [self.results(trial) for trial in settled if trial]
-        curves = [[point.accuracy for point in result.curve] for result in results if result]
+        lr, rank = config.lr, config.adapter.rank
+        if errors := [result for result in results if isinstance(result, str)]:
+            return Trial(lr, rank, None, None, died=errors[0])
+        found = zip(trials, results, strict=False)
+        curves = [_whole(trial, result) for trial, result in found if isinstance(result, CellResult)]
         if len(curves) < len(trials):
-            return Trial(config.lr, config.adapter.rank, None, None)
+            return Trial(lr, rank, None, None)
         best, mean = (sum(map(of, curves)) / len(curves) for of in (max, lambda curve: sum(curve) / len(curve)))
-        return Trial(config.lr, config.adapter.rank, best, mean)
+        return Trial(lr, rank, best, mean)
+
+
+def _of_rank(adapter: AdapterConfig, rank: int) -> AdapterConfig:
+    """Return an adapter's settings with another rank; alpha / rank stays, so that ranks differ in nothing else."""
+    alpha = adapter.alpha * rank / adapter.rank if adapter.alpha and adapter.rank else adapter.alpha
+    return replace(adapter, rank=rank, alpha=alpha)
+
+
+def _whole(spec: CellSpec, result: CellResult) -> list[float]:
+    """Return the validations of the network that is scored: of one that grows, those behind its last growth."""
+    method = find_method(spec.method)
+    growths = method.change(spec.config).growths() if isinstance(method, Trained) else ()
+    whole = [p.accuracy for p in result.curve if all(p.step > g.at_step and g.open_probability(p.step) == 1 for g in growths)]
+    return whole or [0.0]

@@ -332,7 +332,7 @@ def test_both_readings_are_compared_each_with_its_own_answers(rivals: dict[str, 
     ("team", "single", "reason"),
     [
         ("YYYYNNNN", "YYYYNNNN", "both at the ceiling (95% or more)"),
-        ("YYYYYNNN", "YYYYYYYN", "both at the floor (their intervals reach it)"),
+        ("YYYYYNNN", "YYYYYYYN", "both at the floor (it lies in their intervals)"),
         ("YYYYNNNN", "YYYYYYYY", None),
     ],
 )
@@ -356,7 +356,7 @@ def test_a_difference_at_the_floor_or_the_ceiling_is_uninformative(
 
 
 def test_an_item_that_is_published_twice_is_one_question(rivals: dict[str, Rival], tmp_path: Path) -> None:
-    """Four distinct questions, the first of them three times: the mean counts all six, the intervals four."""
+    """Four distinct questions, the first three times: the mean counts all six, which are worth 6^2 / (9 + 3) = 3 questions."""
     ids = ("a", "a", "a", "b", "c", "d")
     made = {
         (name, seed): replace(
@@ -370,7 +370,7 @@ def test_an_item_that_is_published_twice_is_one_question(rivals: dict[str, Rival
     team = table.scores["team"]
     assert (team.n, team.distinct) == (6, 4)
     assert team.accuracy == pytest.approx(5 / 6)
-    assert (team.runs[0].low, team.runs[0].high) == pytest.approx(wilson(4 * 5 / 6, 4))
+    assert (team.runs[0].low, team.runs[0].high) == pytest.approx(wilson(3 * 5 / 6, 3))
     assert table.differences[0].mean == pytest.approx(5 / 6 - 3 / 6)
     # One question that only the team has right, one that only the other has.
     assert table.differences[0].runs[0] == {

@@ -76,7 +76,7 @@ def test_an_item_that_is_published_twice_is_one_question_to_the_interval() -> No
     said = (("a", "Yes"), ("a", "Yes"), ("b", "No"), ("c", "Yes"))
     scored = score(TASK, [(rollout("Yes", f"Answer: {text}", example=name),) for name, text in said])
     assert (scored.accuracy, scored.n, scored.distinct) == (3 / 4, 4, 3)
-    assert (scored.low, scored.high) == wilson(3 * 3 / 4, 3)
+    assert (scored.low, scored.high) == wilson(8 / 3 * 3 / 4, 8 / 3)
     assert "75.0% (n 4, 3 of them different, 95% interval" in str(scored)
 
 

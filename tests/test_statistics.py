@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from neuromas import statistics
-from neuromas.statistics import Estimate
+from neuromas.statistics import Estimate, independent, share_interval, wilson
 
 EXPERIMENTS = 600
 TOLERANCE = 0.03
@@ -166,3 +166,17 @@ def test_collapsed_answers() -> None:
     assert statistics.collapsed({"Yes": 95, "No": 5}, 0.88) is None
     assert statistics.collapsed({"Yes": 100}, 0.95) == "Yes"
     assert statistics.collapsed({"(none)": 99, "7": 1}, None) == "(none)"
+
+
+def test_intervals_hold_their_share_for_all_sizes() -> None:
+    """At shares of 0 and 1 an end that rounds past the share would be a negative error bar."""
+    for n in range(1, 1001):
+        assert wilson(n, n)[1] == 1.0
+        assert wilson(0, n)[0] == 0.0
+
+
+def test_all_right_and_all_wrong_have_an_interval_whatever_the_weights() -> None:
+    for share in (0.0, 1.0000000000000002):
+        low, high = share_interval(np.full((3, 91), share), independent([2] * 11 + [1] * 80))
+        assert 0 <= low <= high <= 1
+        assert high - low < 0.05

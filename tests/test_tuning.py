@@ -82,6 +82,45 @@ def test_nothing_is_chosen_while_a_trial_is_missing(tmp_path: Path) -> None:
     assert not any(row.chosen for row in tuning.table(cell(tuning, "neuromas_3")))
 
 
+def test_a_candidate_whose_trial_died_is_not_chosen(tmp_path: Path) -> None:
+    def curves(spec: CellSpec) -> list[float]:
+        return [0.9 if spec.config.lr == 2e-3 else 0.4 + 100 * spec.config.lr]
+
+    tuning = tuning_of(tmp_path, curves)
+    lookup = tuning.results
+    tuning.results = lambda spec: "ValueError: the loss is nan" if spec.trial and spec.config.lr == 2e-3 else lookup(spec)
+    settled = tuning.settle(cell(tuning, "neuromas_3"))
+    assert settled is not None
+    assert settled.config.lr == 1e-3
+    assert [row.died for row in tuning.table(cell(tuning, "neuromas_3"))] == [None, None, "ValueError: the loss is nan"]
+    tuning.results = lambda spec: "ValueError: the loss is nan" if spec.trial else None
+    assert tuning.settle(cell(tuning, "neuromas_3")) is None
+    assert tuning.why_not(cell(tuning, "neuromas_3")) == "all its trials died: ValueError: the loss is nan"
+
+
+def test_a_network_that_grows_is_judged_as_what_it_has_grown_to(tmp_path: Path) -> None:
+    text = HEAD.replace('"neuromas_3"]', '"neuromas_3", "neuromas_7_grown"]') + "[train]\nnum_steps = 6\n"
+    # Points at steps 1 to 6; five nodes come at step 2, seven at step 4. With 5e-4 the three nodes alone are good.
+    tuning = tuning_of(tmp_path, lambda spec: [0.9] * 4 + [0.5] * 2 if spec.config.lr == 5e-4 else [0.4] * 4 + [0.6] * 2, text)
+    assert [row.accuracy for row in tuning.table(cell(tuning, "neuromas_7_grown"))] == [0.5, 0.6, 0.6]
+    assert [row.accuracy for row in tuning.table(cell(tuning, "neuromas_3"))] == [0.9, 0.6, 0.6]
+
+
+def test_settings_that_a_method_cannot_train_with_are_told_before_the_first_cell(tmp_path: Path) -> None:
+    text = HEAD + "rank = [2]\n[train.adapter]\nbudget = 100000\n"
+    with pytest.raises(ValueError, match=r"adapter.rank and adapter.budget exclude each other"):
+        tuning_of(tmp_path, lambda spec: None, text).check_settings()
+    scaled = tuning_of(tmp_path, lambda spec: None, HEAD + "rank = [2, 8]\n[train.adapter]\nrank = 4\nalpha = 8.0\n")
+    alphas = {(t.config.adapter.rank, t.config.adapter.alpha) for t in scaled.trials()}
+    assert alphas == {(2, 4.0), (8, 16.0)}
+
+
+def test_what_is_scored_chooses_nothing(tmp_path: Path) -> None:
+    tuning = tuning_of(tmp_path, lambda spec: None, HEAD + '[train.task]\nsplit = "validation"\n')
+    with pytest.raises(ValueError, match=r"\[tuning\] would choose by questions that are scored; score another split or file"):
+        tuning.check()
+
+
 def test_a_method_trains_to_the_tokens_of_another_with_the_same_seed(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, best_at(2e-3))
     follower = next(t for t in tuning.trials() if t.method == "single_rl_long_continued" and t.config.lr == 5e-4)
@@ -117,6 +156,6 @@ def test_a_single_candidate_needs_no_trials_and_ranks_are_tried_too(tmp_path: Pa
 
 def test_trials_need_validation(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, lambda spec: None, HEAD + "[train]\neval_every = 0\n")
-    with pytest.raises(ValueError, match=r"trial of lr 0.0005: \[tuning\] chooses by validation; give the task validation"):
+    with pytest.raises(ValueError, match=r"trial of lr 0.002: \[tuning\] chooses by validation; give the task validation"):
         tuning.check()
     tuning_of(tmp_path, lambda spec: None).check()
