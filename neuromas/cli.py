@@ -66,8 +66,8 @@ def run_train(args: Sequence[str]) -> None:
 
 def _plan(config: TrainConfig) -> None:
     """Print what a run would be, after whatever would refuse it but its folder."""
-    questions = Questions.of(config)
     find_backbone(config.backbone)
+    questions = Questions.of(config)
     from neuromas import show  # loads torch, which a wrong flag need not wait for
 
     print(show.plan(config, questions.task.remark))
@@ -75,8 +75,8 @@ def _plan(config: TrainConfig) -> None:
 
 def _train(config: TrainConfig, run: RunDirectory, *, resume: bool = False, parent: RunDirectory | None = None) -> None:
     """Train a run, print its scores and draw its curve; exit with 130 if the user stops it."""
-    questions = Questions.of(config)
     find_backbone(config.backbone)
+    questions = Questions.of(config)
     # What is wrong so far is told without waiting for torch, which these load.
     from neuromas.plot import plot_run
     from neuromas.stop import Interrupted

@@ -51,11 +51,12 @@ def evaluation_sets(config: TrainConfig, task: Task) -> dict[str, list[Example]]
     split = config.task.split
     if split == "train" and not config.task.train_on_evaluation:
         raise ValueError("--task.split train would score what is trained on; say --task.train-on-evaluation if that is meant")
+    # First what takes no time to go wrong.
+    of_file = task.load(config.task.file) if config.task.file else []
     sets: dict[str, list[Example]] = {split: task.examples(split, config.eval_size)}
     if config.task.file:
-        name = f"file {config.task.file.name}"
-        sets[name] = task.load(config.task.file)
-        task.held_out = frozenset(example.id for example in sets[name])
+        sets[f"file {config.task.file.name}"] = of_file
+        task.held_out = frozenset(example.id for example in of_file)
     return sets
 
 
