@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from neuromas.adapters import AdapterBank
 from neuromas.attention import PrefixAttention, Prefixes, SuffixAttention
 from neuromas.bundled import BUNDLED, find_backbone
-from neuromas.config import AdapterConfig
+from neuromas.config import PROMPT_DATE, AdapterConfig
 from neuromas.decoder import LOGIT_CHANGES, Decoder, slides
 from neuromas.head import chosen_logprobs
 from neuromas.norms import replace_norms
@@ -60,7 +61,9 @@ class Backbone:
     `scope` says whether adapters act on every token (`all`) or only after the shared prefix (`suffix`).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, prompt_date: str = PROMPT_DATE
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(ATTENTION)
         replace_norms(model)
@@ -69,15 +72,19 @@ class Backbone:
         self.adapters: AdapterBank | None = None
         self.scope: Literal["all", "suffix"] = "all"
         self.stop_ids = _stop_ids(model, tokenizer)
-        self._header, self._footer = _chat_frame(tokenizer)
+        self._header, self._footer = _chat_frame(tokenizer, prompt_date)
         self._no_mask = _no_mask(model)
         self.decoder = Decoder.of(model)
         """Our own forward; None: the model's, of which nothing need be known but that it attends to keys and values."""
         self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
 
     @classmethod
-    def load(cls, name: str = "bundled", *, dtype: str = "float32", device: str = "auto") -> "Backbone":
+    def load(
+        cls, name: str = "bundled", *, dtype: str = "float32", device: str = "auto", prompt_date: str = PROMPT_DATE
+    ) -> "Backbone":
         """Load `bundled`, a local folder, or a model of the Hugging Face hub (from its cache where it is there).
+
+        A chat template that asks for today's date is told `prompt_date` (YYYY-MM-DD).
 
         Raises ValueError that says what is wrong with the folder or the id.
         """
@@ -95,7 +102,7 @@ class Backbone:
             # Left alone, transformers fills what is missing with random numbers and goes on.
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"its files lack {len(missing)} weights, e.g. {missing[0]}")
-            backbone = cls(model.to(device), tokenizer, name)
+            backbone = cls(model.to(device), tokenizer, name, prompt_date)
             backbone._probe()
         except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
             reason = " ".join(str(error).split())[:300]
@@ -321,7 +328,7 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fro
     return frozenset(ids)
 
 
-def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _chat_frame(tokenizer: PreTrainedTokenizerBase, prompt_date: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens before and after a user's message, up to where the answer starts; thinking is off.
 
     A tokenizer without a chat template gets its begin token before and a line break after.
@@ -329,6 +336,7 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": _PLACEHOLDER}],
+            chat_template=_dated(tokenizer.get_chat_template(), datetime.fromisoformat(prompt_date)),
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
@@ -342,3 +350,20 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
         return tuple(tokenizer(part, add_special_tokens=False)["input_ids"])
 
     return encode(header), encode(footer)
+
+
+def _dated(template: str, day: datetime) -> str:
+    """Return a chat template whose clock, `strftime_now`, stands still.
+
+    A run that is resumed or evaluated on another day would read other prompts than it was trained on. The clock is a macro, as
+    transformers hands templates no functions.
+    """
+    if "strftime_now" not in template:
+        return template
+    filters = "".join(
+        f" | replace({directive!r}, {day.strftime(directive)!r})"
+        for letter in "aAbBcdfHIjmMpSuUwWxXyYGV"
+        for directive in (f"%-{letter}", f"%{letter}")
+    )
+    # The line break is the one that Jinja drops behind a block: the template itself still begins a line.
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"

@@ -9,6 +9,7 @@ import math
 import re
 import tomllib
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -25,6 +26,8 @@ C = TypeVar("C")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+PROMPT_DATE = "2024-07-26"
+"""The date that chat templates of Llama 3.2 and 4 name themselves where they are told none."""
 MOST = 4
 """With a budget of tokens: times the first step's questions that a step asks at most."""
 COLDEST = 1e-3
@@ -182,6 +185,9 @@ class TrainConfig:
     """Number format of the frozen backbone; adapters are float32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
+    prompt_date: str = PROMPT_DATE
+    """Today's date for chat templates that write it into the prompt, as YYYY-MM-DD: fixed, so that a run reads the same prompts
+    on any day."""
 
     num_steps: int = 40
     """Training steps: each draws questions, rolls them out and updates the adapters."""
@@ -254,6 +260,7 @@ class TrainConfig:
         _require(self.lr > 0, "--lr", "above 0", self.lr)
         _require(self.format_bonus >= 0, "--format-bonus", "at least 0", self.format_bonus)
         _require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
+        _require(_is_date(self.prompt_date), "--prompt-date", "a date YYYY-MM-DD", self.prompt_date)
         needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1
         enough = f"at least {needed} with --centring {self.centring}"
         _require(self.group_size >= needed, "--group-size", enough, self.group_size)
@@ -299,6 +306,13 @@ class TrainConfig:
         name = re.sub(r"[^\w.-]+", "-", self.task.name)
         backbone = "" if self.backbone == "bundled" else f"-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', Path(self.backbone).name)}"
         return Path("runs") / f"{name}-{shape}{backbone}-seed{self.seed}"
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _flag(name: str) -> str:

@@ -74,7 +74,7 @@ def require_training_memory(trainable: int, rank: int, nodes: int, device: torch
 
 
 def build_network(config: TrainConfig) -> Network:
-    backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device)
+    backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
     return Network(
         config.topology.build(), backbone, adapter=config.adapter, max_new_tokens=config.max_new_tokens, seed=config.seed,
         read=from_config(config.task).parse_answer if config.topology.vote else None,

@@ -4,8 +4,10 @@ Every model is tiny, random, in float32 and saved to disk first; tolerances are 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +31,13 @@ from neuromas import Network, Topology, reinforce
 from neuromas.adapters import AdapterBank, resolve_rank
 from neuromas.attention import Prefixes, SuffixAttention
 from neuromas.backbone import Backbone, Rows, config_of, resolve_device
-from neuromas.config import AdapterConfig
+from neuromas.baselines.driver import Answerer
+from neuromas.checkpoint import RunDirectory
+from neuromas.config import AdapterConfig, TrainConfig
 from neuromas.norms import replace_norms
 from neuromas.packing import Packed
 from neuromas.tasks import get_task
+from neuromas.train import build_network
 from neuromas.types import Completion, Example, Group
 
 Scope = Literal["all", "suffix"]
@@ -367,6 +372,49 @@ def test_without_a_chat_template_a_prompt_is_plain_text(folders: dict[str, Path]
     backbone = Backbone(given.model, given.tokenizer, "plain")
     prompt = backbone.prompt("Is 2 even?", "You are node 1.")
     assert backbone.tokenizer.decode([*prompt.prefix_ids, *prompt.suffix_ids]) == "Is 2 even?\n\nYou are node 1.\n"
+
+
+DATED = """{%- if not date_string is defined %}{%- if strftime_now is defined %}
+{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}{%- endif %}
+{{- "Today Date: " + date_string + "\n" }}{%- for message in messages %}{{ message.content }}{%- endfor %}
+{%- if add_generation_prompt %}{{- "\n>" }}{%- endif %}"""
+"""How templates of Llama 3.2 and later name the day."""
+
+
+def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "dated")
+    tokenizer = load_backbone(folder).tokenizer
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(folder)
+    config = TrainConfig(backbone=str(folder), device="cpu", run_dir=tmp_path / "run", prompt_date="2025-03-02")
+    RunDirectory.create(config).initialise()
+
+    def read(config: TrainConfig) -> str:
+        backbone = build_network(config).backbone
+        prompt = backbone.prompt("Is 2 even?", "You are node 1.")
+        return backbone.decode((*prompt.prefix_ids, *prompt.suffix_ids))
+
+    started = read(config)
+    assert started == "Today Date: 02 Mar 2025\nIs 2 even?\n\nYou are node 1.\n>"
+
+    class LaterDay(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "LaterDay":
+            return cls(2031, 12, 24)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", LaterDay)
+    left_alone = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    assert "24 Dec 2031" in str(left_alone), "the clock has not moved, so that nothing is tried"
+    stored = RunDirectory.open(tmp_path / "run").config
+    assert read(stored) == started
+    assert Answerer(stored, temperature=0.0).backbone.prompt("", "") == build_network(stored).backbone.prompt("", "")
+    assert "26 Jul 2024" in read(replace(stored, prompt_date=TrainConfig().prompt_date))
+    with pytest.raises(
+        ValueError, match=r"belongs to another config, which has prompt_date = '2025-03-02' \(got '2024-07-26'\)"
+    ):
+        RunDirectory.resume(replace(config, prompt_date="2024-07-26"))
 
 
 # Loading

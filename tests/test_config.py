@@ -157,6 +157,8 @@ NAN = float("nan")
         ({"group_size": 1, "centring": "group_mean"}, "--group-size must be at least 2 with --centring group_mean, got 1"),
         ({"group_size": 1, "centring": "ema", "normalize": True}, "--group-size must be at least 2 with --centring ema, got 1"),
         ({"group_size": 0, "centring": "none"}, "--group-size must be at least 1 with --centring none, got 0"),
+        ({"prompt_date": "26 Jul 2024"}, "--prompt-date must be a date YYYY-MM-DD, got '26 Jul 2024'"),
+        ({"prompt_date": "20240726"}, "--prompt-date must be a date YYYY-MM-DD, got '20240726'"),
         ({"adapter": AdapterConfig(rank=0)}, "adapter.rank must be at least 1, got 0"),
         ({"adapter": AdapterConfig(budget=0)}, "adapter.budget must be at least 1, got 0"),
         ({"adapter": AdapterConfig(alpha=0.0)}, "adapter.alpha must be above 0, got 0.0"),

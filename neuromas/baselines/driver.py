@@ -148,7 +148,7 @@ class Answerer:
         self.config, self.temperature = config.check(), temperature
         self.task = from_config(config.task)
         self.sets = evaluation_sets(config, self.task)
-        self.backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device)
+        self.backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
         self.engine = TorchEngine(self.backbone)
 
     def converse(self, talks: Sequence[tuple[Example, Conversation]], seed: Sequence[int | str]) -> list[Spoken]:
