@@ -32,6 +32,7 @@ from neuromas.baselines.gptswarm import (
 from neuromas.baselines.networks import Trained
 from neuromas.baselines.self_check import read_verdict, split_steps
 from neuromas.baselines.similarity import bleu, most_similar
+from neuromas.baselines.tree_of_thoughts import VALUES, read_value
 from neuromas.config import TrainConfig
 from neuromas.engines.base import Engine, OnSample
 from neuromas.engines.scripted import ScriptedEngine
@@ -385,10 +386,93 @@ def test_self_check_without_failures_is_a_plain_vote(hold: Hold) -> None:
     assert hold("self_check", by_key(solutions | {"compare/1/0": "contradicts"})).spoken.text == YES
 
 
-def test_steps_and_verdicts() -> None:
+def test_steps() -> None:
     assert split_steps("Well.\nStep 1: a\nb\n step 2. c") == ["a\nb", "c"]
     assert split_steps("just so") == ["just so"]
-    assert [read_verdict(text) for text in ("Supports", "it does contradict, no support", "not related")] == [1, -1, 0]
+
+
+# What is denied, doubted, asked or only listed is not what a judgement says.
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Supports", 1),
+        ("It is supported by the second.", 1),
+        ("The second supports the first and does not contradict it.", 1),
+        ("not only supports but proves it", 1),
+        ("It does not contradict the first, it supports it.", 1),
+        ("it does contradict, no support", -1),
+        ("It does not support the first, but contradicts it.", -1),
+        ("A contradiction.", -1),
+        ("not related", 0),
+        ("It is not directly related.", 0),
+        ("It does not support the first.", 0),
+        ("It doesn't support it", 0),
+        ("I do not think it supports the first.", 0),
+        ("It does not, in fact, support the first.", 0),
+        ("Unsupported.", 0),
+        ("It does not contradict the first.", 0),
+        ("There is no contradiction.", 0),
+        ("neither supports nor contradicts", 0),
+        ("Does the second support the first?", 0),
+        ("support the first, contradict it, or not directly related", 0),
+        ("Supports or contradicts", 0),
+        ("", 0),
+    ],
+)
+def test_verdicts_of_self_check(text: str, verdict: int) -> None:
+    assert read_verdict(text) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("sure", "sure"),
+        ("Sure.", "sure"),
+        ("not likely, sure", "sure"),
+        ("sure, not likely", "sure"),
+        ("It looks hard.\nlikely", "likely"),
+        ("I am not sure, but it is likely", "likely"),
+        ("This cannot work: impossible", "impossible"),
+        ("unsure", None),
+        ("I am not sure.", None),
+        ("Sure? No, not sure.", None),
+        ("unlikely", None),
+        ("It is not likely", None),
+        ("It isn't impossible", None),
+        ("surely", None),
+        ("sure, likely or impossible", None),
+        ("sure/likely", None),
+        ("", None),
+    ],
+)
+def test_values_of_tree_of_thoughts(text: str, word: str | None) -> None:
+    assert read_value(text) == (VALUES[word] if word else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("It is correct.", True),
+        ("I checked, and it is correct", True),
+        ("I do not think it is correct.", False),
+        ("I doubt it is correct", False),
+        ("It is not correct", False),
+        ("It is correctly written, but wrong", False),
+        ('If the last one is correct, write "it is correct".', False),
+    ],
+)
+def test_self_refine_ends_when_it_is_said_to_be_correct(hold: Hold, text: str, ends: bool) -> None:
+    held = hold("self_refine_once", in_turn(NO, f"{text}\n{YES}"))
+    assert (held.spoken.text == NO) is ends
+
+
+def test_a_step_that_is_said_not_to_be_used_is_not_known(hold: Hold) -> None:
+    said = {"solution/0": "Step 1: go\nStep 2: turn\nStep 3: stop", "uses/0/2": "Step 2, not step 1.", "uses/0/1": "None of 1."}
+    held = hold("self_check", by_key(said), samples=1)
+    assert held.calls["again/0/2"].startswith("Known:\n1. turn\nFind this")
+    assert held.calls["again/0/1"].startswith("Find this")
 
 
 # GPTSwarm

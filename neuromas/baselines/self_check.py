@@ -4,6 +4,7 @@ import math
 import re
 
 from neuromas.baselines.conversation import Call, Conversation, Untrained, lines, listing
+from neuromas.baselines.statements import stated
 from neuromas.tasks import Task
 from neuromas.types import Example
 from neuromas.votes import elect
@@ -67,12 +68,16 @@ def split_steps(solution: str) -> list[str]:
 
 
 def read_verdict(text: str) -> int:
-    """Return 1 for support, -1 for a contradiction, 0 for neither."""
-    return -1 if "contradict" in text.lower() else int("support" in text.lower())
+    """Return 1 for support, -1 for a contradiction, 0 for neither, or for what leaves open which."""
+    plain = re.sub(r"\bnot (?:\w+ )?related\b", "unrelated", text.lower())
+    words = stated(plain, r"support(?:s|ed|ing)?|contradict(?:s|ed|ing|ion|ions|ory)?|unrelated|irrelevant")
+    kinds = {word[:7] for word in words}
+    return {"support": 1, "contrad": -1}.get(kinds.pop(), 0) if len(kinds) == 1 else 0
 
 
 def _named(text: str, earlier: list[str]) -> list[str]:
-    numbers = {int(number[:9]) for number in re.findall(r"\d+", text)}
+    # "2, not 1": a denial reaches no further than the next comma.
+    numbers = {int(number[:9]) for number in stated(text.replace(",", "\n"), r"\d+")}
     return [step for number, step in enumerate(earlier, start=1) if number in numbers]
 
 

@@ -1,6 +1,7 @@
 """Self-Refine: answer, criticise and rewrite until it is called correct (Madaan et al. 2023, arXiv 2303.17651)."""
 
 from neuromas.baselines.conversation import Call, Conversation, Untrained, lines, listing
+from neuromas.baselines.statements import stated
 from neuromas.tasks import Task
 from neuromas.types import Example
 
@@ -10,8 +11,9 @@ ENOUGH = "it is correct"
 def self_refine(example: Example, task: Task, *, attempts: int) -> Conversation:
     """Answer; then up to `attempts` times one call judges the last answer and rewrites it. All answers so far are read.
 
-    A judgement that says "it is correct" ends it, and the answer that it judged stands, as in the repository's GSM code.
-    Differs: greedy throughout, where the repository draws feedback at 0.7; no worked examples.
+    A judgement that states "it is correct" ends it, and the answer that it judged stands, as in the repository's GSM code.
+    Differs: "I do not think it is correct" and a repeated "if it is correct" do not end it; greedy throughout, where the
+    repository draws feedback at 0.7; no worked examples.
     """
     (text,) = yield [Call("answer", example.answer_format)]
     answers = [text]
@@ -26,7 +28,7 @@ def self_refine(example: Example, task: Task, *, attempts: int) -> Conversation:
                 ),
             )
         ]
-        if ENOUGH in text.lower():
+        if stated(text, ENOUGH):
             break
         answers.append(text)
     return answers[-1]

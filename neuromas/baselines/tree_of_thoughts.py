@@ -3,11 +3,12 @@
 import re
 
 from neuromas.baselines.conversation import Call, Conversation, Untrained, lines, listing
+from neuromas.baselines.statements import stated
 from neuromas.tasks import Task
 from neuromas.types import Example
 
 VALUES = {"impossible": 0.001, "likely": 1.0, "sure": 20.0}
-"""The repository's values of the words of a judgement; no such word counts 0."""
+"""The repository's values of the words of a judgement; no such word, or two that leave open which, count 0."""
 
 State = tuple[str, ...]
 
@@ -35,7 +36,7 @@ def tree_of_thoughts(example: Example, task: Task, *, steps: int, samples: int, 
             for s, state in enumerate(distinct)
             for k in range(votes)
         ]
-        values = {s: sum(map(_value, judgements[i * votes : (i + 1) * votes])) for i, s in enumerate(distinct)}
+        values = {s: sum(map(read_value, judgements[i * votes : (i + 1) * votes])) for i, s in enumerate(distinct)}
         # sorted is stable: of equals the earlier one is kept.
         states = [state for state, _ in sorted(values.items(), key=lambda item: -item[1])][:keep]
     return states[0][-1]
@@ -44,9 +45,15 @@ def tree_of_thoughts(example: Example, task: Task, *, steps: int, samples: int, 
 _QUESTION = "Can these steps lead to the right answer? Write sure, likely or impossible."
 
 
-def _value(judgement: str) -> float:
-    named = re.findall("|".join(VALUES), judgement.lower())
-    return VALUES[named[-1]] if named else 0.0
+def read_value(judgement: str) -> float:
+    """Return the value of the word that the last clause to state one states: "likely" of "not sure, but likely"."""
+    words, denied = "|".join(VALUES), set[str]()
+    for clause in reversed(re.split(r"[.,;:!?\n]+", judgement.lower())):
+        named = stated(clause, words)
+        if named:
+            return VALUES[named.pop()] if len(named) == 1 and not named & denied else 0.0
+        denied |= set(re.findall(rf"\b(?:{words})\b", clause))
+    return 0.0
 
 
 METHODS = (
