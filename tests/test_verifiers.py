@@ -176,11 +176,12 @@ def test_a_program_is_one_block_or_the_whole_text() -> None:
 
 
 def test_a_judgement_that_takes_for_ever_is_cut_off_and_the_next_one_is_made() -> None:
-    judge = Judge(seconds=1.0)
+    # What goes on for ever would take hours; what does not takes longer than a second where the machine is busy.
+    judge = Judge(seconds=2.0)
     assert judge.ask("regex", "a+", "aaa")
     started = time.monotonic()
     assert not judge.ask("regex", "(a+)+$", "a" * 40 + "b")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20
     assert judge.ask("math", "1/2", "0.5")
     judge.close()
 
