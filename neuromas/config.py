@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import re
-import tomllib
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import tyro
 
 from neuromas import growth as growing
-from neuromas.files import read_file
+from neuromas.files import read_toml
 from neuromas.growth import Growth, Opening
 from neuromas.topology import Topology
 
@@ -381,17 +380,6 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 def load_toml(path: Path) -> TrainConfig:
     """Read a TrainConfig from a TOML file; ValueError names the file and the key."""
     return from_dict(TrainConfig, read_toml(path), where=f"config {path}", base=TrainConfig())
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; ValueError names it."""
-    try:
-        return tomllib.loads(read_file(path).decode())
-    except OSError as error:
-        raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
-    # Beside what TOML refuses: bytes that are no UTF-8, numbers of thousands of digits, tables in tables without end.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"config {path} is not TOML: {error}") from error
 
 
 def to_json(config: TrainConfig) -> str:

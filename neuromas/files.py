@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,14 @@ def parse_json(path: Path, data: bytes, kind: type) -> Any:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; ValueError names it."""
+    try:
+        return tomllib.loads(read_file(path).decode())
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
+    # Beside what TOML refuses: bytes that are no UTF-8, numbers of thousands of digits, tables in tables without end.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"config {path} is not TOML: {error}") from error

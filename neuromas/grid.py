@@ -15,7 +15,8 @@ from typing import Any, TypeGuard
 
 from neuromas.baselines import METHODS, CellSpec, Method
 from neuromas.baselines.networks import Trained
-from neuromas.config import TrainConfig, from_dict, read_toml
+from neuromas.config import TrainConfig, from_dict
+from neuromas.files import read_toml
 from neuromas.matching import QUANTITIES
 from neuromas.tasks import from_config
 from neuromas.tasks.own import run_file

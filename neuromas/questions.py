@@ -34,7 +34,7 @@ class Questions:
             sets = evaluation_sets(config, task)
             # A task with nothing to train on says so now, not after the first evaluation.
             first = task.training_batch(config.seed, 0, min(config.drawn_per_step, LOOKED_AT))
-            return cls(task, task.training_examples() if isinstance(task, DatasetTask) else first, sets)
+            return cls(task, task.training_examples() if isinstance(task, DatasetTask) and not task.generates else first, sets)
         except Exception as error:
             # Whatever the user's own class raises.
             if isinstance(error, ValueError) or not config.task.name.startswith(OWN_CODE):

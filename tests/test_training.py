@@ -487,9 +487,11 @@ def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, P
     trainer.train_step(1)
     assert trainer.best_accuracy == 0.5
     resumed = start(config, resume=True)
-    # The run stands at step 1: what was best at step 2 has not happened.
-    assert (resumed.step, resumed.best_accuracy) == (1, -1.0)
+    # The run stands at step 1: what was best at step 2 has not happened, and what was best before counts again.
+    assert (resumed.step, resumed.best_accuracy) == (1, 0.25)
+    assert [folder.name for folder in (config.run_path / "checkpoints").glob("best-*")] == ["best-000001"]
     resumed.task.rewards = lambda pairs: [float(resumed.step) / 4] * len(pairs)
     resumed.train_step(1)
     assert resumed.best_accuracy == 0.5
-    assert checkpoint.load_best(trainer.run, resumed.bank) == 1 or resumed.run.best() is None
+    resumed.save()
+    assert [folder.name for folder in (config.run_path / "checkpoints").glob("best-*")] == ["best-000002"]

@@ -210,6 +210,11 @@ class DatasetTask(Task):
             picked.append(pool[order[place]])
         return picked
 
+    @property
+    def generates(self) -> bool:
+        """Whether training problems are generated, and not drawn from the examples."""
+        return False
+
     def training_examples(self) -> list[Example]:
         """Return what training draws from; ValueError if that would be what the task is evaluated on."""
         if self.train_on_evaluation:

@@ -51,6 +51,10 @@ class Benchmark(DatasetTask):
     def parse_answer(self, text: str) -> str | None:
         return self.form.read(text)
 
+    @property
+    def generates(self) -> bool:
+        return self.trainer is not None and not self.train_on_evaluation
+
     def training_batch(self, seed: int, step: int, count: int) -> list[Example]:
         if self.trainer is None or self.train_on_evaluation:
             return super().training_batch(seed, step, count)
