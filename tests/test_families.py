@@ -158,10 +158,12 @@ def test_answers_joined_or_taken_back_are_none(name: str) -> None:
     problems = drawn(name)[:300]
     for problem, other in pairwise(problems):
         gold, wrong = problem.answer, other.answer
+        # "No. No, it isn't" says the same twice.
+        back = "Yes, it is" if gold == "No" else "No, it isn't"
         for text in (
             f"Answer: {gold} or so",
             f"Answer: {gold} is wrong",
-            f"Answer: {gold}. No, it isn't",
+            f"Answer: {gold}. {back}",
             f"Answer: maybe {gold}",
         ):
             assert task.parse_answer(text) is None

@@ -67,16 +67,33 @@ TRICKY = [
     ("two answers", "math", "5", r"\boxed{6}. Answer: 5"),
     ("two answers", "math", FRACTION, rf"Answer: {FRACTION}, 2"),
     ("two answers", "math", "5", r"Answer: \pm 5"),
+    ("two answers", "words", "Yes", "Answer: Yes, but no"),
+    ("two answers", "words", "Yes", "Yes.\n\nNo."),
+    ("two answers", "choice", "A", "Answer: (A). (B) is also correct."),
+    ("two answers", "choice", "A", "Answer: A as well as B"),
+    ("two answers", "choice", "A", "(A) red ball\n(B) green ball"),
+    ("two answers", "choice", "A", r"\boxed{A \text{ or } B}"),
+    ("two answers", "number", "5", "Answer: 5. 6."),
+    ("two answers", "number", "5", "#### 5\n#### 6"),
+    ("two answers", "exact", "Paris", r"\boxed{Paris} or \boxed{Rome}"),
+    ("changed mind", "words", "Yes", "Answer: Yes. No, you do not."),
+    ("changed mind", "words", "Yes", "Answer: Yes. Wait, you turned."),
+    ("changed mind", "choice", "A", "Answer: (A). On second thought, (B)."),
+    ("changed mind", "number", "5", "Answer: 5 since it is odd. So 6."),
     ("every option", "choice", "A", "(A) (B) (C) (D) (E)"),
     ("denied", "choice", "A", "Answer: not A"),
     ("denied", "choice", "A", "Answer: (A) is wrong"),
     ("denied", "words", "Yes", "Answer: not Yes"),
+    ("denied", "choice", "A", "Answer: (A). That is wrong."),
+    ("denied", "number", "5", "Answer: 5, not 5"),
     ("denied", "exact", "Paris", "Answer: not Paris"),
     ("denied", "math", "5", "Answer: 5 is not it"),
     ("denied", "math", FRACTION, rf"Answer: \text{{not }} {FRACTION}"),
     ("doubt", "choice", "A", "Answer: (A)?"),
     ("doubt", "number", "5", "Answer: 5, maybe"),
     ("doubt", "words", "Yes", "Answer: Yes, perhaps"),
+    ("doubt", "words", "No", "Answer: No idea"),
+    ("doubt", "number", "5", "5 or more"),
     ("look-alike", "choice", "A", "Answer: (\u0410)"),
     ("look-alike", "words", "Yes", "Answer: Y\u0435s"),
     ("look-alike", "exact", "Paris", "Answer: \u0420aris"),
@@ -86,6 +103,7 @@ TRICKY = [
     ("another number", "number", "5", "Answer: 5 million"),
     ("another number", "number", "5", "Answer: 5 x"),
     ("another number", "number", "5", "Answer: 5 A5"),
+    ("another number", "number", "5", r"Answer: 5\text{ million}"),
     ("another number", "math", "5", r"Answer: 5\pi"),
     ("another number", "math", "5", "Answer: 5.000001"),
     ("a calculation", "number", "18", "Answer: 9 * 2"),
@@ -208,9 +226,9 @@ GOLDS = {"choice": "(A)", "words": "Yes", "number": "5", "exact": "Paris", "math
 SPELLINGS = {
     "choice": {"a", "(a)"},
     "words": {"yes"},
-    "number": {"5", "+5", "5.0"},
+    "number": {"5", "+5", "5.0", "+5.0"},
     "exact": {"paris"},
-    "math": {"5", "+5", "5.0", "\\boxed{5}", "\\boxed{5.0}"},
+    "math": {"5", "+5", "5.0", "+5.0", "\\boxed{5}", "\\boxed{5.0}"},
 }
 OTHERS = {
     "choice": r"\([b-z]\)|(?<![^\W_])[b-e](?![\w'-])",
@@ -219,30 +237,40 @@ OTHERS = {
     "exact": r"[^\s*`\"'$.]",
     "math": r"[0-9]",
 }
-DOUBT = r"\b(or|nor|not|never)\b|n't|\?"
+TAKEN_BACK = r"\W*(?:(?:or|nor)\b|(?:not|never)\W*$)"
+STOP = r"[.!?;]+(?=[)\]}*_`\"'$\u201d]*(?:\s|$))|\n"
 PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
-WRAPPED = "*`\"'$ \t\r\n"
+WRAPPED = "*`\"'$ \t\r\n\u20ac\u00a3"
 
 
 def refused_by_care(name: str, text: str) -> bool:
     """What nobody would reward, said in another way than the verifiers do, word by word: the answer that is claimed first has
-    to be a spelling of the gold one, between spaces, stops and wrapping alone, with no other answer and no doubt after it.
+    to be a spelling of the gold one, between spaces, stops and wrapping alone, its sentence may name no other answer, ask
+    nothing and not go on in "or" or "not", and no later sentence may be another answer.
     """
     # A percent sign is free in mathematics, and a box says "answer:".
     text = text.lower()
     if name == "math":
-        text = re.sub(r"\s*(\\?%|\bpercent\b)", "", text.replace("\\$", "$"))
-        text = re.sub(r"\\boxed\{([^{}]*)\}", r" answer: \1 ", text)
-    claims = [part.strip(WRAPPED + ":=") for part in re.split(r"\banswer(?: is\b)?", text)]
-    claims = [claim for claim in (claims[1:] or claims) if claim.strip(WRAPPED + ":=.")]
-    given = [claim for claim in claims if _first_word(claim) in SPELLINGS[name]]
+        text = re.sub(r"(?<=[0-9])\s*(\\?%|percent\b)", "", text.replace("\\$", "$"))
+    text = re.sub(r"\\boxed\{([^{}]*)\}", r" answer: \1 ", text)
+    start, *claims = [part.strip(WRAPPED + ":=") for part in re.split(r"\banswer(?: is\b)?", text)]
+    claims = [claim for claim in claims or [start] if claim.strip(WRAPPED + ":=.")] or [start][: bool(start)]
+    given = [claim for claim in (*claims, start) if claim and _first_word(claim) in SPELLINGS[name]]
+    claims = claims if given and given[0] in claims else [start]
     if not given:
         return True
-    after = " ".join(claims[claims.index(given[0]) :])
+    after = " answer ".join(claims[claims.index(given[0]) :])
     rest = after[after.index(_first_word(after)) + len(_first_word(after)) :]
     if name in ("number", "math"):
         rest = re.sub(r"(?<![\w.,\u2212-])\+?0*5(\.0+)?(?![\w])", " ", rest)  # the same number once more
-    return re.search(OTHERS[name], rest) is not None or re.search(DOUBT, rest) is not None
+    if name == "exact":
+        return re.search(OTHERS[name], rest.replace(" answer ", " ")) is not None
+    first, *more = re.split(STOP, rest)
+    asked = re.search(STOP, rest)
+    if re.search(OTHERS[name], first) or re.match(TAKEN_BACK, first) or (asked and "?" in asked.group()):
+        return True
+    joined = r"(?:\W|_|\b(?:and|or|to|plus|eggs|answer)\b)*"
+    return any(re.fullmatch(f"{joined}(?:{OTHERS[name]}){joined}", sentence) for sentence in more)
 
 
 def _first_word(claim: str) -> str:

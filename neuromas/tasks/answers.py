@@ -1,12 +1,25 @@
-"""Reading one answer out of a text: strict, so that naming several answers never pays."""
+"""Reading one answer out of a text, and in a way that favours none: strict, so that naming several answers never pays.
+
+What a text gives is read without a look at the gold answer, and in the same way whichever answer it is: with the answers' names
+exchanged, the same text gives the exchanged answer.
+"""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_MARKER = re.compile(r"\banswer\b(?:\s+is\b)?[\s:=*`\"'$]*", re.IGNORECASE)
-_HEDGE = re.compile(r"\b(?:or|nor|not|never|neither|maybe|perhaps|possibly|wrong|incorrect)\b|n['\u2019]t|\?", re.IGNORECASE)
-_WRAPPING = " \t\r\n*`\"'$"
+from neuromas.tasks.aftermath import Span, stands
+
+_WRAPPING = " \t\r\n*`\"'$\u20ac\u00a3"
+# "The answer is", "Answer: option", "The correct choice is", a line "#### 18".
+_LABEL = re.compile(
+    r"(?:\banswer(?:\s+to\s+(?:the|this)\s+(?:question|problem))?\b(?P<is>\s+(?:is|must\s+be)\b)?"
+    r"|\b(?:correct|right|best|final)\s+(?:option|choice|letter|response)(?:\s+is\b|(?=\s*:))"
+    r"|^[ \t]*####(?=[ \t]*[^\s#]+[ \t]*$))"
+    r"(?:\s+(?:therefore|thus|then|hence|clearly|indeed|simply)\b)?"
+    r"[\s:=*`\"'$\u20ac\u00a3]*(?:(?:option|choice|letter)\b[\s:*`\"'$]*)?",
+    re.IGNORECASE | re.MULTILINE,
+)
 _CLOSERS = r"[.,;!)\]}*_`\"'$\u00b0\u20ac\u00a3]*"
 _SIGNS = r"+/^=<>~|&%#@\\:\-\u00b0-\u00b7\u00d7\u00f7\u2010-\u2015\u2026\u2044\u2190-\u22ff"
 # What may follow an answer: its wrapping, then the end, a new line, or words, also behind a colon or dash. All else makes
@@ -19,8 +32,11 @@ _ENDED = re.compile(
 # Longer numbers are no answer of any family, and Python refuses to read them from 4,300 digits on.
 _MAX_DIGITS = 100
 
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit)\s*\{([^{}]*)\}")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerForm:
     """What the answers of a task look like."""
 
@@ -28,57 +44,121 @@ class AnswerForm:
     """Everything that looks like an answer, wrong forms too: `24.5` where whole numbers are asked for."""
     normal: Callable[[str], str | None]
     """Gives the normal form of what the pattern found, None for a wrong form."""
+    opening: re.Pattern[str] | None = None
+    """How a text begins that gives its answer at once, without "Answer:", and says more behind it. None: no text does."""
+    latex: bool = True
+    """Whether LaTeX around an answer, such as a box, is taken off: brackets are answers of their own."""
+    words: bool = False
+    """Whether the answers are words of the language."""
+    interjections: str = "no"
+    """Words that take an answer back at the start of a clause, as in "5. No, wait"; "" where they are answers themselves."""
 
     def read(self, text: str) -> str | None:
         """Return the answer in normal form; None if the text gives none, or several.
 
-        Either the text is an answer and nothing else, or it says "Answer: ..." or "the answer is ...". Then all that looks like
-        an answer from there to the end has to be that same answer, ended as an answer is, and no word such as "or" or "not" may
-        follow: "Answer: (A) or (B)", "Answer: not (A)", "Answer: 5:+" and two different answers are none. What comes before is
-        free.
+        Either the text is an answer and nothing else, or it begins with one as `opening` says, or it says "Answer: ...", "the
+        answer is ..." and the like. What comes before that is free. The answer has to end as answers do ("5:+" is none), all
+        later labels have to give the same one, and what follows has to leave it standing (`aftermath.py`).
         """
+        text = _plain(text) if self.latex else text
         # A stop may follow an answer, not lead it: .5 is not 5. An ellipsis is no stop: 0.3... is not 0.3.
         bare = text.strip(_WRAPPING).removesuffix(".").rstrip(_WRAPPING)
         if self.pattern.fullmatch(bare):
             return self.normal(bare)
-        markers = list(_MARKER.finditer(text))
-        starts = {marker.end() for marker in markers}
-        matches = list(self.pattern.finditer(text))
-        first = next((k for k, match in enumerate(matches) if match.start() in starts), None)
-        if first is None or _HEDGE.search(text, matches[first].end()):
+        spans = [Span(m.start(), m.end(), self.normal(m.group())) for m in self.pattern.finditer(text)]
+        labels = list(_LABEL.finditer(text))
+        claims = {label.end() for label in labels}
+        labelled = not claims.isdisjoint(span.start for span in spans)
+        if not labelled and self.opening and (begun := self.opening.match(text)):
+            claims = {begun.end()}
+        first = next((k for k, span in enumerate(spans) if span.start in claims), None)
+        if first is None:
+            return None
+        claim, later = spans[first], spans[first + 1 :]
+        given = {span.answer for span in (claim, *later) if span.start in claims}
+        if claim.answer is None or given != {claim.answer} or not _ENDED.match(text, claim.end):
             return None
         # A second "Answer:" or "the answer is" has to give an answer too, if it gives anything.
-        found = {match.start() for match in matches}
-        for marker in markers:
-            is_label = re.search(r":|\bis\b", marker.group(), re.IGNORECASE) and marker.start() >= matches[first].end()
-            if is_label and marker.end() not in found and text[marker.end() :].strip(_WRAPPING + "."):
+        found = {span.start for span in later}
+        for label in labels:
+            says = label["is"] or ":" in label.group()
+            if says and label.start() >= claim.end and label.end() not in found and text[label.end() :].strip(_WRAPPING + "."):
                 return None
-        if not all(_ENDED.match(text, match.end()) for match in matches[first:]):
-            return None
-        named = {self.normal(match.group()) for match in matches[first:]}
-        return named.pop() if len(named) == 1 else None
+        left = stands(text, claim, later, labelled=labelled, words=self.words, interjections=self.interjections)
+        return claim.answer if left else None
+
+
+def unboxed(text: str) -> str:
+    r"""Write "Answer: x" for every \boxed{x}, so that all ways to give an answer meet the same rules."""
+    parts, at = [], 0
+    while match := _BOXED.search(text, at):
+        depth, end = 1, match.end()
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if depth:
+            break
+        # "The answer is \boxed{x}" is one answer, not an empty one and another.
+        before, labels = text[at : match.start()], list(_LABEL.finditer(text, at, match.start()))
+        if labels and labels[-1].end() == match.start():
+            before = text[at : labels[-1].start()]
+        parts.append(f"{before} Answer: {text[match.end() : end - 1]}")
+        at = end
+    return "".join(parts) + text[at:]
+
+
+def _plain(text: str) -> str:
+    """Take LaTeX's boxes, words and delimiters off, as in "\\(\\boxed{\\text{B}}\\)"; a delimiter becomes a dollar sign."""
+    if "\\" not in text:
+        return text
+    text = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", "$"))
+    return _TEXT.sub(r" \1", unboxed(text))
 
 
 def words_form(*answers: str) -> AnswerForm:
     """Answers are one of these words, in any case."""
     by_word = {answer.lower(): answer for answer in answers}
-    return AnswerForm(re.compile(rf"\b(?:{'|'.join(answers)})\b", re.IGNORECASE), lambda word: by_word.get(word.lower()))
+    # "There is no net displacement" and "no doubt" are no answers, and "no idea" is none of these.
+    no = (
+        r"no(?!(?:(?<=there is no)|(?<=there are no)|(?<=there was no)|(?<=has no)|(?<=have no)|(?<=had no)|(?<=with no)"
+        r"|(?<=leaves no)|(?<=makes no)|(?<=means no)|(?<=at no)|(?<=in no)|(?<=by no))[ \t]+[a-z])"
+        r"(?![ \t]+(?:one|doubt|longer|more|other|matter)\b)"
+        r"(?:[ \t]+(?:idea|clue|way|opinion|conclusion|solution|information|answer(?!\s*(?::|is\b)))\b)?"
+    )
+    choices = "|".join(no if word == "no" else word for word in by_word)
+    return AnswerForm(
+        pattern=re.compile(rf"\b(?:{choices})\b", re.IGNORECASE),
+        normal=lambda word: by_word.get(word.lower()),
+        opening=re.compile(
+            rf"[\s*`\"'$_]*(?=(?:{choices})\b[*`\"'_]*(?:[,.;:!\u2014\u2013]| [\u2014\u2013-] |\s*\n))", re.IGNORECASE
+        ),
+        words=True,
+        interjections="" if "no" in by_word else "yes|no",
+    )
 
 
 def option_form(letters: str) -> AnswerForm:
-    """Answers are a letter in parentheses, or a capital letter alone where it is not the article of "A red ball".
+    """Answers are a letter in parentheses, or a capital letter alone where it may not be the article of "A red ball".
 
     The pattern finds all letters in parentheses, and a letter joined to an option, so that an option that does not exist spoils
     an answer.
     """
-    another = r"(?:(?:,[ \t]*|[ \t]+and[ \t]+)[A-HJ-Z](?![\w'-]))?"
-    pattern = re.compile(rf"(?:\([a-zA-Z]\)|\b[{letters}](?![\w'-])(?!(?<=A)\s+[a-z])){another}")
+    # No letter is read where an A would be an article: else (A) would be harder to give than (B). I is a pronoun as well.
+    alone = (
+        r"(?![\w'\u2019-])(?!(?<=I)\s+[a-z])(?!\s+(?!(?:too|as|also|is|was|are|were|or|nor|and|not|but|because|since|which|would"
+        r"|could|can|cannot|should|will|does|then|instead|rather|if|so|by|for|due|given)\b)[a-z])"
+    )
+    joined = r"(?:(?<=\band )|(?<=\bor )|(?<=\bplus )|(?<=\bthen )|(?<=\bnot ))"
+    another = rf"(?:(?:,[ \t]*|[ \t]+and[ \t]+)[A-HJ-Z]{alone})?"
+    letter = rf"\b[{letters}]{alone}|{joined}[{letters}](?![\w'\u2019-]|(?<=I) )"
+    pattern = re.compile(rf"(?:\([a-zA-Z]\)|{letter}){another}")
 
     def normal(found: str) -> str | None:
         letter = found.strip("()").upper()
         return f"({letter})" if letter in letters else None
 
-    return AnswerForm(pattern, normal)
+    opening = re.compile(rf"[\s*`\"'$_]*(?:[Oo]ption\s+)?(?=(?:\([a-zA-Z]\)|[{letters}]\**[).:])[*.:,]*\s+[*_\"'$]*\w)")
+    return AnswerForm(pattern=pattern, normal=normal, opening=opening)
 
 
 def number_form(*, decimals: bool = False) -> AnswerForm:
@@ -90,7 +170,7 @@ def number_form(*, decimals: bool = False) -> AnswerForm:
         r"|(?:times|over|to|and)(?=\W*[0-9])|[b-z](?![\w'\u2019])"
     )
     pattern = re.compile(
-        r"(?:[-+\u2212]|[^\W\d_])?[0-9](?:[\w.,]*\w)?(?:\.\.|\s*[+^=<>~|&]|\s*[-*/:(\u2212\u00d7\u00f7](?=\s*[-+(]?[0-9])|\s?[%!]"
+        r"(?:[-+\u2212.]|[^\W_])?[0-9](?:[\w.,]*\w)?(?:\.\.|\s*[+^=<>~|&]|\s*[-*/:(\u2212\u00d7\u00f7](?=\s*[-+(]?[0-9])|\s?[%!]"
         rf"|[\s,;]+(?=[0-9])|\s*[\u221a\u03c0]|\s*\\(?!text|mathrm)[a-zA-Z]+|[ \t]*(?i:{more})\b)?"
     )
     allowed = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)" + (r"(?:\.[0-9]+)?" if decimals else ""))
@@ -104,7 +184,9 @@ def number_form(*, decimals: bool = False) -> AnswerForm:
         number = f"{int(whole)}.{rest}" if rest else str(int(whole))
         return f"-{number}" if rest and whole.startswith("-") and int(whole) == 0 else number
 
-    return AnswerForm(pattern, normal)
+    # An amount: a number and up to three words, "18 dollars a day".
+    opening = re.compile(r"[\s*`\"'$_]*(?=[-+]?[0-9][0-9.,]*\**(?:[ \t]+[a-zA-Z]+){1,3}[.\s*]*\Z)")
+    return AnswerForm(pattern=pattern, normal=normal, opening=opening)
 
 
 def bracket_form() -> AnswerForm:
@@ -115,20 +197,27 @@ def bracket_form() -> AnswerForm:
         brackets = "".join(found.split())
         return " ".join(brackets) if all(bracket in ")]}>" for bracket in brackets) else None
 
-    return AnswerForm(pattern, normal)
+    return AnswerForm(pattern=pattern, normal=normal, latex=False)
 
 
-_LABEL = re.compile(r"\banswer\s*:", re.IGNORECASE)
+_ANSWER = re.compile(r"\banswer\s*:", re.IGNORECASE)
 
 
 def read_open(text: str) -> str | None:
     """Return an answer of any form, with single spaces; None if the text gives none, or several.
 
-    Either the text is one line and nothing else, or all that follows "Answer:" is the answer; where there are several of these,
-    they have to say the same. So a second thought, a doubt or an explanation is part of the answer, and makes it a wrong one.
+    Either the text is one line and nothing else, or all that follows "Answer:" is the answer; a box is labelled so. Where there
+    are several of these, they have to say the same. So a second thought, a doubt or an explanation is part of the answer, and
+    makes it a wrong one.
     """
-    first, *labelled = _LABEL.split(text)
+    first, *labelled = _ANSWER.split(unboxed(text))
     if not labelled and "\n" in first.strip(_WRAPPING):
         return None
-    answers = {" ".join(part.strip(_WRAPPING).split()) for part in labelled or [first]}
-    return answers.pop() or None if len(answers) == 1 else None
+    answers = {" ".join(part.strip(_WRAPPING).split()) for part in labelled or [first]} - {""}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def read_exact(text: str) -> str | None:
+    """Return the same without the stop behind it."""
+    answer = read_open(text) or ""
+    return (answer if answer.endswith("..") else answer.removesuffix(".").rstrip(_WRAPPING)) or None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from neuromas.tasks import files, hub
-from neuromas.tasks.answers import bracket_form, read_open
+from neuromas.tasks.answers import bracket_form, read_exact, read_open
 from neuromas.tasks.base import DatasetTask, Problem, Task
 from neuromas.tasks.files import Record
 from neuromas.tasks.verifiers import Reader, Verifier, VerifierName, choice, make_verifier, words
@@ -272,7 +272,7 @@ class Gsm8k(Benchmark):
 
 
 _YES_NO, _OPTIONS = words("Yes", "No"), choice("ABCDEFG")
-_OPEN = Reader(read_open, 'Write "Answer: " and the answer.')
+_OPEN = Reader(read_exact, 'Write "Answer: " and the answer.')
 _NUMBER = make_verifier("number")
 BBH: dict[str, tuple[VerifierName, Verifier]] = {
     "boolean_expressions": ("exact", words("True", "False")),
@@ -346,6 +346,6 @@ class BigBenchHard(Benchmark):
         """Published targets that are no answer of the task's form, as the text of an option: given as they are, they count."""
         return frozenset(e.answer for e in self.splits.get("test", ()) if self.form.read(e.answer) is None)
 
-    def reward(self, example: Example, text: str) -> float:
-        odd = example.answer in self.odd_targets and read_open(text) == example.answer
-        return float(odd or self.parse_answer(text) == example.answer)
+    def parse_answer(self, text: str) -> str | None:
+        answer = self.form.read(text)
+        return read_open(text) if answer is None and read_open(text) in self.odd_targets else answer

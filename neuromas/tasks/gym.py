@@ -45,8 +45,10 @@ class ReasoningGym(GeneratedTask):
         return problem
 
     def parse_answer(self, text: str) -> str | None:
-        # Answers may be of several lines, as grids are.
-        return read_open(text) if "\n" not in text.strip() else text.rpartition("Answer:")[2].strip("\n ") or None
+        # Answers may be of several lines, as grids are, but there is one of them.
+        *_, answer = parts = text.split("Answer:")
+        is_one = all(part.strip() == answer.strip() for part in parts[1:])
+        return read_open(text) if "\n" not in text.strip() else answer.strip("\n ") or None if is_one else None
 
     def reward(self, example: Example, text: str) -> float:
         answer = self.parse_answer(text)

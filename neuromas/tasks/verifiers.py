@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Literal, get_args
 
-from neuromas.tasks.answers import number_form, option_form, read_open, words_form
+from neuromas.tasks.answers import number_form, option_form, read_exact, read_open, unboxed, words_form
 from neuromas.tasks.judge import Judge
 
 VerifierName = Literal["exact", "choice", "number", "regex", "math", "python"]
@@ -73,10 +73,11 @@ class Regex(Verifier):
 
     def check(self, gold: str, text: str) -> bool:
         answer = self.read(text)
-        return answer is not None and _judge().ask("regex", gold, answer)
+        # A stop behind the answer is part of it or not, as the expression wants it.
+        ways = {answer, answer.removesuffix(".")} if answer else ()
+        return any(_judge().ask("regex", gold, way) for way in ways)
 
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _PERCENT = re.compile(r"(?<=[0-9])\s*(?:\\?%|percent\b)")
 _COMMAND = re.compile(r"\\?[a-zA-Z]+")
 # fmt: off
@@ -104,7 +105,7 @@ class Math(Verifier):
 
     def read(self, text: str) -> str | None:
         # A question that asks for percent may be answered with or without the sign.
-        text = _PERCENT.sub("", _unboxed(text).replace("\\$", "$"))
+        text = _PERCENT.sub("", unboxed(text).replace("\\$", "$"))
         number = self._numbers.read(text)
         if number is not None:
             return number
@@ -132,23 +133,6 @@ class Math(Verifier):
         elif not _is_expression(answer, gold):
             return False
         return _judge().ask("math", gold, answer)
-
-
-def _unboxed(text: str) -> str:
-    r"""Write "Answer: x" for every \boxed{x}, so that all ways to give an answer meet the same rules."""
-    parts, at = [], 0
-    while match := _BOXED.search(text, at):
-        depth, end = 1, match.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if depth:
-            break
-        # "Answer: \boxed{x}" is one answer, not an empty one and another.
-        before = re.sub(r"\banswer\s*:[\s$]*$", "", text[at : match.start()], flags=re.IGNORECASE)
-        parts.append(f"{before} Answer: {text[match.end() : end - 1]}")
-        at = end
-    return "".join(parts) + text[at:]
 
 
 def _is_mathematical(answer: str, own: Iterable[str] = ()) -> bool:
@@ -197,7 +181,7 @@ def make_verifier(name: VerifierName, golds: Iterable[str] = ()) -> Verifier:
     if name == "number":
         return Reader(number_form(decimals=True).read, 'Write "Answer: " and the number.')
     if name == "exact":
-        return Reader(read_open, 'Write "Answer: " and the answer.')
+        return Reader(read_exact, 'Write "Answer: " and the answer.')
     return {"regex": Regex, "math": Math, "python": Python}[name]()
 
 
