@@ -13,7 +13,7 @@ that the program could print. Three processes, none of which trusts the next one
     judge    (isolated)  runs the tests of one program; each name they take from it is a handle that asks the worker
     worker   (isolated)  the judge's fork, holds the program and answers calls
 
-Judge and worker serve one program and die with it. What the program writes is read by its own judge and by nobody else, so
+Judge and worker serve one program and die with it. What the program sends is read by its own judge and by nobody else, so
 there is nobody whom it could mislead about the next program. The tests, the expected values and the secret (random, new for
 each program) reach the judge after the fork: the worker has no memory, file or pipe in which they are, and no system call that
 reaches another process. What the program can do is answer, and an answer is read as plain data (`wire.py`): numbers, text,
