@@ -1,8 +1,12 @@
 """How loops are run."""
 
 import functools
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -30,8 +34,27 @@ def _most_threads() -> int:
     return most
 
 
+_PREPARING = "NEUROMAS_COMPILES_LOOPS"
+
+
+@functools.cache
+def _prepare() -> None:
+    """Have the loops compiled by another process where they are not kept on disk yet: see `prepare`."""
+    from neuromas.kernels import loops
+
+    kept = loops.weigh.stats.cache_path  # type: ignore[reportFunctionMemberAccess]  # of Numba's dispatcher
+    if _PREPARING in os.environ or kept is None or any(Path(kept).glob("loops.weigh-*.nbi")):
+        return
+    # A process that fails leaves the work to this one.
+    subprocess.run(
+        [sys.executable, "-m", "neuromas.kernels.prepare"], env=os.environ | {_PREPARING: "1"}, check=False,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
 def run(loop: Callable[..., None], *arguments: Tensor | np.ndarray | float | int) -> None:
     """Call a loop on as many threads as torch uses."""
+    _prepare()
     most, threads = _most_threads(), torch.get_num_threads()
     if getattr(_threads, "set", None) != threads:
         numba.set_num_threads(min(threads, most))
