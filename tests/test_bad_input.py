@@ -413,7 +413,7 @@ def test_workers_of_a_comparison_that_was_killed_end_and_leave_the_folder(tmp_pa
         time.sleep(0.1)
     process.kill()
     process.wait()
-    worker, deadline = int(found[0].read_text()), time.monotonic() + 20
+    worker, deadline = int(found[0].read_text()), time.monotonic() + 60
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
