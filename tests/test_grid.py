@@ -173,7 +173,7 @@ def test_the_bundled_preset_covers_what_it_must_show() -> None:
     larger = {f"tracking_shuffled_objects_{count}_objects" for count in ("five", "seven")}
     assert set(grid.tasks) == set(TASKS) - larger
     assert len(grid.seeds) >= 5
-    assert {"neuromas_3", "single_rl_vote_3", "shared_adapter", "neuromas_roles"} <= set(grid.methods)
+    assert {"neuromas_3", "single_rl_vote_3", "shared_adapter", "single_rl_long_continued"} <= set(grid.methods)
     rivals = {pair.second: set(pair.matched) for pair in grid.pairs if pair.first == "neuromas_3"}
     assert "most_tokens_per_answer" in rivals["single_rl_long"]
     assert {"most_tokens_per_answer", "training_sampled_tokens"} <= rivals["single_rl_long_continued"]
