@@ -24,7 +24,7 @@ from neuromas.config import TrainConfig
 from neuromas.findings import Comparison, spell_difference, spell_problem, to_json
 from neuromas.grid import Grid, Pair, describe_cell, find_method, problem_of
 from neuromas.matching import QUANTITIES, spell
-from neuromas.questions import Questions, evaluation_sets
+from neuromas.questions import Questions, data_checksum, evaluation_sets
 from neuromas.report import write_report
 from neuromas.sizes import sizes
 from neuromas.tasks import from_config
@@ -43,12 +43,13 @@ def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_
     if not report_only:
         check_questions(grid)
     checksums = {name: _checksum(name, grid) for name in grid.backbones}
+    data = {spec.config.task: data_checksum(spec.config) for spec in {s.config.task: s for s in grid.cells}.values()}
     with _locked(out) as lock:
         found: dict[Path, Stored] = {}
         notes: list[str] = []
 
         def place_of(spec: CellSpec) -> Cell:
-            return cell(spec, out, checksums[spec.config.backbone])
+            return cell(spec, out, checksums[spec.config.backbone] + data[spec.config.task])
 
         def result_of(spec: CellSpec) -> CellResult | str | None:
             stored = found.get(place_of(spec).path)
@@ -61,7 +62,7 @@ def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_
         # What some cells train with is known when others have been made, so they come in turns.
         while places := [p for s in map(tuning.settle, specs) if s and (p := place_of(s)).path not in seen]:
             seen |= {place.path for place in places}
-            there, lines = _look(places, keep_old or report_only)
+            there, lines = _look(places, keep_old or report_only, "left out" if report_only else "made again")
             found |= there
             notes += lines
             left = [p for p in places if (stored := found.get(p.path)) is None or stored.error is not None]
@@ -79,10 +80,10 @@ def run(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_
         ]
         trials = {(spec.method, *problem_of(spec)): tuning.table(spec) for spec in grid.cells}
         comparison = compare(grid, cells, notes, trials)
-        codes = sorted({place_of(spec).code for spec in grid.cells})
-        data = to_json(comparison) | {"code": codes, "backbone_checksums": checksums}
-        (out / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-        write_report(data, out)
+        codes = sorted({stored.code for _, stored in cells if stored and stored.code})
+        report = to_json(comparison) | {"code": codes, "backbone_checksums": checksums}
+        (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_report(report, out)
     return comparison
 
 
@@ -103,19 +104,19 @@ def _checksum(backbone: str, grid: Grid) -> str:
     return Backbone.load(backbone, dtype=dtype, device="cpu").checksum()
 
 
-def _look(places: Sequence[Cell], keep_old: bool) -> tuple[dict[Path, Stored], list[str]]:
+def _look(places: Sequence[Cell], keep_old: bool, otherwise: str) -> tuple[dict[Path, Stored], list[str]]:
     """Read the cells that are there; one line for each that is not as it should be."""
     found, notes = {}, []
     for place in places:
         try:
             stored = read(place)
         except ValueError as error:
-            _tell(f"{error}; it is made again")
+            _tell(f"{error}; it is {otherwise}")
             continue
         if stored is not None and stored.code != place.code:
             which = f"{describe_cell(place.spec)}: made by other code ({stored.code}, now {place.code})"
             if not keep_old:
-                _tell(f"{which}; it is made again")
+                _tell(f"{which}; it is {otherwise}")
                 continue
             notes.append(f"{which}; kept as it is")
         if stored is not None:
@@ -185,16 +186,15 @@ def print_plan(grid: Grid) -> None:
     table = Grille(box=None, pad_edge=False)
     several = len(grid.backbones) > 1
     for name in ("method", *(["backbone"] if several else []), "trained", "cells", "trainable parameters", "training rollouts",
-                 "updates"):  # fmt: skip
+                 "steps"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("method", "backbone") else "right", no_wrap=True)
     for method in grid.methods:
         for backbone in grid.backbones:
             specs = [spec for spec in grid.cells if spec.method == method and spec.config.backbone == backbone]
             trained = find_method(method).trained
-            updates = _range([spec.config.num_steps for spec in specs])
             table.add_row(
                 method, *([backbone] if several else []), "yes" if trained else "no", str(len(specs)), _parameters(specs),
-                _rollouts(specs) if trained else "0", updates if trained else "0",
+                *(_training(specs) if trained else ("0", "0")),
             )  # fmt: skip
     console.print(table)
     console.print(
@@ -217,12 +217,15 @@ def describe_pair(pair: Pair) -> str:
     return f"{pair.first} - {pair.second}: matched in {matched} (to within {pair.tolerance:.0%}).{asks}"
 
 
-def _rollouts(specs: Sequence[CellSpec]) -> str:
-    """Count training rollouts; with a budget of tokens their number follows from the texts, and the budget is what is known."""
-    configs = [spec.config for spec in specs]
+def _training(specs: Sequence[CellSpec]) -> tuple[str, str]:
+    """Count training rollouts and steps; a budget of tokens is named itself, since the counts follow from the texts."""
+    configs, method = [spec.config for spec in specs], find_method(specs[0].method)
+    if other := getattr(method, "tokens_of", None):
+        return f"tokens of {other}", "as many"
+    steps = _range([config.num_steps for config in configs])
     if tokens := [c.num_steps * c.step_tokens for c in configs if c.step_tokens]:
-        return f"of {_range(tokens)} tokens"
-    return _range([c.num_steps * c.examples_per_step * c.group_size for c in configs])
+        return f"of {_range(tokens)} tokens", steps
+    return _range([c.num_steps * c.examples_per_step * c.group_size for c in configs]), steps
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """What a run asks: its task, what it trains on, and what it is scored on. Loads no torch, so that a mistake is told at once."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,19 @@ class Questions:
     def checksums(self) -> dict[str, str]:
         """Return checksums of questions and answers, by what they are for."""
         return {name: checksum_of(asked) for name, asked in {"training": self.training, **self.evaluation_sets}.items()}
+
+
+def data_checksum(config: TrainConfig) -> str:
+    """Return a checksum of all examples that come from files, and of a task's own code; empty where all are generated."""
+    task, parts = from_config(config.task), list[str]()
+    if isinstance(task, DatasetTask):
+        parts += [f"{split} {checksum_of(examples)}" for split, examples in task.splits.items()]
+    if config.task.file:
+        parts.append(f"file {checksum_of(task.load(config.task.file))}")
+    if config.task.name.startswith(OWN_CODE):
+        file = Path(config.task.name.removeprefix(OWN_CODE).rpartition(":")[0])
+        parts.append(f"code {hashlib.blake2b(file.read_bytes()).hexdigest()}")
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest() if parts else ""
 
 
 def evaluation_sets(config: TrainConfig, task: Task) -> dict[str, list[Example]]:

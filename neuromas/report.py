@@ -55,11 +55,15 @@ def _view(data: Data) -> Data:
 def _tried(entry: Data, title: dict[str, str]) -> Data:
     """Spell out what was tried for a method on a task, the chosen one marked."""
 
+    tried = [trial["lr"] for trial in entry["trials"]]
+
     def spell_trial(trial: Data) -> str:
         rank = f", rank {trial['rank']}" if trial["rank"] else ""
         seen = "not run yet" if trial["accuracy"] is None else f"{100 * trial['accuracy']:.1f}"
         seen = f"died: {trial['died']}" if trial["died"] else seen
-        return f"lr {trial['lr']:g}{rank}: {seen}{' (chosen)' if trial['chosen'] else ''}"
+        at_end = trial["lr"] in (min(tried), max(tried))
+        chosen = " (chosen, at the end of what was tried)" if at_end else " (chosen)"
+        return f"lr {trial['lr']:g}{rank}: {seen}{chosen if trial['chosen'] else ''}"
 
     return {
         "method": title[entry["method"]],

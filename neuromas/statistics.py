@@ -159,6 +159,8 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     n = len(estimates)
     variances = [estimate.error**2 / n**2 for estimate in estimates]
     total = sum(variances)
+    if math.isinf(total):  # one of a single question: nothing is known
+        return Estimate(sum(estimate.mean for estimate in estimates) / n, math.inf, 1.0)
     spread = sum(v**2 / estimate.freedom for v, estimate in zip(variances, estimates, strict=True))
     mean = sum(estimate.mean for estimate in estimates) / n
     return Estimate(mean, math.sqrt(total), total**2 / spread if spread else math.inf)

