@@ -397,5 +397,5 @@ def test_the_report_lists_what_was_tried(rivals: dict[str, Rival], tmp_path: Pat
         found.append((spec, Stored("code", METHODS[spec.method].run(spec, tmp_path), None, 1.0)))
     trials = {("team", "bundled", "navigate"): [Trial(1e-3, None, 0.5, 0.4), Trial(2e-3, None, 0.75, 0.5, chosen=True)]}
     page, text = pages(compare(grid, found, (), trials), tmp_path)
-    assert "| The <b>team</b> \\| all | navigate | lr 0.001: 50.0; lr 0.002: 75.0 (chosen, at the end of what was tried)" in text
+    assert "<b>team</b> \\| all | navigate | lr 0.001: 50.0; lr 0.002: 75.0 (chosen, at the end of what was tried)" in text
     assert "lr 0.001: 50.0; lr 0.002: 75.0 (chosen, at the end of what was tried)" in page
