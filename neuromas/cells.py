@@ -4,8 +4,8 @@
     OUT/runs/...  OUT/logs/...                       the run behind it, and what it printed
 
 KEY is a hash of the method, the resolved settings, the weights of the backbone and the examples that come from files. The
-version of the code is kept inside the file: a cell that other code made is known as such. Each worker is a process that makes one
-cell after the other, so that whatever ends it costs one cell.
+version of the code is kept inside the file: a cell that other code made is known as such. Each worker is a process that makes
+one cell after the other, so that whatever ends it costs one cell.
 """
 
 import ast
