@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from neuromas.backbone import Backbone
 from neuromas.bundled import BUNDLED
 from neuromas.config import AdapterConfig
+from neuromas.model.backbone import Backbone
 
 RANK = 8
 MOST_NODES = 15

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from neuromas import messages
-from neuromas.topology import Topology
+from neuromas.graph import messages
+from neuromas.graph.topology import Topology
 from neuromas.types import Example
 
 Kind = Literal["rollout", "update", "step"]

@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuromas.backbone import Backbone
-    from neuromas.network import Network
-    from neuromas.topology import Topology
+    from neuromas.graph.topology import Topology
+    from neuromas.model.backbone import Backbone
+    from neuromas.rollout.network import Network
 
 __all__ = ["Backbone", "Network", "Topology"]
 
-_HOMES = {"Backbone": "neuromas.backbone", "Network": "neuromas.network", "Topology": "neuromas.topology"}
+_HOMES = {"Backbone": "neuromas.model.backbone", "Network": "neuromas.rollout.network", "Topology": "neuromas.graph.topology"}
 
 
 def __getattr__(name: str) -> Any:

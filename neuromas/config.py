@@ -4,23 +4,19 @@ Imports no torch, so `--help` and a wrong flag answer at once. A string under a 
 """
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from neuromas import growth as growing
-from neuromas.files import read_toml
-from neuromas.growth import Growth, Opening
-from neuromas.topology import Topology
-
-C = TypeVar("C")
+from neuromas.graph import growth as growing
+from neuromas.graph.growth import Growth, Opening
+from neuromas.graph.topology import Topology
+from neuromas.system.schema import require
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -34,11 +30,6 @@ COLDEST = 1e-3
 MOST_COUNTED = 999_999
 """Of steps, whose checkpoints are named by six digits; and of questions and tokens of a text."""
 MOST_ROLLOUTS = 100_000
-
-
-def _require(ok: bool, flag: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{flag} must be {expected}, got {got!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +56,7 @@ class TopologyConfig:
                 raise ValueError(
                     f"topology.edges takes the place of widths and skip, got it and {given}; leave one of them out"
                 )
-            _require(not self.vote, "topology.vote", "left out with topology.edges", self.vote)
+            require(not self.vote, "topology.vote", "left out with topology.edges", self.vote)
             return Topology.from_edges(self.edges).with_roles(self.roles)
         return Topology.layered(self.widths, skip=self.skip, vote=self.vote).with_roles(self.roles)
 
@@ -111,10 +102,10 @@ class AdapterConfig:
     computation all nodes then share."""
 
     def check(self) -> None:
-        _require(self.rank is None or self.rank >= 1, "adapter.rank", "at least 1", self.rank)
-        _require(self.budget is None or self.budget >= 1, "adapter.budget", "at least 1", self.budget)
-        _require(self.alpha is None or self.alpha > 0, "adapter.alpha", "above 0", self.alpha)
-        _require(len(self.target_modules) > 0, "adapter.target_modules", "one or more module names", self.target_modules)
+        require(self.rank is None or self.rank >= 1, "adapter.rank", "at least 1", self.rank)
+        require(self.budget is None or self.budget >= 1, "adapter.budget", "at least 1", self.budget)
+        require(self.alpha is None or self.alpha > 0, "adapter.alpha", "above 0", self.alpha)
+        require(len(self.target_modules) > 0, "adapter.target_modules", "one or more module names", self.target_modules)
         if self.rank is not None and self.budget is not None:
             raise ValueError("adapter.rank and adapter.budget exclude each other; give one of them")
 
@@ -149,9 +140,9 @@ class GrowthConfig:
 
     def build(self, parent: Topology, *, skip: bool) -> Growth:
         """Return the growth of this parent; ValueError says what makes it none."""
-        _require(self.noise >= 0, "growth.noise", "at least 0", self.noise)
-        _require(self.warmup_new >= 0, "growth.warmup_new", "at least 0", self.warmup_new)
-        _require(self.opening != "annealed" or self.open_steps >= 1, "growth.open_steps", "at least 1", self.open_steps)
+        require(self.noise >= 0, "growth.noise", "at least 0", self.noise)
+        require(self.warmup_new >= 0, "growth.warmup_new", "at least 0", self.warmup_new)
+        require(self.opening != "annealed" or self.open_steps >= 1, "growth.open_steps", "at least 1", self.open_steps)
         if self.edges and (self.widths or self.connect or self.new_layers):
             raise ValueError("growth.edges and growth.widths, new_layers, connect exclude each other; give one or the other")
         if self.new_layers and not self.widths:
@@ -247,27 +238,27 @@ class TrainConfig:
         self.adapter.check()
         counted = ("num_steps", "examples_per_step", "max_new_tokens", "eval_size", "validation_size")
         for name in (*counted, "tokens_per_micro_batch", "save_every", "branches"):
-            _require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
         for name in counted:
-            _require(getattr(self, name) <= MOST_COUNTED, _flag(name), f"at most {MOST_COUNTED:,}", getattr(self, name))
+            require(getattr(self, name) <= MOST_COUNTED, _flag(name), f"at most {MOST_COUNTED:,}", getattr(self, name))
         rollouts = self.examples_per_step * self.group_size
-        _require(rollouts <= MOST_ROLLOUTS, "--examples-per-step x --group-size", f"at most {MOST_ROLLOUTS:,}", rollouts)
+        require(rollouts <= MOST_ROLLOUTS, "--examples-per-step x --group-size", f"at most {MOST_ROLLOUTS:,}", rollouts)
         for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens", "train_tokens"):
-            _require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
+            require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         least = f"at least {COLDEST} (training samples)"
-        _require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
-        _require(self.lr > 0, "--lr", "above 0", self.lr)
-        _require(self.format_bonus >= 0, "--format-bonus", "at least 0", self.format_bonus)
-        _require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
-        _require(_is_date(self.prompt_date), "--prompt-date", "a date YYYY-MM-DD", self.prompt_date)
+        require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
+        require(self.lr > 0, "--lr", "above 0", self.lr)
+        require(self.format_bonus >= 0, "--format-bonus", "at least 0", self.format_bonus)
+        require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
+        require(_is_date(self.prompt_date), "--prompt-date", "a date YYYY-MM-DD", self.prompt_date)
         needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1
         enough = f"at least {needed} with --centring {self.centring}"
-        _require(self.group_size >= needed, "--group-size", enough, self.group_size)
+        require(self.group_size >= needed, "--group-size", enough, self.group_size)
         unbiased = "leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer otherwise)"
-        _require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
+        require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
         leaves = self.branches**depth
         exactly = f"{leaves} with --branches {self.branches} and {depth} layers"
-        _require(self.branches == 1 or self.group_size == leaves, "--group-size", exactly, self.group_size)
+        require(self.branches == 1 or self.group_size == leaves, "--group-size", exactly, self.group_size)
         fixed = self.adapter.shared or self.topology.vote or self.topology.roles or self.branches > 1
         if self.growth and fixed:
             raise ValueError("growth goes with none of --adapter.shared, --topology.vote, --topology.roles and --branches")
@@ -285,11 +276,11 @@ class TrainConfig:
         """Return the growths of the run; ValueError if one is impossible or begins before the one before it is open."""
         topology, free, built = self.topology.build(), 0, []
         for entry in self.growth:
-            _require(free <= entry.at_step < self.num_steps, "growth.at_step",
+            require(free <= entry.at_step < self.num_steps, "growth.at_step",
                      f"{free} (when the network before it is open) to {self.num_steps - 1}", entry.at_step)  # fmt: skip
             built.append(entry.build(topology, skip=self.topology.skip and not self.topology.edges))
             topology, free = built[-1].grown, max(built[-1].opened_by, entry.at_step + 1)
-            _require(
+            require(
                 free <= self.num_steps, "growth.open_steps", f"such that it is open by step {self.num_steps}", entry.open_steps
             )
         return tuple(built)
@@ -323,75 +314,5 @@ def _check_finite(data: Any, where: str) -> None:
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
     for key, value in items:
         name = f"{where}{str(key).replace('_', '-')}"
-        _require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
+        require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
         _check_finite(value, f"{name}.")
-
-
-def from_dict(cls: type[C], data: dict[str, Any], *, where: str, prefix: str = "", base: C | None = None) -> C:
-    """Build a config from nested dictionaries over `base`; an unknown key raises ValueError with the known ones.
-
-    Values are converted to the fields' types: lists to tuples, texts to paths, whole numbers to floats.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is always a dataclass here
-    values: dict[str, Any] = {} if base is None else {name: getattr(base, name) for name in fields}
-    for key, value in data.items():
-        if key not in fields:
-            raise ValueError(
-                f"{where}: unknown key {prefix + key!r}; known are {', '.join(sorted(prefix + f for f in fields))}"
-            )
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            _require(isinstance(value, dict), f"{where}: {prefix}{key}", "a table", value)
-            values[key] = from_dict(kind, value, where=where, prefix=f"{prefix}{key}.", base=values.get(key))
-        else:
-            values[key] = _convert(kind, value, f"{where}: {prefix}{key}")
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Give a TOML or JSON value the type that its field declares; ValueError if it has another."""
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    options = get_args(kind)
-    if get_origin(kind) is Literal:
-        _require(value in options, where, f"one of {list(options)}", value)
-        return value
-    if isinstance(kind, UnionType):
-        if value is None:
-            return None
-        kind = options[0]
-    if get_origin(kind) is tuple:
-        _require(isinstance(value, list | tuple), where, "a list", value)
-        kinds = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
-        _require(len(kinds) == len(value), where, f"a list of {len(kinds)}", value)
-        if dataclasses.is_dataclass(options[0]) and isinstance(options[0], type):
-            tables = []
-            for place, table in enumerate(value):
-                _require(isinstance(table, dict), f"{where}[{place}]", "a table", table)
-                tables.append(from_dict(options[0], table, where=f"{where}[{place}]"))
-            return tuple(tables)
-        return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
-    accepted = {float: (int, float), Path: (str, Path)}.get(kind, (kind,))
-    is_right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    _require(is_right, where, f"of type {kind.__name__}", value)
-    return kind(value)
-
-
-def load_toml(path: Path) -> TrainConfig:
-    """Read a TrainConfig from a TOML file; ValueError names the file and the key."""
-    return from_dict(TrainConfig, read_toml(path), where=f"config {path}", base=TrainConfig())
-
-
-def to_json(config: TrainConfig) -> str:
-    """Return the resolved config as JSON, paths as texts."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
-
-
-def from_json(text: str | bytes, where: str) -> TrainConfig:
-    """Read a resolved config back; ValueError names `where` it came from and what is wrong with it."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is damaged: not JSON ({error})") from error
-    _require(isinstance(data, dict), where, "a JSON object", data)
-    return from_dict(TrainConfig, data, where=where)

@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from commands import FLAGS, Call, Outcome
 
-from neuromas import Backbone, cli
+from neuromas import Backbone
+from neuromas.cli import main as cli
 
 
 @pytest.fixture

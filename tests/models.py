@@ -20,8 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from neuromas.adapters import AdapterBank
-from neuromas.backbone import Backbone
+from neuromas.model.adapters import AdapterBank
+from neuromas.model.backbone import Backbone
 from neuromas.types import Completion
 
 TOKENIZER = Path(__file__).parent / "tokenizer"

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import neuromas.kernels.decoding
-import neuromas.kernels.layers
+import neuromas.model.kernels.decoding
+import neuromas.model.kernels.layers
 
 _ADD_UP = ("mm", "matmul", "linear", "attention", "softmax", "logsumexp", "embedding")
 """Parts of the names of operations that add up what they multiply."""
@@ -42,14 +42,14 @@ class _Listing(TorchDispatchMode):
 def listed() -> Iterator[list[Product]]:
     """List the products of torch and the compiled loops that are run inside."""
     products: list[Product] = []
-    run = neuromas.kernels.layers.run
+    run = neuromas.model.kernels.layers.run
 
     def listing(loop: Callable[..., None], *arguments: Any) -> None:
         products.append(_described(loop.__name__, arguments))
         run(loop, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, _Listing(products):
-        for module in (neuromas.kernels.layers, neuromas.kernels.decoding):
+        for module in (neuromas.model.kernels.layers, neuromas.model.kernels.decoding):
             patch.setattr(module, "run", listing)
         yield products
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuromas.baselines.base import Answer, CellResult, CellSpec, CurvePoint
+from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint
 
 GOLD = ("Yes", "No")
 

@@ -10,21 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import CONFIGS
 
-from neuromas.config import (
-    AdapterConfig,
-    GrowthConfig,
-    TaskConfig,
-    TopologyConfig,
-    TrainConfig,
-    from_json,
-    load_toml,
-    to_json,
-)
-from neuromas.grid import load_grid
-from neuromas.identity import differences
-
-CONFIGS = Path(__file__).parents[1] / "configs"
+from neuromas.compare.grid import load_grid
+from neuromas.config import AdapterConfig, GrowthConfig, TaskConfig, TopologyConfig, TrainConfig
+from neuromas.training.config_file import differences, from_json, load_toml, to_json
 
 
 @pytest.fixture
@@ -254,7 +244,7 @@ def test_a_run_is_named_after_task_shape_and_seed() -> None:
 
 
 def test_settings_are_read_without_loading_torch() -> None:
-    code = "import sys, neuromas.config, neuromas.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, neuromas.config, neuromas.cli.main; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -33,7 +33,7 @@ def test_the_program_of_the_readme_prints_what_nodes_say() -> None:
 
 
 def test_the_commands_of_the_readme_exist() -> None:
-    from neuromas.cli import COMMANDS
+    from neuromas.cli.main import COMMANDS
 
     used = set(re.findall(r"^neuromas (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert used

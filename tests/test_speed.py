@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from neuromas import Backbone
-from neuromas.adapters import AdapterBank
 from neuromas.bundled import BUNDLED
 from neuromas.config import AdapterConfig
-from neuromas.engines.torch_engine import TorchEngine
-from neuromas.reinforce import Batch
+from neuromas.model.adapters import AdapterBank
+from neuromas.rollout.torch_engine import TorchEngine
+from neuromas.training.reinforce import Batch
 from neuromas.types import Completion, Prompt, Request, Sample
 
 REFERENCE = {"update": 5.0, "rollout": 5.0}

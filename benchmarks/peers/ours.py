@@ -12,13 +12,13 @@ import torch
 
 from benchmarks.peers.common import Row, of_first_layer, prepare, read_rows, score
 from benchmarks.peers.protocol import Work, serve
-from neuromas.backbone import Backbone
 from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
-from neuromas.network import Network
-from neuromas.questions import Questions
-from neuromas.rundir import RunDirectory
-from neuromas.tasks.base import Task
-from neuromas.train import Setup, Trainer
+from neuromas.model.backbone import Backbone
+from neuromas.rollout.network import Network
+from neuromas.tasks.task import Task
+from neuromas.training.loop import Setup, Trainer
+from neuromas.training.questions import Questions
+from neuromas.training.run_directory import RunDirectory
 from neuromas.types import Completion, Example, Group, Prompt, Request, Rollout, Sample
 
 

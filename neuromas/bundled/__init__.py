@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from neuromas.files import read_file
+from neuromas.system.files import read_file
 
 BUNDLED = Path(__file__).parent
 MOST_LAYERS = 1000

@@ -4,13 +4,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from neuromas.backbone import Backbone
-from neuromas.evaluate import evaluate
-from neuromas.network import Network
+from neuromas.graph.topology import Topology
+from neuromas.model.backbone import Backbone
 from neuromas.recipes.skills import CHATTER, GUESSES
 from neuromas.recipes.traces import FAMILIES, TASKS
+from neuromas.rollout.network import Network
 from neuromas.tasks import get_task
-from neuromas.topology import Topology
+from neuromas.training.evaluate import evaluate
 
 EXAMPLES = 500
 SAMPLED_EXAMPLES = 200

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neuromas import messages
+from neuromas.graph import messages
+from neuromas.graph.topology import Topology
 from neuromas.recipes.trace import Trace
 from neuromas.recipes.traces import FAMILIES
-from neuromas.topology import Topology
 from neuromas.types import Example, Message, MessageStatus
 
 # Shares of behaviours, by what the inbox offers. "work" goes on, "guess" names an answer, the others leave it open.

@@ -5,7 +5,14 @@ from functools import partial
 from pathlib import Path
 
 from neuromas.config import TaskConfig
-from neuromas.tasks.base import (
+from neuromas.tasks.boolean_expressions import BooleanExpressions
+from neuromas.tasks.code import HumanEval, HumanEvalPlus, Mbpp
+from neuromas.tasks.dyck_languages import DyckLanguages
+from neuromas.tasks.multistep_arithmetic_two import MultistepArithmeticTwo
+from neuromas.tasks.navigate import Navigate
+from neuromas.tasks.published import BBH, SUBJECTS, ArcChallenge, Benchmark, BigBenchHard, Gsm8k, Mmlu
+from neuromas.tasks.reasoning_gym import ReasoningGym
+from neuromas.tasks.task import (
     SPLITS,
     DatasetTask,
     GeneratedTask,
@@ -17,15 +24,8 @@ from neuromas.tasks.base import (
     question_id,
     split_of,
 )
-from neuromas.tasks.benchmarks import BBH, SUBJECTS, ArcChallenge, Benchmark, BigBenchHard, Gsm8k, Mmlu
-from neuromas.tasks.boolean_expressions import BooleanExpressions
-from neuromas.tasks.code import HumanEval, HumanEvalPlus, Mbpp
-from neuromas.tasks.dyck_languages import DyckLanguages
-from neuromas.tasks.gym import ReasoningGym
-from neuromas.tasks.multistep_arithmetic_two import MultistepArithmeticTwo
-from neuromas.tasks.navigate import Navigate
-from neuromas.tasks.own import JsonlCodeTask, JsonlTask, load_class
 from neuromas.tasks.tracking_shuffled_objects import TrackingShuffledObjects
+from neuromas.tasks.user_tasks import JsonlCodeTask, JsonlTask, load_class
 from neuromas.tasks.verifiers import VerifierName
 from neuromas.tasks.web_of_lies import WebOfLies
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from neuromas.tasks.aftermath import Span, stands
+from neuromas.tasks.explanations import Span, stands
 
 _WRAPPING = " \t\r\n*`\"'$\u20ac\u00a3"
 # "The answer is", "Answer: option", "The correct choice is", a line "#### 18".

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from neuromas.tasks.answers import words_form
-from neuromas.tasks.base import GeneratedTask, Problem
+from neuromas.tasks.task import GeneratedTask, Problem
 
 WORD_WEIGHTS = {8: 4, 9: 3, 10: 2, 11: 1}
 

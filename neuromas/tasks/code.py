@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from neuromas.sandbox import Limits, Program, Sandbox
 from neuromas.sandbox.benchmarks import humaneval_plus_program, humaneval_program, mbpp_program
-from neuromas.tasks.base import DatasetTask, Problem
-from neuromas.tasks.benchmarks import Benchmark
-from neuromas.tasks.files import Record
+from neuromas.tasks.item_files import Record
+from neuromas.tasks.published import Benchmark
+from neuromas.tasks.task import DatasetTask, Problem
 from neuromas.tasks.verifiers import make_verifier
 from neuromas.types import Example
 

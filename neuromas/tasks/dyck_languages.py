@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from neuromas.tasks.answers import bracket_form
-from neuromas.tasks.base import GeneratedTask, Problem
+from neuromas.tasks.task import GeneratedTask, Problem
 
 PROMPT = "Complete the rest of the sequence, making sure that the parentheses are closed properly. Input: "
 CLOSERS = {"(": ")", "[": "]", "{": "}", "<": ">"}

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from neuromas.tasks.answers import number_form
-from neuromas.tasks.base import GeneratedTask, Problem
+from neuromas.tasks.task import GeneratedTask, Problem
 
 LARGEST_NUMBER = 9
 OPERATIONS = ("+", "-", "*")

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 
 from neuromas.tasks.answers import words_form
-from neuromas.tasks.base import GeneratedTask, Problem
+from neuromas.tasks.task import GeneratedTask, Problem
 
 HEADINGS = ("north", "east", "south", "west")
 VECTORS = {"north": (0, 1), "east": (1, 0), "south": (0, -1), "west": (-1, 0)}

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Literal, get_args
 
 from neuromas.tasks.answers import number_form, option_form, read_exact, read_open, unboxed, words_form
-from neuromas.tasks.judge import Judge
+from neuromas.tasks.math_process import Judge
 
 VerifierName = Literal["exact", "choice", "number", "regex", "math", "python"]
 VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)

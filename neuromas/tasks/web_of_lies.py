@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from neuromas.tasks.answers import words_form
-from neuromas.tasks.base import GeneratedTask, Problem
+from neuromas.tasks.task import GeneratedTask, Problem
 
 # fmt: off
 NAMES = (

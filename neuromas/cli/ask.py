@@ -1,0 +1,55 @@
+"""`neuromas ask`: put one question to a trained run."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from neuromas.bundled import find_backbone
+from neuromas.cli.flags import parse_flags
+from neuromas.training.questions import open_run
+
+MOST_ASKED = 1_000_000
+"""Characters of a question: standard input may have no end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AskArguments:
+    """Put one question to a trained run and print every message on its edge, then the answer."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    question: tyro.conf.Positional[str]
+    """The question; `-` reads it from standard input."""
+    allow_code: bool = False
+    """Execute the Python file that the run's task is in (class:FILE.py:CLASS)."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def run(args: Sequence[str]) -> None:
+    parsed = parse_flags(AskArguments, args, "ask")
+    if parsed.question == "-":
+        question = sys.stdin.buffer.read(4 * MOST_ASKED + 1).decode(errors="surrogateescape")
+    else:
+        question = parsed.question
+    if len(question) > MOST_ASKED:
+        raise ValueError(f"QUESTION must be at most {MOST_ASKED:,} characters")
+    if not question.strip():
+        raise ValueError("QUESTION must not be empty")
+    if not question.isascii() and question.encode(errors="replace").decode() != question:
+        raise ValueError("QUESTION must be UTF-8 text, got bytes that are none")
+    opened, _ = open_run(parsed.run, allow_code=parsed.allow_code)
+    find_backbone(opened.config.backbone)
+    from neuromas.cli.describe import print_rollout, rollout_json
+    from neuromas.training.load_run import load_run
+
+    loaded = load_run(parsed.run, allow_code=parsed.allow_code)
+    rollout = loaded.network.ask(question.strip(), answer_format=loaded.task.answer_format)
+    if parsed.json:
+        print(json.dumps(rollout_json(rollout, loaded.task)))
+    else:
+        print_rollout(rollout, loaded.task)

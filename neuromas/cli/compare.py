@@ -1,0 +1,59 @@
+"""`neuromas compare`: run methods x tasks x seeds and write the report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from neuromas.cli.flags import parse_flags
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareArguments:
+    """Run a comparison, methods x tasks x seeds, and write its report. What is there already is not run again."""
+
+    grid: tyro.conf.Positional[Path]
+    """TOML file that names methods, tasks, seeds and pairs."""
+    quick: bool = False
+    """Take the file's [quick] table: smaller, in minutes."""
+    jobs: int = 1
+    """Cells that run at a time, in processes that share the cores."""
+    out: Path | None = None
+    """Folder of cells and report. None: runs/compare-NAME."""
+    dry_run: bool = False
+    """Print cells, budgets and what is matched, and stop."""
+    report_only: bool = False
+    """Write the report of the cells that are there; run nothing."""
+    keep_old: bool = False
+    """Take cells that other code made as they are; they are named in the report."""
+    tasks: tuple[str, ...] = ()
+    """Tasks in place of the file's."""
+    seeds: tuple[int, ...] = ()
+    """Seeds in place of the file's."""
+    backbone: tuple[str, ...] = ()
+    """Backbones in place of the file's."""
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
+    """Folder of benchmark files. None: as the file says."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to run. None: as the file says."""
+
+
+def run(args: Sequence[str]) -> None:
+    parsed = parse_flags(CompareArguments, args, "compare")
+    if parsed.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {parsed.jobs}")
+    from neuromas.compare.grid import load_grid
+
+    grid = load_grid(
+        parsed.grid, quick=parsed.quick, tasks=parsed.tasks, seeds=parsed.seeds, backbones=parsed.backbone,
+        data=parsed.data, device=parsed.device,
+    )  # fmt: skip
+    from neuromas.compare.run import make_comparison, print_plan, print_result
+
+    if parsed.dry_run:
+        print_plan(grid)
+        return
+    out = parsed.out or Path("runs") / f"compare-{grid.name}"
+    print_result(make_comparison(grid, out, jobs=parsed.jobs, keep_old=parsed.keep_old, report_only=parsed.report_only), out)

@@ -1,0 +1,76 @@
+"""`neuromas eval`: score a trained run."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from neuromas.bundled import find_backbone
+from neuromas.cli.flags import parse_flags
+from neuromas.config import COLDEST, MOST_COUNTED
+from neuromas.system.terminal import printable
+from neuromas.training.questions import drawn_in_training, open_run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalArguments:
+    """Score a trained run: accuracy with n, 95% interval, floor, parse rate and cost of an answer."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    file: Annotated[Path | None, tyro.conf.arg(aliases=["--task.file"])] = None
+    """Score on this file: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`. None: the task's own problems."""
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
+    """Read the benchmark's items from here. None: from where the run had them."""
+    split: Literal["test", "validation", "train", "dev", "first200"] = "test"
+    """Which of its problems."""
+    size: int = 500
+    """How many of them, at most."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Seed of the draws where the temperature is above 0."""
+    untrained: bool = False
+    """Score the network as it was before training."""
+    allow_code: bool = False
+    """Execute the Python file that the run's task is in (class:FILE.py:CLASS)."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def run(args: Sequence[str]) -> None:
+    parsed = parse_flags(EvalArguments, args, "eval")
+    if not 1 <= parsed.size <= MOST_COUNTED:
+        raise ValueError(f"--size must be 1 to {MOST_COUNTED:,}, got {parsed.size}")
+    if parsed.temperature != 0 and not COLDEST <= parsed.temperature < math.inf:
+        raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {parsed.temperature}")
+    opened, task = open_run(parsed.run, untrained=parsed.untrained, data=parsed.data, allow_code=parsed.allow_code)
+    task.check_ready()
+    examples = task.load(parsed.file) if parsed.file else task.examples(parsed.split, parsed.size)
+    find_backbone(opened.config.backbone)
+    from neuromas.training.evaluate import evaluate, score
+    from neuromas.training.load_run import load_network
+
+    network, step = load_network(opened, untrained=parsed.untrained)
+    result, groups = evaluate(network, task, examples, temperature=parsed.temperature, seed=parsed.seed)
+    report, lines = result.to_json(), [str(result)]
+    if parsed.file:
+        # A score on items that training has met says little about new ones.
+        try:
+            drawn = drawn_in_training(opened, step, examples)
+        except ValueError as error:
+            report["drawn_in_training"] = None
+            lines.append(f"{parsed.file.name}: how many of its items were drawn in training cannot be told: {error}")
+        else:
+            others = [group for group in groups if group[0].example.id not in drawn]
+            report["drawn_in_training"] = len(groups) - len(others)
+            lines.append(f"{parsed.file.name}: {len(groups) - len(others)} of {len(groups)} items were drawn in training")
+            if 0 < len(others) < len(groups):
+                unseen = score(task, others)
+                report["not_drawn"] = unseen.to_json()
+                lines.append(f"the other {len(others)}: {unseen}")
+    print(json.dumps(report) if parsed.json else printable("\n".join(lines)))

@@ -1,0 +1,51 @@
+"""The command line: one module a command, which parses, calls and prints.
+
+Results go to standard output, progress and errors to standard error.
+"""
+
+import importlib
+import sys
+
+from neuromas.system.process import settle
+from neuromas.system.terminal import one_line
+
+USAGE = """usage: neuromas COMMAND [ARGUMENTS]
+
+  train [CONFIG.toml]   train a network; without arguments a small one on a bundled backbone, in minutes
+  grow RUN --to WIDTHS  add nodes or layers to a trained network and train on, in a new run
+  eval RUN              score a trained run on held-out problems or on a file
+  ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
+  show RUN|CONFIG.toml  draw a network and its budget
+  compare CONFIG.toml   run methods x tasks x seeds at matched budgets; one report with intervals, floors and tests
+  tasks                 list tasks with their splits, floors and verifiers; `tasks show NAME` prints an example
+
+neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
+
+COMMANDS = ("train", "grow", "compare", "eval", "ask", "show", "tasks")
+"""Names of modules beside this one, each with a `run` of arguments; loaded when called, so that the others cost no time."""
+
+
+def main() -> None:
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if args else 2)
+    if args[0] not in COMMANDS:
+        print(f"error: unknown command {args[0]!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        settle()
+        importlib.import_module(f"neuromas.cli.{args[0]}").run(args[1:])
+    except ValueError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has closed the pipe, as `head` does; there is nobody left to tell.
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)

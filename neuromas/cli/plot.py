@@ -1,0 +1,60 @@
+"""The curve of a run as a picture."""
+
+from pathlib import Path
+
+from neuromas.graph.growth import widths_of
+from neuromas.training.run_directory import RunDirectory
+
+SMOOTHING_STEPS = 10
+
+
+def plot_run(run: RunDirectory) -> Path:
+    """Draw reward and validation accuracy over the steps, with the floor and the final scores; return the PNG's path."""
+    import matplotlib  # slow to import, and only a finished run needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = run.metrics()
+    steps = [record["step"] + 1 for record in records]
+    rewards = [record["reward/mean"] for record in records]
+    smooth = [sum(part) / len(part) for i in range(len(rewards)) if (part := rewards[max(0, i + 1 - SMOOTHING_STEPS) : i + 1])]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, rewards, color="tab:blue", alpha=0.25, linewidth=1)
+    axes.plot(steps, smooth, color="tab:blue", label=f"training reward, mean of {SMOOTHING_STEPS} steps")
+    looks = [record for record in records if "validation/accuracy/mean" in record]
+    if looks:
+        accuracy = [look["validation/accuracy/mean"] for look in looks]
+        below = [a - look["validation/low/value"] for a, look in zip(accuracy, looks, strict=True)]
+        above = [look["validation/high/value"] - a for a, look in zip(accuracy, looks, strict=True)]
+        axes.errorbar(
+            [look["step"] + 1 for look in looks], accuracy, yerr=[below, above], color="tab:orange", marker="o", capsize=3,
+            label="validation accuracy, greedy, 95% interval",
+        )  # fmt: skip
+    scores = {when: run.scores(when) for when in ("before", "after")}
+    for growth in run.config.growth:
+        axes.axvline(growth.at_step, color="tab:gray", linestyle=":", linewidth=1)
+    first = records[0]["step"] if records else 0
+    for when, at in (("before", first), ("after", run.config.num_steps)):
+        for name, color in zip(scores.get(when, {}), ("tab:green", "tab:red"), strict=False):
+            s = scores[when][name]
+            axes.errorbar(
+                [at], [s["accuracy"]], yerr=[[s["accuracy"] - s["low"]], [s["high"] - s["accuracy"]]], color=color,
+                marker="s", capsize=3, linestyle="none", label=f"{name} (n {s['n']})" if when == "after" else None,
+            )  # fmt: skip
+            if when == "after":
+                axes.axhline(s["floor"], color=color, linestyle="--", linewidth=1, label=f"floor of {name}")
+    shapes = [run.topology, *(growth.grown for growth in run.config.growths())]
+    widths = " to ".join("-".join(map(str, widths_of(shape))) for shape in shapes)
+    axes.set(
+        xlabel="step",
+        ylabel="share right",
+        ylim=(0, 1),
+        title=f"{run.config.task.name}, widths {widths}, seed {run.config.seed}",
+    )
+    axes.legend(loc="lower right", fontsize=8)
+    axes.grid(alpha=0.3)
+    path = run.path / "curve.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

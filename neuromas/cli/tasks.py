@@ -1,0 +1,69 @@
+"""`neuromas tasks`: list tasks, or show an example of one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from neuromas.cli.flags import parse_flags
+from neuromas.config import TaskConfig
+from neuromas.system.terminal import printable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TasksArguments:
+    """List every task: items of each split, floor (score of the best constant answer), verifier. Fetches nothing.
+
+    `neuromas tasks show NAME` prints an example as each node would read it.
+    """
+
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
+    """Folder of benchmark files: count them, and leave out the benchmarks that it does not hold. None: counts stay open."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TasksShowArguments:
+    """Print an example of a task as each node of a chain of three would read it."""
+
+    name: tyro.conf.Positional[str]
+    """Name of the task, as --task has it."""
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
+    """File or folder of a benchmark's items. None: from the Hugging Face hub."""
+    split: Annotated[Literal["test", "validation", "train", "dev", "first200"], tyro.conf.arg(aliases=["--task.split"])] = (
+        "test"
+    )
+    """Which split's first example; another one where the data has no such split."""
+    difficulty: Annotated[int | None, tyro.conf.arg(aliases=["--task.difficulty"])] = None
+    """How hard generated problems are, in the task's own unit."""
+    verifier: Annotated[
+        Literal["exact", "choice", "number", "regex", "math", "python"], tyro.conf.arg(aliases=["--task.verifier"])
+    ] = "exact"
+    """How the answers of a task jsonl:PATH are checked."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def run(args: Sequence[str]) -> None:
+    from neuromas.cli import task_list
+
+    if args and args[0] == "show":
+        shown = parse_flags(TasksShowArguments, args[1:], "tasks show")
+        config = TaskConfig(
+            name=shown.name, difficulty=shown.difficulty, data=shown.data, split=shown.split, verifier=shown.verifier
+        )
+        reading = task_list.readings(config)
+        if shown.json:
+            print(json.dumps(reading))
+            return
+        for node in reading["nodes"]:
+            print(printable(f"--- node {node['node']} reads\n{node['reads']}"))
+        print(printable(f"--- gold answer, split {reading['split']}, verifier {reading['verifier']}\n{reading['gold']}"))
+        return
+    parsed = parse_flags(TasksArguments, args, "tasks")
+    rows = task_list.listing(parsed.data)
+    print(json.dumps({"tasks": rows}) if parsed.json else f"{task_list.table(rows)}\n\n{task_list.more_tasks()}")

@@ -1,0 +1,163 @@
+"""What a comparison finds, as records, and the data that its report is made from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from neuromas.compare.grid import Grid, find_method
+from neuromas.compare.tuning import Trial
+
+Problem = tuple[str, str, str]
+"""Backbone, task, set of examples."""
+
+Trials = Mapping[tuple[str, str, str], Sequence[Trial]]
+"""By method, backbone and task: what was tried."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunScore:
+    """Accuracy of one run, with Wilson's interval."""
+
+    seed: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """One method on one problem, over its seeds."""
+
+    method: str
+    title: str
+    trained: bool
+    n: int
+    """Questions."""
+    distinct: int
+    """Different ones among them."""
+    accuracy: float
+    low: float
+    """Lower end of the 95% interval over questions and runs; over questions alone where there is one run."""
+    high: float
+    runs: list[RunScore]
+    floor: float | None
+    """Accuracy of the best constant answer on these questions; None where no two questions have the same answer."""
+    floor_answer: str | None
+    parse_rate: float
+    answers: dict[str, int]
+    """How often each answer was given in all runs, the most frequent first."""
+    amounts: dict[str, float]
+    """Mean over runs of each of QUANTITIES."""
+    best_steps: list[int] = field(default_factory=list)
+    """Training steps done by each run's best validation; empty where nothing was validated."""
+    curve: list[dict[str, int | float]] = field(default_factory=list)
+    """Points `seed`, `step`, `sampled_tokens`, `accuracy` of the validation curves."""
+    growths: list[int] = field(default_factory=list)
+    """Training steps done before each growth of the network."""
+    flags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """First minus second of a pair on one problem; the numbers are None where `refused` says why there are none."""
+
+    refused: str | None = None
+    mean: float | None = None
+    low: float | None = None
+    """95% interval over questions and runs, or over questions alone where there is one run."""
+    high: float | None = None
+    p: float | None = None
+    """Over questions and runs, or over questions alone where there is one run."""
+    p_holm: float | None = None
+    """The same, adjusted for all differences of the table."""
+    detectable: float | None = None
+    """True difference that this design finds four times in five, about."""
+    low_these_runs: float | None = None
+    """95% bootstrap interval over questions, for exactly these runs."""
+    high_these_runs: float | None = None
+    p_these_runs: float | None = None
+    """Permutation test over questions, for exactly these runs."""
+    runs: list[dict[str, int | float]] = field(default_factory=list)
+    """For each seed: its difference, questions that only one got right, McNemar's exact p."""
+    unmatched: list[str] = field(default_factory=list)
+    """What differs without being declared as matched, in words."""
+    uninformative: str | None = None
+    """Why the number says nothing: both methods at the floor, or at the ceiling; for a mean, on which tasks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Everything that a comparison says about one problem."""
+
+    problem: Problem
+    scores: dict[str, Score]
+    missing: dict[str, str]
+    """By method: why there is no score, or not of all seeds."""
+    differences: list[Difference]
+    """In the order of the grid's pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a comparison found, ready to be shown."""
+
+    grid: Grid
+    tables: list[Table]
+    overall: list[Difference]
+    """By pair: the mean over all problems."""
+    notes: list[str]
+    trials: Trials
+    last: "Comparison | None" = None
+    """The same of the adapters at the end of training; this is of those of the best validation."""
+
+
+def spell_problem(problem: Problem) -> str:
+    """Name a problem: its task, and what else is not as usual."""
+    backbone, task, which = problem
+    return task + (f", {which}" if which != "test" else "") + (f", {backbone}" if backbone != "bundled" else "")
+
+
+def spell_difference(found: Difference) -> str:
+    """Write a difference in one line."""
+    if found.refused is not None or found.mean is None or found.low is None or found.high is None:
+        return f"not compared: {found.refused}"
+    apart = f"; not matched: {'; '.join(found.unmatched)}" if found.unmatched else ""
+    interval = f"95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    empty = f"; UNINFORMATIVE {found.uninformative}" if found.uninformative else ""
+    return f"{100 * found.mean:+.1f} points ({interval}, p {found.p:.2g}){empty}{apart}"
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Return everything that the report shows as JSON-ready data."""
+    grid = comparison.grid
+    return {
+        "name": grid.name,
+        "methods": list(grid.methods), "tasks": list(grid.tasks), "backbones": list(grid.backbones), "seeds": list(grid.seeds),
+        "titles": {
+            name: {"title": method.title, "source": method.source, "trained": method.trained}
+            for name, method in ((name, find_method(name)) for name in grid.methods)
+        },
+        "notes": comparison.notes,
+        "pairs": [asdict(pair) for pair in grid.pairs],
+        **_readings(comparison),
+        "last": _readings(comparison.last) if comparison.last else None,
+        "trials": [
+            {"method": method, "backbone": backbone, "task": task, "trials": [asdict(trial) for trial in trials]}
+            for (method, backbone, task), trials in comparison.trials.items() if trials
+        ],
+    }  # fmt: skip
+
+
+def _readings(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "overall": [asdict(found) for found in comparison.overall],
+        "problems": [
+            {
+                "name": spell_problem(t.problem), "backbone": t.problem[0], "task": t.problem[1], "set": t.problem[2],
+                "scores": {name: asdict(score) for name, score in t.scores.items()},
+                "missing": t.missing,
+                "differences": [asdict(found) for found in t.differences],
+            }
+            for t in comparison.tables
+        ],
+    }  # fmt: skip

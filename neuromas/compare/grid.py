@@ -1,0 +1,294 @@
+"""What a comparison file says: methods x tasks x seeds, what is overridden where, and what is compared with what.
+
+methods = ["neuromas_3", "single_rl"]      tasks = ["navigate"]      seeds = [0, 1, 2]
+[train]  settings of all cells    [task.NAME]  of a task's    [method.NAME]  of a method's    [quick]  with --quick
+[tuning]  lr = [5e-4, 1.5e-3]  seeds = [11]      what every trained method tries on every task, on seeds that are not scored
+[[pairs]]  compare = ["neuromas_3", "single_rl"]  matched = ["trainable_parameters"]  asks = "..."
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from neuromas.compare.budget_match import QUANTITIES
+from neuromas.compare.methods import METHODS, CellSpec, Method
+from neuromas.compare.methods.networks import Trained
+from neuromas.config import TrainConfig
+from neuromas.system.files import read_toml
+from neuromas.system.schema import from_dict
+from neuromas.tasks import from_config
+from neuromas.tasks.user_tasks import run_file
+
+DEFAULT_TOLERANCE = 0.02
+LISTS = ("methods", "tasks", "seeds", "backbones", "matched", "pairs")
+TABLES = ("train", "task", "method", "tuning", "quick")
+KEYS = (*LISTS, *TABLES, "reference", "tolerance")
+BY_THE_LISTS = ("seed", "backbone", "run_dir")
+"""Settings that come from the lists of the file."""
+SAME_FOR_ALL = (*BY_THE_LISTS, "task", "eval_size", "validation_size", "eval_every")
+"""Settings that no method may have for itself: they decide the questions, and how often validation chooses."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two methods to compare, and what must be equal for that."""
+
+    first: str
+    second: str
+    matched: tuple[str, ...]
+    """Names of QUANTITIES."""
+    tolerance: float
+    """Share by which matched quantities may differ, in any run."""
+    asks: str = ""
+    """What their difference answers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """What every trained method tries: each rank with each learning rate, on each of the seeds."""
+
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+    ranks: tuple[int, ...]
+    """Of a node of the team, as `adapter.rank` of the file; empty: the file's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """A comparison, resolved."""
+
+    name: str
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    backbones: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    cells: tuple[CellSpec, ...]
+    """Seed by seed, so that a grid that is stopped has whole comparisons. What is tuned is not yet in their settings."""
+    tuning: Space | None = None
+    """None: every method trains with the file's settings."""
+
+
+def problem_of(spec: CellSpec) -> tuple[str, str]:
+    """Return what a cell answers: backbone and task."""
+    return spec.config.backbone, spec.config.task.name
+
+
+def describe_cell(spec: CellSpec) -> str:
+    config = spec.config
+    trial = f", trial of lr {config.lr:g}" + (f" and rank {config.adapter.rank}" if config.adapter.rank else "")
+    return f"{spec.method}, {config.task.name}, {config.backbone}, seed {config.seed}{trial if spec.trial else ''}"
+
+
+def find_method(name: str) -> Method:
+    """Return the method of that name, or the one that `class:FILE.py:CLASS` makes; ValueError lists the names there are."""
+    if name.startswith("class:"):
+        return _load_class(name.removeprefix("class:"))
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(sorted(METHODS))} or class:FILE.py:CLASS, got {name!r}")
+    return METHODS[name]
+
+
+def _load_class(place: str) -> Method:
+    """Make a method of `FILE.py:CLASS`. The file is run: it is the user's own."""
+    file, _, name = place.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"method class: must be followed by FILE.py:CLASS of a Python file that is there, got {place!r}")
+    kind = getattr(run_file(path, f"method_{path.stem}", f"method class:{place}"), name, None)
+    try:
+        method = kind() if isinstance(kind, type) else None
+    except Exception as error:  # whatever the user's own class raises
+        raise ValueError(f"method class:{place}: it cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(method, Method):
+        raise ValueError(f"method class: {file} must have a class {name!r} with name, title, source, trained and run")
+    return method
+
+
+def load_grid(
+    path: Path,
+    *,
+    quick: bool = False,
+    tasks: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    backbones: Sequence[str] = (),
+    data: Path | None = None,
+    device: str | None = None,
+) -> Grid:
+    """Read a comparison file; ValueError names the file and what is wrong with it, before anything runs.
+
+    `tasks`, `seeds`, `backbones`, `data` and `device` go before what the file says.
+    """
+    where = f"config {path}"
+    raw = read_toml(path)
+    _check_keys(raw, KEYS, where)
+    # What the file names at all: with --quick its tables and pairs may be about what the short lists leave out.
+    named = {key: set(_distinct(raw, key, str, where)) for key in ("methods", "tasks")}
+    short = _table(raw, "quick", where)
+    _check_keys(short, (*LISTS, "train", "tuning", "reference", "tolerance"), where, "quick.")
+    _table(short, "train", f"{where}: quick")
+    if quick:
+        raw |= {key: value for key, value in short.items() if key != "train"}
+    given = {"tasks": list(tasks), "seeds": list(seeds), "backbones": list(backbones)}
+    raw |= {key: values for key, values in given.items() if values}
+    flags = {"tasks": "--tasks", "seeds": "--seeds", "backbones": "--backbone"}
+    from_where = {key: flags[key] if values else where for key, values in given.items()}
+    methods, tasks = _distinct(raw, "methods", str, where), _distinct(raw, "tasks", str, from_where["tasks"])
+    seeds = _distinct(raw, "seeds", int, from_where["seeds"])
+    if min(seeds) < 0:
+        raise ValueError(f"{from_where['seeds']}: seeds must be at least 0, got {list(seeds)}")
+    chosen = _distinct(raw, "backbones", str, from_where["backbones"]) if "backbones" in raw else ("bundled",)
+    for table, names in (("method", named["methods"] | set(methods)), ("task", named["tasks"] | set(tasks))):
+        if unknown := [name for name in _table(raw, table, where) if name not in names]:
+            raise ValueError(f"{where}: [{table}.{unknown[0]}] is about none of the {table}s {', '.join(sorted(names))}")
+    _check_methods(methods, where)
+    settings = ({"task": {"data": str(data)}} if data else {}) | ({"device": device} if device else {})
+    layers = _Layers(where, from_where["tasks"], raw, quick, settings)
+    resolved = {(task, method): layers.resolve(method, task) for task in tasks for method in methods}
+    cells = tuple(
+        CellSpec(method, dataclasses.replace(config, backbone=backbone, seed=seed))
+        for seed in seeds
+        for backbone in chosen
+        for (_, method), config in resolved.items()
+    )
+    tuning = _tuning(raw, methods, seeds, where)
+    pairs = _pairs(raw, methods, named["methods"] if quick else set(), where)
+    name = path.stem + ("-quick" if quick else "")
+    return Grid(name=name, methods=methods, tasks=tasks, seeds=seeds, backbones=chosen, pairs=pairs, cells=cells,
+                tuning=tuning)  # fmt: skip
+
+
+def _tuning(raw: Mapping[str, Any], methods: Sequence[str], scored: Sequence[int], where: str) -> Space | None:
+    if "tuning" not in raw:
+        return None
+    table = _table(raw, "tuning", where)
+    _check_keys(table, ("lr", "rank", "seeds"), where, "tuning.")
+    lrs = table.get("lr")
+    if not isinstance(lrs, list) or not lrs or not all(isinstance(lr, float) and 0 < lr < math.inf for lr in lrs):
+        raise ValueError(f"{where}: tuning.lr must be a list of one or more learning rates above 0, such as 1e-3, got {lrs!r}")
+    ranks, seeds = (_distinct(table, key, int, f"{where}: tuning") if key in table else () for key in ("rank", "seeds"))
+    if any(rank < 1 for rank in ranks):
+        raise ValueError(f"{where}: tuning.rank must be at least 1, got {list(ranks)}")
+    if len(lrs) * max(1, len(ranks)) > 1 and (not seeds or set(seeds) & set(scored) or min(seeds) < 0):
+        raise ValueError(
+            f"{where}: tuning.seeds must be one or more seeds of at least 0 that are not scored, got {list(seeds)} beside "
+            f"seeds {list(scored)}"
+        )
+    for method, table in _table(raw, "method", where).items():
+        if method in methods and "lr" in table:
+            raise ValueError(f"{where}: [method.{method}] may not set 'lr': [tuning] chooses it for all methods alike")
+    return Space(lrs=tuple(lrs), seeds=seeds, ranks=ranks)
+
+
+def _check_methods(methods: Sequence[str], where: str) -> None:
+    by_name: dict[str, str] = {}
+    for method in methods:
+        try:
+            found = find_method(method)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        name = found.name
+        if isinstance(found, Trained) and found.tokens_of and found.tokens_of not in methods:
+            raise ValueError(f"{where}: method {method} trains as long as {found.tokens_of}; add that to methods")
+        # Cells are kept by it.
+        if (other := by_name.setdefault(name, method)) != method:
+            raise ValueError(f"{where}: methods {other} and {method} have the same name {name!r}; give one another")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Settings over each other: defaults, [train], [task.NAME], [method.NAME], [quick.train], the command line."""
+
+    where: str
+    tasks_from: str
+    """Where the tasks are named."""
+    raw: Mapping[str, Any]
+    quick: bool
+    command_line: Mapping[str, Any]
+
+    def resolve(self, method: str, task: str) -> TrainConfig:
+        quick = self.raw.get("quick", {}).get("train", {}) if self.quick else {}
+        config = TrainConfig()
+        for table, values in (
+            ("train", _table(self.raw, "train", self.where)),
+            (f"task.{task}", _table(_table(self.raw, "task", self.where), task, self.where)),
+            (f"method.{method}", _table(_table(self.raw, "method", self.where), method, self.where)),
+            ("quick.train", quick),
+            ("command line", self.command_line),
+        ):
+            refused = SAME_FOR_ALL if table.startswith("method.") else BY_THE_LISTS
+            if fixed := [key for key in values if key in refused]:
+                raise ValueError(f"{self.where}: [{table}] may not set {fixed[0]!r}: it is one for all methods")
+            config = from_dict(TrainConfig, dict(values), where=self.where, prefix=f"{table}.", base=config)
+        named = dataclasses.replace(config.task, name=task)
+        config = dataclasses.replace(config, task=named)
+        try:
+            from_config(named)
+        except ValueError as error:
+            raise ValueError(f"{self.tasks_from}: {method} on {task}: {error}") from error
+        try:
+            return config.check()
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {method} on {task}: {error}") from error
+
+
+def _pairs(raw: Mapping[str, Any], methods: Sequence[str], left_out: set[str], where: str) -> tuple[Pair, ...]:
+    """Return the named pairs, then every other method with the reference; none of methods that --quick leaves out."""
+    matched, tolerance = raw.get("matched", []), raw.get("tolerance", DEFAULT_TOLERANCE)
+    given = raw.get("pairs", [])
+    if not isinstance(given, list):
+        raise ValueError(f"{where}: pairs must be a list, got {given!r}")
+    entries = [{"compare": entry} if isinstance(entry, list) else entry for entry in given]
+    reference = raw.get("reference")
+    if reference is not None:
+        if reference not in methods:
+            raise ValueError(f"{where}: reference must be one of the methods {', '.join(methods)}, got {reference!r}")
+        named = [set(c) for e in entries if isinstance(e, dict) and _are_texts(c := e.get("compare"))]
+        entries += [{"compare": [m, reference]} for m in methods if m != reference and {m, reference} not in named]
+    pairs = [_pair(entry, matched, tolerance, {*methods, *left_out}, where) for entry in entries]
+    return tuple(pair for pair in pairs if pair.first in methods and pair.second in methods)
+
+
+def _pair(entry: Any, matched: Any, tolerance: Any, methods: set[str], where: str) -> Pair:
+    if not isinstance(entry, dict):
+        raise ValueError(f'{where}: pairs must hold ["METHOD", "METHOD"] or tables, got {entry!r}')
+    _check_keys(entry, ("compare", "matched", "tolerance", "asks"), where, "pairs.")
+    compare, declared, allowed = entry.get("compare"), entry.get("matched", matched), entry.get("tolerance", tolerance)
+    if not _are_texts(compare) or len(compare) != 2 or compare[0] == compare[1] or not methods.issuperset(compare):
+        raise ValueError(f"{where}: pairs.compare must name two of the methods {', '.join(sorted(methods))}, got {compare!r}")
+    if not _are_texts(declared) or not declared or not QUANTITIES.keys() >= set(declared):
+        raise ValueError(f"{where}: {' and '.join(compare)}: matched must name one or more of {', '.join(QUANTITIES)}, "
+                         f"got {declared!r}")  # fmt: skip
+    if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not 0 <= allowed < 1:
+        raise ValueError(f"{where}: tolerance must be a share from 0 to below 1, got {allowed!r}")
+    return Pair(
+        first=compare[0], second=compare[1], matched=tuple(declared), tolerance=float(allowed), asks=str(entry.get("asks", ""))
+    )  # fmt: skip
+
+
+def _are_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str, prefix: str = "") -> None:
+    for key in table:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {prefix + key!r}; known are {', '.join(prefix + k for k in sorted(known))}")
+
+
+def _table(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    table = raw.get(key, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: {key} must be a table, got {table!r}")
+    return table
+
+
+def _distinct(raw: Mapping[str, Any], key: str, kind: type, where: str) -> tuple[Any, ...]:
+    values = raw.get(key)
+    is_list = isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+    if not is_list or not values or len(set(values)) < len(values):
+        raise ValueError(f"{where}: {key} must be a list of one or more different {kind.__name__}s, got {values!r}")
+    return tuple(values)

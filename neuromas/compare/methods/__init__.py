@@ -1,0 +1,24 @@
+"""The compared methods by name, as `neuromas compare` takes them. What loads torch is loaded when a method runs."""
+
+from neuromas.compare.methods import (
+    debate,
+    gptswarm,
+    macnet,
+    mixture,
+    networks,
+    pipeline,
+    sampling,
+    self_check,
+    self_refine,
+    tree_of_thoughts,
+)
+from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint, Method
+
+_FILES = (
+    sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts, networks,
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
+"""Untrained methods first, then trained ones."""
+
+__all__ = ["METHODS", "Answer", "CellResult", "CellSpec", "CurvePoint", "Method"]

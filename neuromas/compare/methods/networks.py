@@ -1,0 +1,236 @@
+"""NeuroMAS and what it is compared with: networks that train by the same loop and differ in one thing each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from neuromas.compare.methods.method import CellResult, CellSpec
+from neuromas.config import AdapterConfig, GrowthConfig, TopologyConfig, TrainConfig
+from neuromas.graph.growth import Opening
+
+PAPER = "arXiv 2605.16757"
+NODES = 3
+"""A cell's settings are meant for the network of three nodes: a given rank is that of one of its nodes."""
+
+VOTE_TEMPERATURE = 0.7
+"""As self-consistency samples (Wang et al. 2023)."""
+
+FORMAT_BONUS = 0.2
+THREE, FIVE, SEVEN = (1, 1, 1), (2, 2, 1), (2, 2, 2, 1)
+
+ROLES = (
+    "You are a planner: plan the steps.",
+    "You are a solver: carry out the plan.",
+    "You are a judge: check the work and answer.",
+)
+
+
+@dataclass(kw_only=True)
+class Trained:
+    """A method that trains a network. `change` makes of a cell's settings what this method trains with.
+
+    The run is `folder`/run. Methods of one `trains_as` train alike: given the same folder, the second one finds the run done.
+    """
+
+    name: str
+    title: str
+    source: str
+    change: Callable[[TrainConfig], TrainConfig]
+    votes: int = 1
+    """Rollouts of an answer; the majority of what the task can read in them is the answer, ties to the first."""
+    temperature: float = 0.0
+    """Of those rollouts; 0 is greedy, as the paper evaluates."""
+    trains_as: str = ""
+    tokens_of: str = ""
+    """Trains until it has sampled as many tokens as this method has on the same task with the same seed."""
+    trained: bool = True
+
+    def __post_init__(self) -> None:
+        self.trains_as = self.trains_as or self.name
+
+    def run(self, spec: CellSpec, folder: Path) -> CellResult:
+        """Train in `folder`, or go on there, and answer the evaluation sets."""
+        from neuromas.compare.methods.train_cell import run_trained  # loads torch
+
+        return run_trained(self.name, self.change(spec.config), spec, folder, votes=self.votes, temperature=self.temperature)
+
+
+@dataclass(kw_only=True)
+class UntrainedNetwork:
+    """The network before training: all adapters at zero."""
+
+    name: str
+    title: str
+    source: str
+    change: Callable[[TrainConfig], TrainConfig]
+    trained: bool = False
+
+    def run(self, spec: CellSpec, folder: Path) -> CellResult:
+        from neuromas.compare.methods.train_cell import run_untrained_network  # loads torch
+
+        return run_untrained_network(self.name, self.change(spec.config))
+
+
+def whole(adapter: AdapterConfig) -> AdapterConfig:
+    """Return the settings of one adapter with as many parameters as the three nodes' together.
+
+    A given rank is multiplied, and with it alpha, so that alpha / rank stays. A budget, or nothing given, means all adapters
+    together as it is.
+    """
+    if adapter.rank is None:
+        return adapter
+    return replace(adapter, rank=NODES * adapter.rank, alpha=None if adapter.alpha is None else NODES * adapter.alpha)
+
+
+def neuromas(*widths: int) -> Callable[[TrainConfig], TrainConfig]:
+    """Return what sets the layers; rank, budget and skip edges stay."""
+    return lambda config: replace(config, topology=TopologyConfig(widths=widths, skip=config.topology.skip))
+
+
+def grown(*stages: tuple[int, ...], opening: Opening = "immediate") -> Callable[[TrainConfig], TrainConfig]:
+    """Return what makes a network grow from stage to stage, each of equally many steps; new adapters start at zero.
+
+    Each stage has the learning rate's whole warm-up and cosine, as the network from scratch has it.
+
+    `immediate` is the paper's. An annealed opening takes half of its stage.
+    """
+
+    def change(config: TrainConfig) -> TrainConfig:
+        each = config.num_steps // len(stages)
+        if each < 2:
+            raise ValueError(f"a network that grows needs --num-steps of at least {2 * len(stages)}, got {config.num_steps}")
+        entries = [
+            GrowthConfig(at_step=each * place, widths=widths, opening=opening, open_steps=each // 2, restart_lr=True)
+            for place, widths in enumerate(stages[1:], start=1)
+        ]
+        return replace(neuromas(*stages[0])(config), growth=tuple(entries))
+
+    return change
+
+
+def shaped(config: TrainConfig) -> TrainConfig:
+    """NeuroMAS-3 with a bonus for well-formed text on top of the terminal reward."""
+    return replace(neuromas(1, 1, 1)(config), format_bonus=config.format_bonus or FORMAT_BONUS)
+
+
+def suffix_only(config: TrainConfig) -> TrainConfig:
+    """NeuroMAS-3 whose adapters act behind the question alone, which all nodes then share as the bare backbone reads it."""
+    config = neuromas(*THREE)(config)
+    return replace(config, adapter=replace(config.adapter, scope="suffix"))
+
+
+def single(config: TrainConfig) -> TrainConfig:
+    """One node with one adapter of equally many parameters."""
+    return replace(config, topology=TopologyConfig(widths=(1,)), adapter=whole(config.adapter))
+
+
+def long(config: TrainConfig) -> TrainConfig:
+    """One node with one adapter of equally many parameters, whose one call may be as long as the three nodes' together."""
+    return replace(single(config), max_new_tokens=NODES * config.max_new_tokens)
+
+
+def shared(config: TrainConfig) -> TrainConfig:
+    """The same graph, one adapter of equally many parameters in all nodes."""
+    config = neuromas(1, 1, 1)(config)
+    return replace(config, adapter=replace(whole(config.adapter), shared=True))
+
+
+def with_roles(config: TrainConfig) -> TrainConfig:
+    config = neuromas(1, 1, 1)(config)
+    return replace(config, topology=replace(config.topology, roles=ROLES))
+
+
+def magrpo(config: TrainConfig) -> TrainConfig:
+    """Agents side by side, one joint reward, minus the mean of the group (MAGRPO: Liu et al. 2025, arXiv 2508.04652).
+
+    The source's agents write parts of one text (a helper and a main function); where one answer is asked for, nothing says
+    how to join theirs, so ours is the majority of what they answer, ties to the first. Its settings are 2 agents, whole
+    models, G of 4, one or more turns; ours 3, adapters, the cell's group and one turn, as matched budgets ask.
+    """
+    return replace(config, topology=TopologyConfig(widths=(NODES,), vote=True), centring="group_mean")
+
+
+MALT_ROLES = (
+    "You are a generator: answer the question.",
+    "You are a verifier: say what is right and wrong in the answer.",
+    "You are a refiner: weigh answer and criticism and give the final answer.",
+)
+
+
+def malt(config: TrainConfig) -> TrainConfig:
+    """Generator, verifier and refiner, with credit by the values of a search tree (Motwani et al. 2025, arXiv 2412.01928).
+
+    Rollouts of a question are the leaves of a tree. In the sum over rollouts a text that several of them share weighs with the
+    sum of their advantages: the mean reward of its leaves, which is MALT's value of it, against that of all other leaves.
+    Differs: on-policy REINFORCE by that value, where MALT labels texts above one half and trains off-line by SFT and DPO; as
+    many branches as the group allows (2 with 8 rollouts), not 3; one pass to answer, not the majority of 3. Shared texts are
+    sampled, and counted, once for each rollout that holds them, so that rollouts and calls match the other methods'.
+    """
+    branches = round(config.group_size ** (1 / NODES))
+    if branches < 2 or branches**NODES != config.group_size:
+        raise ValueError(f"malt: --group-size must be a cube (8, 27, ...): a tree of {NODES} layers, got {config.group_size}")
+    return replace(config, topology=TopologyConfig(widths=(1, 1, 1), skip=True, roles=MALT_ROLES), branches=branches)
+
+
+def _votes(votes: int) -> Trained:
+    return Trained(
+        name=f"single_rl_vote_{votes}",
+        title=f"Single-LLM RL + vote@{votes}",
+        source="Single-LLM RL, answers by self-consistency (Wang et al. 2023, arXiv 2203.11171)",
+        change=single,
+        votes=votes,
+        temperature=VOTE_TEMPERATURE,
+        trains_as="single_rl",
+    )
+
+
+METHODS = (
+    UntrainedNetwork(
+        name="neuromas_untrained",
+        title="NeuroMAS-3, untrained",
+        source=f"the network of {PAPER} before training",
+        change=neuromas(1, 1, 1),
+    ),
+    Trained(name="single_rl", title="Single-LLM RL", source=f"{PAPER}, the network of one node", change=single),
+    *map(_votes, (3, 5, 7)),
+    Trained(
+        name="single_rl_long",
+        title="Single-LLM RL, one long call",
+        source="control: the team's most tokens in one call",
+        change=long,
+    ),
+    Trained(
+        name="single_rl_long_continued",
+        title="Single-LLM RL, one long call, trained on",
+        source="control: the team's most tokens in one call, and its sampled tokens in training",
+        change=long,
+        tokens_of="neuromas_3",
+    ),
+    Trained(name="shared_adapter", title="NeuroMAS-3, one shared adapter", source="control: structure alone", change=shared),
+    Trained(name="neuromas_roles", title="NeuroMAS-3 with roles", source="control: role prompts", change=with_roles),
+    Trained(
+        name="magrpo",
+        title="MAGRPO-style parallel agents",
+        source="Liu et al. 2025, arXiv 2508.04652; repository OpenMLRL/CoMLRL",
+        change=magrpo,
+    ),
+    Trained(name="malt", title="MALT-style chain", source="Motwani et al. 2025, arXiv 2412.01928", change=malt),
+    Trained(name="neuromas_3", title="NeuroMAS-3", source=PAPER, change=neuromas(*THREE)),
+    Trained(
+        name="neuromas_3_suffix",
+        title="NeuroMAS-3, adapters behind the question",
+        source="control: scope of the adapters",
+        change=suffix_only,
+    ),
+    Trained(name="neuromas_3_shaped", title="NeuroMAS-3, shaped reward", source="control: a bonus for form", change=shaped),
+    Trained(name="neuromas_5", title="NeuroMAS-5", source=f"{PAPER}, from scratch", change=neuromas(*FIVE)),
+    Trained(name="neuromas_7", title="NeuroMAS-7", source=f"{PAPER}, from scratch", change=neuromas(*SEVEN)),
+    Trained(name="neuromas_5_grown", title="NeuroMAS-5, grown", source=f"{PAPER}, grown", change=grown(THREE, FIVE)),
+    Trained(name="neuromas_7_grown", title="NeuroMAS-7, grown", source=f"{PAPER}, grown", change=grown(THREE, FIVE, SEVEN)),
+    Trained(
+        name="neuromas_7_annealed",
+        title="NeuroMAS-7, grown, annealed",
+        source=f"{PAPER}, grown; opened gradually",
+        change=grown(THREE, FIVE, SEVEN, opening="annealed"),
+    ),
+)

@@ -1,0 +1,96 @@
+"""Trains the networks of compared methods by the common loop, and answers with them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from neuromas.compare.methods.conversation import Spoken
+from neuromas.compare.methods.converse import answers_of, in_parts, settings_of, voted
+from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint
+from neuromas.config import TrainConfig
+from neuromas.rollout.network import Network
+from neuromas.tasks import Task, from_config
+from neuromas.training import checkpoint
+from neuromas.training.loop import build_network, trainer_of
+from neuromas.training.questions import evaluation_sets
+from neuromas.training.run_directory import RunDirectory
+from neuromas.types import Example
+
+
+def answer_sets(
+    network: Network,
+    task: Task,
+    sets: dict[str, list[Example]],
+    *,
+    votes: int,
+    temperature: float,
+    seed: int,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, tuple[Answer, ...]]:
+    """Answer every set by the vote of `votes` rollouts an example."""
+
+    def answer(examples: Sequence[Example]) -> list[Spoken]:
+        groups = network.rollout(examples, votes, seed=("evaluate", seed), temperature=temperature)
+        return [voted(task, group) for group in groups]
+
+    return {name: answers_of(task, in_parts(examples, answer, between)) for name, examples in sets.items()}
+
+
+def curve_of(run: RunDirectory) -> tuple[CurvePoint, ...]:
+    """Return the looks at the validation problems, with the tokens that nodes had written by then."""
+    points, tokens = [], 0.0
+    for record in run.metrics():
+        tokens += record["sampled_tokens/sum"]
+        if "validation/accuracy/mean" in record:
+            points.append(CurvePoint(int(record["step"]) + 1, round(tokens), record["validation/accuracy/mean"]))
+    return tuple(points)
+
+
+def run_trained(name: str, config: TrainConfig, spec: CellSpec, folder: Path, *, votes: int, temperature: float) -> CellResult:
+    """Train a method's network, going on where it stands, and answer the evaluation sets; a trial answers nothing.
+
+    `config` is the cell's as the method changes it. Unlike `loop.train` it scores nothing before training. Raises what that
+    raises.
+    """
+    config = replace(config, run_dir=folder / "run")
+    with trainer_of(config, resume=True) as (trainer, progress, stop):
+        trainer.train_to_end(progress, stop)
+
+        def answer() -> dict[str, tuple[Answer, ...]]:
+            return answer_sets(
+                trainer.network, trainer.task, {} if spec.trial else trainer.sets, votes=votes,
+                temperature=temperature, seed=config.seed, between=lambda: stop.leave_if_asked("while answering"),
+            )  # fmt: skip
+
+        answers, best_answers, curve = answer(), {}, curve_of(trainer.run)
+        best_step = checkpoint.load_best(trainer.run, trainer.bank) if curve else None
+        if best_step is not None:
+            best_answers = answers if best_step == trainer.step else answer()
+    return CellResult(
+        method=name,
+        task=trainer.task.name,
+        seed=config.seed,
+        answers=answers,
+        trainable_parameters=trainer.bank.trainable_parameters,
+        training=trainer.ledger.to_json(),
+        curve=curve,
+        best_answers=best_answers,
+        best_step=best_step,
+        settings=settings_of(trainer.config, evaluation_temperature=temperature, votes=votes, rank=trainer.bank.rank),
+    )
+
+
+def run_untrained_network(name: str, config: TrainConfig) -> CellResult:
+    """Answer with the network as it is before training."""
+    config = config.check()
+    task = from_config(config.task)
+    sets = evaluation_sets(config, task)
+    return CellResult(
+        method=name,
+        task=task.name,
+        seed=config.seed,
+        answers=answer_sets(build_network(config), task, sets, votes=1, temperature=0.0, seed=config.seed),
+        trainable_parameters=0,
+        training=None,
+        settings=settings_of(config, evaluation_temperature=0.0, votes=1),
+    )

@@ -1,0 +1,29 @@
+"""Untrained methods: a conversation, and what it needs to be a row of a comparison."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from neuromas.compare.methods.conversation import Conversation
+from neuromas.compare.methods.method import CellResult, CellSpec
+
+
+@dataclass(kw_only=True)
+class Untrained:
+    """A method that only asks: one conversation an example, on the bare backbone."""
+
+    name: str
+    title: str
+    source: str
+    talk: Callable[..., Conversation]
+    """Makes the conversation of (example, task, **settings)."""
+    settings: dict[str, int | float] = field(default_factory=dict)
+    temperature: float = 0.0
+    """Of all calls of the method: an engine has one temperature at a time. 0 is greedy, as the paper evaluates."""
+    trained: bool = False
+
+    def run(self, spec: CellSpec, folder: Path) -> CellResult:
+        """Answer the evaluation sets; nothing is kept in `folder`."""
+        from neuromas.compare.methods.converse import run_untrained  # loads torch
+
+        return run_untrained(self.name, self.talk, self.settings, spec, self.temperature)

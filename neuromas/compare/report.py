@@ -1,0 +1,209 @@
+"""The report of a comparison: one HTML page that needs nothing else, and one Markdown page, from the same data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from neuromas.compare import figures
+from neuromas.compare.budget_match import QUANTITIES, shorten, spell
+from neuromas.compare.statistics import SIGNIFICANT
+
+Data = dict[str, Any]
+TEMPLATES = Path(__file__).parent
+SPENT = tuple(QUANTITIES)
+ANSWERS_SHOWN = 4
+MINUS = "\N{MINUS SIGN}"
+
+
+def write_report(data: Data, out: Path) -> tuple[Path, Path]:
+    """Write report.html and report.md from the data of `analysis.to_json`; return their paths."""
+    view = _view(data)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=lambda name: bool(name) and ".html" in str(name),
+    )  # fmt: skip
+    environment.filters["cell"] = _cell
+    page, text = out / "report.html", out / "report.md"
+    text.write_text(environment.get_template("report.md.jinja").render(view), encoding="utf-8")
+    page.write_text(environment.get_template("report.html.jinja").render(view | _pictures(data)), encoding="utf-8")
+    return page, text
+
+
+def _view(data: Data) -> Data:
+    """Return what both pages show, numbers spelled out."""
+    title = {name: entry["title"] for name, entry in data["titles"].items()}
+    methods = [
+        {"index": place, "name": name, "title": title[name], "source": data["titles"][name]["source"]}
+        for place, name in enumerate(data["methods"])
+    ]
+    pairs = [_pair(pair, place, data, title) for place, pair in enumerate(data["pairs"])]
+    return {
+        "name": data["name"], "notes": data["notes"], "methods": methods, "pairs": pairs,
+        "summary": _summary(data),
+        "problems": [{"index": place} | _problem(problem, data, title) for place, problem in enumerate(data["problems"])],
+        "spent": [_spent(name, data, title) for name in data["methods"]],
+        "quantities": [QUANTITIES[name] for name in SPENT],
+        "code": ", ".join(data["code"]),
+        "backbones": [f"{name} ({checksum})" for name, checksum in data["backbone_checksums"].items()],
+        "single_run": len(data["seeds"]) == 1,
+        "trials": [_tried(entry, title) for entry in data["trials"]],
+    }  # fmt: skip
+
+
+def _tried(entry: Data, title: dict[str, str]) -> Data:
+    """Spell out what was tried for a method on a task, the chosen one marked."""
+
+    tried = [trial["lr"] for trial in entry["trials"]]
+
+    def spell_trial(trial: Data) -> str:
+        rank = f", rank {trial['rank']}" if trial["rank"] else ""
+        seen = "not run yet" if trial["accuracy"] is None else f"{100 * trial['accuracy']:.1f}"
+        seen = f"died: {trial['died']}" if trial["died"] else seen
+        at_end = trial["lr"] in (min(tried), max(tried))
+        chosen = " (chosen, at the end of what was tried)" if at_end else " (chosen)"
+        return f"lr {trial['lr']:g}{rank}: {seen}{chosen if trial['chosen'] else ''}"
+
+    return {
+        "method": title[entry["method"]],
+        "task": entry["task"] + (f", {entry['backbone']}" if entry["backbone"] != "bundled" else ""),
+        "trials": [spell_trial(trial) for trial in entry["trials"]],
+    }
+
+
+def _summary(data: Data) -> str:
+    def count(number: int, what: str) -> str:
+        return f"{number} {what}{'' if number == 1 else 's'}"
+
+    gaps = sum(len(problem["missing"]) for problem in data["problems"])
+    parts = [count(len(data["methods"]), "method"), count(len(data["tasks"]), "task"), count(len(data["seeds"]), "seed")]
+    if len(data["backbones"]) > 1:
+        parts.append(count(len(data["backbones"]), "backbone"))
+    return f"{' x '.join(parts)}." + (f" {count(gaps, 'score')} missing or incomplete, each named below." if gaps else "")
+
+
+def _pair(pair: Data, place: int, data: Data, title: dict[str, str]) -> Data:
+    return {
+        "name": f"{title[pair['first']]} {MINUS} {title[pair['second']]}",
+        "asks": pair["asks"],
+        "matched": ", ".join(QUANTITIES[name] for name in pair["matched"]),
+        "tolerance": f"{pair['tolerance']:.0%}",
+        "overall": _difference(data["overall"][place]),
+        "each": [_difference(problem["differences"][place]) for problem in data["problems"]],
+        "last": _difference(data["last"]["overall"][place]),
+        "each_last": [_difference(problem["differences"][place]) for problem in data["last"]["problems"]],
+    }
+
+
+def _difference(found: Data) -> Data:
+    """Spell a difference out; one that is refused has no number in it at all."""
+    if found["refused"]:
+        return {"refused": found["refused"], "uninformative": None}
+    p = found["p"] if found["p_holm"] is None else found["p_holm"]
+    return {
+        "refused": None,
+        "mean": _points(found["mean"]),
+        "interval": f"{_points(found['low'])} to {_points(found['high'])}",
+        "p": _p(found["p"]),
+        "p_holm": None if found["p_holm"] is None else _p(found["p_holm"]),
+        "significant": p < SIGNIFICANT,
+        "sign": "up" if found["mean"] > 0 else "down" if found["mean"] < 0 else "even",
+        "detectable": f"{100 * found['detectable']:.1f}",
+        "these_runs": None if found["p_these_runs"] is None else
+        f"{_points(found['low_these_runs'])} to {_points(found['high_these_runs'])}, p {_p(found['p_these_runs'])}",
+        "runs": [
+            f"{run['seed']}: {_points(run['mean'])} ({run['only_first']}:{run['only_second']}, p {_p(run['p_mcnemar'])})"
+            for run in found["runs"]
+        ],
+        "unmatched": found["unmatched"],
+        "uninformative": found["uninformative"],
+    }  # fmt: skip
+
+
+def _problem(problem: Data, data: Data, title: dict[str, str]) -> Data:
+    scores = problem["scores"]
+    last = next(each for each in data["last"]["problems"] if each["name"] == problem["name"])["scores"]
+    first = next(iter(scores.values()), None)
+    return {
+        "name": problem["name"],
+        "floor": "none" if first is None or first["floor"] is None else
+        f"{100 * first['floor']:.1f} (always {shorten(first['floor_answer'])!r})",
+        "n": first["n"] if first else 0,
+        "distinct": first["distinct"] if first else 0,
+        "rows": [_row(name, scores.get(name), last.get(name), problem["missing"].get(name), title) for name in data["methods"]],
+    }  # fmt: skip
+
+
+def _row(name: str, score: Data | None, last: Data | None, missing: str | None, title: dict[str, str]) -> Data:
+    if score is None or last is None:
+        return {"title": title[name], "missing": missing, "score": None}
+    amounts = score["amounts"]
+    return {
+        "title": title[name],
+        "missing": missing,
+        "score": f"{100 * score['accuracy']:.1f}",
+        "interval": f"{100 * score['low']:.1f} to {100 * score['high']:.1f}",
+        "last": f"{100 * last['accuracy']:.1f}" if score["best_steps"] else "",
+        "best_steps": ", ".join(map(str, score["best_steps"])),
+        "seeds": [f"{run['seed']}: {100 * run['accuracy']:.1f} ({100 * run['low']:.0f} to {100 * run['high']:.0f})"
+                  for run in score["runs"]],
+        "floor": "none" if score["floor"] is None else f"{100 * score['floor']:.1f}",
+        "parsed": f"{100 * score['parse_rate']:.0f}",
+        "answers": _histogram(score["answers"]),
+        "parameters": spell(amounts["trainable_parameters"]),
+        "calls": spell(amounts["calls_per_answer"]),
+        "tokens": spell(round(amounts["tokens_per_answer"], 1)),
+        "most_tokens": spell(round(amounts["most_tokens_per_answer"], 1)),
+        "flags": score["flags"],
+        "warned": any(not flag.startswith("no floor") for flag in score["flags"]),
+    }  # fmt: skip
+
+
+def _histogram(answers: dict[str, int]) -> list[Data]:
+    total, shown = sum(answers.values()), list(answers.items())[:ANSWERS_SHOWN]
+    bars = [{"answer": shorten(answer), "share": f"{100 * count / total:.0f}"} for answer, count in shown]
+    if rest := len(answers) - len(shown):
+        share = 1 - sum(count for _, count in shown) / total
+        bars.append({"answer": f"{rest} other{'s' if rest > 1 else ''}", "share": f"{100 * share:.0f}"})
+    return bars
+
+
+def _spent(name: str, data: Data, title: dict[str, str]) -> Data:
+    """Return what a method spent on average over all problems that have a score of it."""
+    scores = [problem["scores"][name] for problem in data["problems"] if name in problem["scores"]]
+    if not scores:
+        return {"title": title[name], "amounts": None}
+    means = (sum(score["amounts"][key] for score in scores) / len(scores) for key in SPENT)
+    return {"title": title[name], "amounts": [spell(round(mean, 1)) for mean in means]}
+
+
+def _pictures(data: Data) -> Data:
+    problems: Sequence[Data] = [problem for problem in data["problems"] if problem["scores"]]
+    scores = [score for problem in problems for score in problem["scores"].values()]
+    together = any(all(method in problem["scores"] for problem in problems) for method in data["methods"])
+    return {
+        "scores_picture": figures.scores_picture(data) if problems else None,
+        "pareto_picture": figures.pareto_picture(data, problems) if problems and together else None,
+        "pareto_pictures": [{"name": problem["name"], "picture": figures.pareto_picture(data, [problem])}
+                            for problem in problems] if len(problems) > 1 else [],
+        "curves_pictures": [
+            picture
+            for key, label in (("step", "training steps"), ("sampled_tokens", "tokens sampled in training"))
+            if (picture := figures.curves_picture(data, key, label))
+        ],
+        "grows": any(score["growths"] for score in scores),
+    }  # fmt: skip
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", MINUS)
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def _cell(text: object) -> str:
+    """Escape what would end a cell of a Markdown table."""
+    return " ".join(str(text).split()).replace("|", "\\|")

@@ -1,0 +1,264 @@
+"""The command `neuromas compare`: make the cells that are not there yet, then the report of all of them."""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Grille
+from transformers import PretrainedConfig
+
+from neuromas.compare.analysis import compare
+from neuromas.compare.budget_match import QUANTITIES, spell
+from neuromas.compare.cells import Cell, Stored, cell, read
+from neuromas.compare.findings import Comparison, spell_difference, spell_problem, to_json
+from neuromas.compare.grid import Grid, Pair, describe_cell, find_method, problem_of
+from neuromas.compare.methods.method import CellResult, CellSpec
+from neuromas.compare.methods.paper_sizes import qwen3_0_6b
+from neuromas.compare.report import write_report
+from neuromas.compare.tuning import Tuning
+from neuromas.compare.workers import make_all
+from neuromas.config import TrainConfig
+from neuromas.model.backbone import Backbone, config_of
+from neuromas.model.sizes import sizes
+from neuromas.system.terminal import one_line
+from neuromas.tasks import from_config
+from neuromas.training.questions import Questions, data_checksum, evaluation_sets
+
+PAPER_BACKBONE = "Qwen/Qwen3-0.6B"
+
+
+def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_only: bool = False) -> Comparison:
+    """Make what is missing of a grid in `out`, write its report there, and return what it says.
+
+    Cells of other code are made again, unless `keep_old`; cells that died are tried again. Raises ValueError if another process
+    is at it.
+    """
+    if not report_only:
+        check_questions(grid)
+    checksums = {name: _checksum(name, grid) for name in grid.backbones}
+    data = {spec.config.task: data_checksum(spec.config) for spec in {s.config.task: s for s in grid.cells}.values()}
+    with _locked(out) as lock:
+        found: dict[Path, Stored] = {}
+        notes: list[str] = []
+
+        def place_of(spec: CellSpec) -> Cell:
+            return cell(spec, out, checksums[spec.config.backbone] + data[spec.config.task])
+
+        def result_of(spec: CellSpec) -> CellResult | str | None:
+            stored = found.get(place_of(spec).path)
+            return (stored.result or stored.error) if stored else None
+
+        tuning = Tuning(grid, result_of)
+        tuning.check_settings()
+        tuning.check()
+        specs, seen = [*tuning.trials(), *grid.cells], set[Path]()
+        # What some cells train with is known when others have been made, so they come in turns.
+        while places := [p for s in map(tuning.settle, specs) if s and (p := place_of(s)).path not in seen]:
+            seen |= {place.path for place in places}
+            there, lines = _look(places, keep_old or report_only, "left out" if report_only else "made again")
+            found |= there
+            notes += lines
+            left = [p for p in places if (stored := found.get(p.path)) is None or stored.error is not None]
+            if left and not report_only:
+                waiting = len(specs) - len(seen)
+                _tell(
+                    f"{len(specs)} cells: {len(seen) - len(left)} are there, {len(left)} to make, {jobs} at a time, in {out}"
+                    + (f"; {waiting} wait for the results of these" if waiting else "")
+                )
+                found |= _make(left, jobs, lock)
+        settled = [(spec, tuning.settle(spec)) for spec in grid.cells]
+        cells = [
+            (own, found.get(place_of(own).path)) if own else (spec, Stored("", None, tuning.why_not(spec), 0.0))
+            for spec, own in settled
+        ]
+        trials = {(spec.method, *problem_of(spec)): tuning.table(spec) for spec in grid.cells}
+        comparison = compare(grid, cells, notes, trials)
+        codes = sorted({stored.code for _, stored in cells if stored and stored.code})
+        report = to_json(comparison) | {"code": codes, "backbone_checksums": checksums}
+        (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_report(report, out)
+    return comparison
+
+
+def check_questions(grid: Grid) -> None:
+    """Raise ValueError if a task cannot ask what its cells need: before any of them, not in the report of those that died."""
+    needed = {(spec.config.task.name, find_method(spec.method).trained): spec.config for spec in grid.cells}
+    for (_, trained), config in needed.items():
+        if trained:
+            Questions.of(config)
+        else:
+            task = from_config(config.task)
+            task.check_ready()
+            evaluation_sets(config, task)
+
+
+def _checksum(backbone: str, grid: Grid) -> str:
+    dtype = next(spec.config.dtype for spec in grid.cells if spec.config.backbone == backbone)
+    return Backbone.load(backbone, dtype=dtype, device="cpu").checksum()
+
+
+def _look(places: Sequence[Cell], keep_old: bool, otherwise: str) -> tuple[dict[Path, Stored], list[str]]:
+    """Read the cells that are there; one line for each that is not as it should be."""
+    found, notes = {}, []
+    for place in places:
+        try:
+            stored = read(place)
+        except ValueError as error:
+            _tell(f"{error}; it is {otherwise}")
+            continue
+        if stored is not None and stored.code != place.code:
+            which = f"{describe_cell(place.spec)}: made by other code ({stored.code}, now {place.code})"
+            if not keep_old:
+                _tell(f"{which}; it is {otherwise}")
+                continue
+            notes.append(f"{which}; kept as it is")
+        if stored is not None:
+            found[place.path] = stored
+    return found, notes
+
+
+def _make(left: Sequence[Cell], jobs: int, lock: int) -> dict[Path, Stored]:
+    made: dict[Path, Stored] = {}
+    started = time.monotonic()
+
+    def done(place: Cell, stored: Stored) -> None:
+        made[place.path] = stored
+        remaining = (time.monotonic() - started) / len(made) * (len(left) - len(made))
+        _tell(
+            f"[{len(made)}/{len(left)}] {describe_cell(place.spec)}: {_outcome(stored)} in {stored.seconds:.0f} s"
+            f"{f', about {_duration(remaining)} left' if len(made) < len(left) else ''}"
+        )
+
+    # Asked to end by whoever runs it, it stops its processes as it does at Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        make_all(left, jobs, done, keep=[lock])
+    except KeyboardInterrupt:
+        _tell("stopped; the same command goes on from here")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return made
+
+
+def _outcome(stored: Stored) -> str:
+    if stored.result is None:
+        return f"died: {stored.error}"
+    if not stored.result.answers:
+        return f"validation {max((point.accuracy for point in stored.result.curve), default=0.0):.1%} at best"
+    scores = (f"{sum(a.reward for a in answers) / len(answers):.1%} of {len(answers)} right on {which}"
+              for which, answers in stored.result.answers.items())  # fmt: skip
+    return ", ".join(scores)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _tell(text: str) -> None:
+    print(one_line(text), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[int]:
+    """Keep other processes out; workers inherit the lock, so that one that outlives this process is not overtaken."""
+    out.mkdir(parents=True, exist_ok=True)
+    # Nonblocking: whatever lies there must not keep anybody waiting.
+    with os.fdopen(os.open(out / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"--out {out} is in use by another comparison; wait for it or name another") from error
+        yield file.fileno()
+
+
+def print_plan(grid: Grid) -> None:
+    """Print what a grid would run: cells, budgets, and what is declared as matched. Loads no weights."""
+    # In a file or a pipe there is no width to fit into.
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    table = Grille(box=None, pad_edge=False)
+    several = len(grid.backbones) > 1
+    for name in ("method", *(["backbone"] if several else []), "trained", "cells", "trainable parameters", "training rollouts",
+                 "steps"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("method", "backbone") else "right", no_wrap=True)
+    for method in grid.methods:
+        for backbone in grid.backbones:
+            specs = [spec for spec in grid.cells if spec.method == method and spec.config.backbone == backbone]
+            trained = find_method(method).trained
+            table.add_row(
+                method, *([backbone] if several else []), "yes" if trained else "no", str(len(specs)), _parameters(specs),
+                *(_training(specs) if trained else ("0", "0")),
+            )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"\n{len(grid.cells)} cells: {len(grid.methods)} methods x {len(grid.tasks)} tasks x {len(grid.seeds)} seeds"
+        + (f" x {len(grid.backbones)} backbones" if several else f" on {grid.backbones[0]}")
+    )
+    console.print(f"tasks: {', '.join(grid.tasks)}")
+    tuning = Tuning(grid, lambda spec: None)
+    tuning.check_settings()
+    if trials := tuning.trials():
+        tried = ", ".join(f"{lr:g}" for lr in grid.tuning.lrs) if grid.tuning else ""
+        console.print(f"{len(trials)} trials: every trained method on every task tries lr {tried}; validation chooses")
+    for pair in grid.pairs:
+        console.print(describe_pair(pair))
+
+
+def describe_pair(pair: Pair) -> str:
+    matched = ", ".join(QUANTITIES[name] for name in pair.matched)
+    asks = f"  {pair.asks}" if pair.asks else ""
+    return f"{pair.first} - {pair.second}: matched in {matched} (to within {pair.tolerance:.0%}).{asks}"
+
+
+def _training(specs: Sequence[CellSpec]) -> tuple[str, str]:
+    """Count training rollouts and steps; a budget of tokens is named itself, since the counts follow from the texts."""
+    configs, method = [spec.config for spec in specs], find_method(specs[0].method)
+    if other := getattr(method, "tokens_of", None):
+        return f"tokens of {other}", "as many"
+    steps = _range([config.num_steps for config in configs])
+    if tokens := [c.num_steps * c.step_tokens for c in configs if c.step_tokens]:
+        return f"of {_range(tokens)} tokens", steps
+    return _range([c.num_steps * c.examples_per_step * c.group_size for c in configs]), steps
+
+
+def _range(counts: Sequence[int]) -> str:
+    return " to ".join(spell(count) for count in sorted({min(counts), max(counts)}))
+
+
+def _parameters(specs: Sequence[CellSpec]) -> str:
+    """Count trainable parameters from the model's config alone."""
+    method = find_method(specs[0].method)
+    change: Callable[[TrainConfig], TrainConfig] | None = getattr(method, "change", None)
+    if not method.trained:
+        return "0"
+    if change is None:
+        return "known when run"
+    networks = {repr((c.backbone, c.topology, c.adapter)): c for c in (change(spec.config) for spec in specs)}
+    counts = sorted({sizes(config, _architecture(config.backbone)).trainable for config in networks.values()})
+    return " to ".join(f"{count:,} ({count / 1e6:.1f}M)" if count >= 1e6 else f"{count:,}" for count in counts)
+
+
+@cache
+def _architecture(backbone: str) -> PretrainedConfig:
+    """Return a backbone's config; the paper's is written down here, so that its preset needs no network."""
+    return qwen3_0_6b() if backbone == PAPER_BACKBONE else config_of(backbone)
+
+
+def print_result(comparison: Comparison, out: Path) -> None:
+    """Print what the report says above all: every pair's mean over the tasks, or why there is none."""
+    for note in comparison.notes:
+        print(one_line(note))
+    for table in comparison.tables:
+        for method, reason in table.missing.items():
+            print(one_line(f"{spell_problem(table.problem)}: {method}: {reason}"))
+    for pair, found in zip(comparison.grid.pairs, comparison.overall, strict=True):
+        print(f"{pair.first} - {pair.second}: {spell_difference(found)}")
+    print(f"report: {out / 'report.html'} and {out / 'report.md'}")

@@ -1,0 +1,199 @@
+"""Processes that make the cells of a comparison, one after the other; whatever ends a process costs one cell."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from neuromas.compare.cells import STOPPED, Cell, Stored, make, read, write
+from neuromas.compare.grid import describe_cell
+from neuromas.compare.methods.method import CellSpec
+from neuromas.system.process import settle
+from neuromas.training.config_file import from_json, to_json
+
+PATIENCE = 60.0
+"""Seconds that a worker has to save what it is at."""
+
+
+def make_all(cells: Sequence[Cell], jobs: int, done: Callable[[Cell, Stored], None], keep: Sequence[int] = ()) -> None:
+    """Make cells in `jobs` processes at a time; `done` is told of each. `keep` are file descriptors that workers inherit.
+
+    On Ctrl-C cells that train save their step before this ends.
+    """
+    # Two cells of one run would be in each other's way: they go one after the other.
+    chains: dict[Path, list[Cell]] = {}
+    for place in cells:
+        chains.setdefault(place.run, []).append(place)
+    left: SimpleQueue[list[Cell]] = SimpleQueue()
+    for chain in chains.values():
+        left.put(chain)
+    made: SimpleQueue[tuple[Cell, Stored] | Exception] = SimpleQueue()
+    workers = [Worker(max(1, len(os.sched_getaffinity(0)) // jobs), keep) for _ in range(min(jobs, len(chains)))]
+    threads = [threading.Thread(target=worker.make_each, args=(left, made)) for worker in workers]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in cells:
+            outcome = made.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            done(*outcome)
+    finally:
+        for worker in workers:
+            worker.stop()
+        for thread in threads:
+            thread.join()
+        for worker in workers:
+            worker.close()
+
+
+class Worker:
+    """A process that makes cells, one line in and one line out for each; started again when it has died."""
+
+    def __init__(self, threads: int, keep: Sequence[int] = ()) -> None:
+        self._threads, self._keep = threads, keep
+        self._process: subprocess.Popen[str] | None = None
+        self._stopped = False
+
+    def make_each(self, left: "SimpleQueue[list[Cell]]", made: "SimpleQueue[tuple[Cell, Stored] | Exception]") -> None:
+        """Have cells made, chain by chain, until none is left or this is stopped."""
+        with contextlib.suppress(Empty):
+            while True:
+                for place in left.get_nowait():
+                    if self._stopped:
+                        return
+                    try:
+                        made.put((place, self.make(place)))
+                    except Exception as error:  # for the thread that waits: a full disk, or a mistake of ours
+                        made.put(error)
+                        return
+
+    def make(self, place: Cell) -> Stored:
+        """Have a cell made; a worker that dies over it is what the cell died of."""
+        started = time.monotonic()
+        process = self._process if self._process and self._process.poll() is None else self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        order = {"method": place.spec.method, "trial": place.spec.trial, "config": to_json(place.spec.config),
+                 "path": str(place.path), "run": str(place.run), "code": place.code}  # fmt: skip
+        try:
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except (OSError, ValueError):  # a closed pipe: the worker is gone
+            answer = ""
+        stored = read(place) if answer else None
+        if stored is None:
+            status = process.wait()
+            stored = Stored(place.code, None, f"its process {_ending(status)}; see {place.log}", time.monotonic() - started)
+            if not self._stopped and status not in (STOPPED, -signal.SIGINT):
+                write(place, stored)
+        return stored
+
+    def _start(self) -> "subprocess.Popen[str]":
+        self.close()
+        threads = min(self._threads, int(os.environ.get("OMP_NUM_THREADS", str(self._threads)).partition(",")[0]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "neuromas.compare.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)}, pass_fds=self._keep,
+        )  # fmt: skip
+        return self._process
+
+    def stop(self) -> None:
+        """Let the process end: at once if it is idle; else it has a minute to save what it is at."""
+        self._stopped = True
+        if self._process is None:
+            return
+        if self._process.stdin:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        try:
+            self._process.wait(PATIENCE + 5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        """Close the pipes of a process that has ended."""
+        for pipe in (self._process.stdin, self._process.stdout) if self._process else ():
+            # What was meant for a process that has died cannot be sent any more.
+            with contextlib.suppress(OSError):
+                if pipe:
+                    pipe.close()
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with status {code}"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+
+
+@contextlib.contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+    """Send what this process and its children print to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept = os.dup(1), os.dup(2)
+    with log.open("a") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, original in zip((1, 2), kept, strict=True):
+                os.dup2(original, number)
+                os.close(original)
+
+
+def _orders() -> Iterator[str]:
+    """Give the lines of standard input. When it ends, whatever the process is at is asked to stop, and soon made to.
+
+    It ends when the parent wants no more cells, and when the parent is gone, of whatever it died: then nobody else would stop
+    what is being made, and it keeps the folder locked.
+    """
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def listen() -> None:
+        # Not sys.stdin: whoever ends while a thread waits in there is aborted.
+        with open(0, "rb", buffering=0, closefd=False) as orders:  # a number, not a path
+            for line in orders:
+                lines.put(line.decode())
+        lines.put("")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while line := lines.get():
+        yield line
+
+
+def serve() -> None:
+    """Make the cells that come as lines on standard input, until it ends."""
+    # What methods print must not get between the lines that the parent reads.
+    answers = os.fdopen(os.dup(1), "w")
+    for line in _orders():
+        order = json.loads(line)
+        spec = CellSpec(order["method"], from_json(order["config"], "order"), order["trial"])
+        place = Cell(spec, Path(order["path"]), Path(order["run"]), order["code"])
+        with _printing_to(place.log):
+            print(f"--- {describe_cell(spec)}", flush=True)
+            make(place)
+        print("made", file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    settle()
+    try:
+        serve()
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)

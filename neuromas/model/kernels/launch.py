@@ -1,0 +1,63 @@
+"""How loops are run."""
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def fit(x: Tensor) -> bool:
+    """Say whether these loops can do what is asked of a tensor like this one."""
+    return x.dtype == torch.float32 and x.is_cpu
+
+
+_threads = threading.local()
+"""How many of them Numba has been told to use; it keeps that by thread, and asking it takes as long as a small loop."""
+_one_at_a_time = threading.Lock()
+"""Where Numba finds neither OpenMP nor TBB, its own threads end a process in which two loops run at once."""
+
+
+@functools.cache
+def _most_threads() -> int:
+    """Start Numba's threads and return how many there are. It takes OpenMP's setting with it, which is torch's too."""
+    of_torch = torch.get_num_threads()
+    most = numba.get_num_threads()
+    torch.set_num_threads(of_torch)
+    return most
+
+
+_PREPARING = "NEUROMAS_COMPILES_LOOPS"
+
+
+@functools.cache
+def _prepare() -> None:
+    """Have the loops compiled by another process where they are not kept on disk yet: see `prepare`."""
+    from neuromas.model.kernels import loops
+
+    kept = loops.weigh.stats.cache_path  # type: ignore[reportFunctionMemberAccess]  # of Numba's dispatcher
+    if _PREPARING in os.environ or kept is None or any(Path(kept).glob("loops.weigh-*.nbi")):
+        return
+    # A process that fails leaves the work to this one.
+    subprocess.run(
+        [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {_PREPARING: "1"}, check=False,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def run(loop: Callable[..., None], *arguments: Tensor | np.ndarray | float | int) -> None:
+    """Call a loop on as many threads as torch uses."""
+    _prepare()
+    most, threads = _most_threads(), torch.get_num_threads()
+    if getattr(_threads, "set", None) != threads:
+        numba.set_num_threads(min(threads, most))
+        _threads.set = threads
+    with _one_at_a_time:
+        loop(*[a.numpy() if isinstance(a, Tensor) else np.float32(a) if isinstance(a, float) else a for a in arguments])

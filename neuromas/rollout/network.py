@@ -1,0 +1,235 @@
+"""The network: a topology whose nodes speak through one backbone, each with its own adapter."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch.nn import Parameter
+
+from neuromas.config import AdapterConfig
+from neuromas.graph import messages
+from neuromas.graph.growth import Growth
+from neuromas.graph.topology import Topology
+from neuromas.model.adapters import AdapterBank
+from neuromas.model.backbone import Backbone
+from neuromas.rollout.engine import Engine, uniforms
+from neuromas.rollout.torch_engine import TorchEngine
+from neuromas.rollout.voting import elect
+from neuromas.types import Completion, Example, Group, Message, Request, Rollout, Sample
+
+
+class Diverged(ValueError):
+    """Numbers of the network are no longer finite."""
+
+
+class Network:
+    """A language system that is called, trained and grown as one neural network (arXiv 2605.16757).
+
+    Puts adapters for the topology's nodes on the backbone. `max_new_tokens` bounds what a node writes in one rollout. `read`
+    finds the answer in a text, where several nodes answer and their answers are put to the vote.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        backbone: Backbone,
+        *,
+        adapter: AdapterConfig | None = None,
+        engine: Engine | None = None,
+        max_new_tokens: int = 80,
+        seed: int = 0,
+        read: Callable[[str], str | None] | None = None,
+    ) -> None:
+        self.topology = topology
+        self.read = read
+        self.parent: Topology | None = None
+        """The topology before the last growth."""
+        self.open_probability = 1.0
+        """Probability that a group runs through `topology` and not through `parent`."""
+        self.backbone = backbone
+        self.adapters: AdapterBank = backbone.add_adapters(topology.nodes, adapter or AdapterConfig(), seed)
+        self.engine: Engine = engine or TorchEngine(backbone)
+        self.max_new_tokens = max_new_tokens
+        self._own: dict[tuple[Topology, str], int] = {}
+
+    def rollout(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        *,
+        seed: Sequence[int | str],
+        temperature: float = 1.0,
+        branches: int = 1,
+    ) -> list[Group]:
+        """Pass every example through the network `group_size` times and return one group per example, in order.
+
+        Random numbers depend on (seed, example, rollout, node) alone, so batches and other nodes change nothing but rounding.
+        While a growth is not fully open, a group runs as a whole through the parent's topology or through the grown one; that
+        draw depends on (seed, example). Where all groups are closed they are what the parent itself writes, bit for bit.
+        With `branches`, rollouts draw alike as far as they have the way through the tree in common, and so hold the same texts
+        there.
+        """
+        self.check_lengths(examples)
+        routed = [(example, self.topology_of(example, seed)) for example in examples]
+        sweep = _Sweep(self.backbone, routed, group_size, tuple(seed), branches)
+        self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
+        self._check_finite(sweep.passes)
+        return [tuple(map(self._elect, group)) for group in sweep.groups()]
+
+    def _elect(self, rollout: Rollout) -> Rollout:
+        """Put the answers to the vote, if the rollout has several."""
+        answering = [place for place, completion in enumerate(rollout.completions) if not completion.messages]
+        if len(answering) == 1:
+            return rollout
+        assert self.read is not None, "a network in which several nodes answer is built with `read`"
+        winner = elect([rollout.completions[place].sample.text for place in answering], self.read)
+        return replace(rollout, elected=answering[winner])
+
+    def topology_of(self, example: Example, seed: Sequence[int | str]) -> Topology:
+        """Return the topology that the group of this example runs through."""
+        if self.parent is None or self.open_probability >= 1:
+            return self.topology
+        is_open = uniforms((*seed, example.id, "open"), 1)[0] < self.open_probability
+        return self.topology if is_open else self.parent
+
+    def grow(self, growth: Growth) -> list[Parameter]:
+        """Take on a growth, closed, and return the new nodes' parameters; `open_probability` opens it.
+
+        Raises ValueError if the network is not the growth's parent, or an earlier growth is not fully open yet.
+        """
+        if self.open_probability < 1:
+            raise ValueError(f"the growth before is open with probability {self.open_probability:g} only; open it fully first")
+        if growth.parent != self.topology:
+            raise ValueError("this growth is of another network: its parent has other nodes or edges")
+        self.parent, self.topology, self.open_probability = growth.parent, growth.grown, 0.0
+        return self.adapters.add_nodes(dict(growth.copies), noise=growth.noise) if growth.new else []
+
+    def check_lengths(self, examples: Iterable[Example], *later: Topology) -> None:
+        """Raise ValueError if a node's prompt and text may grow beyond what the backbone reads, in `later` topologies too."""
+        limit = self.backbone.max_tokens
+        if limit is None:
+            return
+        shapes = [self.topology, *([self.parent] if self.parent else []), *later]
+        most_senders = max(max(Counter(recipient for _, recipient in shape.edges).values(), default=0) for shape in shapes)
+        # A message comes with a line of its own, and the chat template closes the prompt.
+        texts = (most_senders + 1) * (self.max_new_tokens + 16) + 32
+        for example in examples:
+            question = len(self.backbone.prompt(example.question, "").prefix_ids)
+            own = max(self._own_tokens(shape, example.answer_format) for shape in shapes)
+            if (needed := question + own + texts) > limit:
+                raise ValueError(
+                    f"a question of {question} tokens ({example.question[:40]!r}...), {own} tokens for a node alone, "
+                    f"{most_senders} messages to a node and --max-new-tokens {self.max_new_tokens} need up to {needed} tokens, "
+                    f"the backbone reads {limit}; shorten one of them"
+                )
+
+    def _own_tokens(self, topology: Topology, answer_format: str) -> int:
+        """Return the most tokens that a node reads beside question and messages: its place, its role, whom it writes to."""
+        key = topology, answer_format
+        if key not in self._own:
+            asked = Example("", "", "", answer_format)
+            texts = (messages.render(topology, node, asked, []) for node in topology.nodes)
+            self._own[key] = max(len(self.backbone.prompt("", text).suffix_ids) for text in texts)
+        return self._own[key]
+
+    def _check_finite(self, passes: Iterable["_Pass"]) -> None:
+        """Raise Diverged if a text was drawn from log-probabilities that are no numbers."""
+        for running in passes:
+            for node, completion in running.completions.items():
+                if not math.isfinite(sum(completion.sample.logprobs)):
+                    raise Diverged(
+                        f"node {node} draws its words from log-probabilities that are not finite: its adapter, or the backbone "
+                        "in this --dtype, has grown beyond what numbers hold"
+                    )
+
+    def ask(self, question: str, *, answer_format: str = 'Write "Answer:" and the answer.', seed: int = 0) -> Rollout:
+        """Put one question to the network, greedily, and return the rollout with every message."""
+        example = Example("asked", question, "", answer_format)
+        return self.rollout([example], 1, seed=("ask", seed), temperature=0.0)[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Routes:
+    """Who speaks to whom in one topology, looked up once."""
+
+    topology: Topology
+    senders: dict[int, tuple[int, ...]]
+    recipients: dict[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, topology: Topology) -> "_Routes":
+        nodes = topology.nodes
+        return cls(topology, {n: topology.senders(n) for n in nodes}, {n: topology.recipients(n) for n in nodes})
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One rollout on its way: what has been written so far."""
+
+    example: Example
+    index: int
+    routes: _Routes
+    completions: dict[int, Completion] = field(default_factory=dict)
+    requests: dict[int, Request] = field(default_factory=dict)
+
+
+class _Sweep:
+    """Carries messages along the edges: a node's request is made as soon as its last sender has written."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        examples: Sequence[tuple[Example, Topology]],
+        group_size: int,
+        seed: tuple[int | str, ...],
+        branches: int,
+    ) -> None:
+        self.backbone, self.seed, self.group_size, self.branches = backbone, seed, group_size, branches
+        routes = {topology: _Routes.of(topology) for topology in dict.fromkeys(topology for _, topology in examples)}
+        self.routes = list(routes.values())
+        self.passes = [_Pass(example, i, routes[topology]) for example, topology in examples for i in range(group_size)]
+        self.keys: list[tuple[int, int]] = []
+        """(pass, node) of each request."""
+
+    def start(self) -> list[tuple[int, Request]]:
+        return [
+            self._request(which, node)
+            for routes in self.routes
+            for node in routes.topology.nodes
+            if not routes.senders[node]
+            for which, running in enumerate(self.passes)
+            if running.routes is routes
+        ]
+
+    def _request(self, which: int, node: int) -> tuple[int, Request]:
+        running = self.passes[which]
+        senders = running.routes.senders[node]
+        inbox = [m for sender in senders for m in running.completions[sender].messages if m.recipient == node]
+        text = messages.render(running.routes.topology, node, running.example, inbox)
+        # Without messages a text is the same in all rollouts. One adapter for all nodes shares the question among them instead.
+        same_in_all = not senders and not (self.backbone.adapters and self.backbone.adapters.shared)
+        prompt = self.backbone.prompt(running.example.question, text, same_in_all=same_in_all)
+        # Rollouts that come from one text of this node.
+        topology = running.routes.topology
+        leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1
+        request = Request(node, prompt, (*self.seed, running.example.id, running.index // leaves, node))
+        running.requests[node] = request
+        self.keys.append((which, node))
+        return len(self.keys) - 1, request
+
+    def receive(self, key: int, sample: Sample) -> list[tuple[int, Request]]:
+        which, node = self.keys[key]
+        running = self.passes[which]
+        routes = running.routes
+        sent: tuple[Message, ...] = messages.parse(sample.text, node, routes.recipients[node])
+        running.completions[node] = Completion(node, running.requests[node].prompt, sample, sent)
+        return [
+            self._request(which, recipient)
+            for recipient in routes.recipients[node]
+            if all(sender in running.completions for sender in routes.senders[recipient])
+        ]
+
+    def groups(self) -> list[Group]:
+        rollouts = [Rollout(p.example, p.index, tuple(p.completions[n] for n in p.routes.topology.nodes)) for p in self.passes]
+        return [tuple(rollouts[i : i + self.group_size]) for i in range(0, len(rollouts), self.group_size)]

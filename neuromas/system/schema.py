@@ -1,0 +1,64 @@
+"""Dataclasses from nested dictionaries, as TOML and JSON files hold them; a mistake names the key."""
+
+import dataclasses
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+C = TypeVar("C")
+
+
+def require(ok: bool, flag: str, expected: str, got: object) -> None:
+    """Raise ValueError that names the flag or key, what was expected and what was got, unless it is right."""
+    if not ok:
+        raise ValueError(f"{flag} must be {expected}, got {got!r}")
+
+
+def from_dict(cls: type[C], data: dict[str, Any], *, where: str, prefix: str = "", base: C | None = None) -> C:
+    """Build a config from nested dictionaries over `base`; an unknown key raises ValueError with the known ones.
+
+    Values are converted to the fields' types: lists to tuples, texts to paths, whole numbers to floats.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is always a dataclass here
+    values: dict[str, Any] = {} if base is None else {name: getattr(base, name) for name in fields}
+    for key, value in data.items():
+        if key not in fields:
+            raise ValueError(
+                f"{where}: unknown key {prefix + key!r}; known are {', '.join(sorted(prefix + f for f in fields))}"
+            )
+        kind = fields[key].type
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            require(isinstance(value, dict), f"{where}: {prefix}{key}", "a table", value)
+            values[key] = from_dict(kind, value, where=where, prefix=f"{prefix}{key}.", base=values.get(key))
+        else:
+            values[key] = _convert(kind, value, f"{where}: {prefix}{key}")
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Give a TOML or JSON value the type that its field declares; ValueError if it has another."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        require(value in options, where, f"one of {list(options)}", value)
+        return value
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        kind = options[0]
+    if get_origin(kind) is tuple:
+        require(isinstance(value, list | tuple), where, "a list", value)
+        kinds = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        require(len(kinds) == len(value), where, f"a list of {len(kinds)}", value)
+        if dataclasses.is_dataclass(options[0]) and isinstance(options[0], type):
+            tables = []
+            for place, table in enumerate(value):
+                require(isinstance(table, dict), f"{where}[{place}]", "a table", table)
+                tables.append(from_dict(options[0], table, where=f"{where}[{place}]"))
+            return tuple(tables)
+        return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+    accepted = {float: (int, float), Path: (str, Path)}.get(kind, (kind,))
+    is_right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    require(is_right, where, f"of type {kind.__name__}", value)
+    return kind(value)

@@ -1,0 +1,23 @@
+"""Compiles the loops, as a program of its own: `python -m neuromas.training.compile_kernels`.
+
+Where a process has compiled a parallel loop itself, Numba runs another translation of it than the one that it keeps on disk:
+sums then differ in their last bits from those of every later process. So no process that computes anything compiles them.
+"""
+
+from neuromas.graph.topology import Topology
+from neuromas.model.backbone import Backbone
+from neuromas.rollout.network import Network
+from neuromas.training.reinforce import build_batch, loss
+from neuromas.types import Example
+
+if __name__ == "__main__":
+    import torch
+
+    network = Network(Topology.layered([1, 1]), Backbone.load("bundled", device="cpu"), max_new_tokens=4)
+    examples = [Example(name, f"Is {name} a letter?", "Yes", 'Write "Answer: Yes".') for name in "ab"]
+    groups = network.rollout(examples, 2, seed=(0,))
+    bank = network.adapters
+    weights = dict.fromkeys(bank.nodes, torch.tensor([[1.0, -1.0]] * 2))
+    batch = build_batch(groups, weights, nodes=bank.nodes, adapter_version=bank.version, temperature=1.0, scope="all")
+    for part in batch.split(10_000, network.backbone.device):
+        loss(network.backbone.logprobs(part.rows), part.advantages_K, batch.num_rollouts).backward()

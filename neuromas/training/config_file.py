@@ -1,0 +1,55 @@
+"""Configs as files, and what makes two configs the same run: which settings a resumed run may change, and which it may not."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from neuromas.config import TrainConfig
+from neuromas.system.files import read_toml
+from neuromas.system.schema import from_dict, require
+
+MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
+"""Settings that a resumed run may change: they leave every step as it was. Of `task.file` it is the items that have to be the
+same, which the run directory looks at."""
+
+
+def load_toml(path: Path) -> TrainConfig:
+    """Read a TrainConfig from a TOML file; ValueError names the file and the key."""
+    return from_dict(TrainConfig, read_toml(path), where=f"config {path}", base=TrainConfig())
+
+
+def to_json(config: TrainConfig) -> str:
+    """Return the resolved config as JSON, paths as texts."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
+
+
+def from_json(text: str | bytes, where: str) -> TrainConfig:
+    """Read a resolved config back; ValueError names `where` it came from and what is wrong with it."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is damaged: not JSON ({error})") from error
+    require(isinstance(data, dict), where, "a JSON object", data)
+    return from_dict(TrainConfig, data, where=where)
+
+
+def identity(config: TrainConfig) -> str:
+    """Return a checksum of the settings that a resumed run may not change."""
+    flat = {key: value for key, value in _flatten(dataclasses.asdict(config)).items() if key not in MAY_DIFFER}
+    return hashlib.blake2b(json.dumps(flat, default=str, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def differences(stored: TrainConfig, given: TrainConfig) -> str:
+    """Return the settings of `stored` that `given` has otherwise, as text; empty if a run of one can go on as the other."""
+    flat_stored, flat_given = (_flatten(dataclasses.asdict(config)) for config in (stored, given))
+    different = [key for key in flat_stored if flat_stored[key] != flat_given[key] and key not in MAY_DIFFER]
+    return ", ".join(f"{key} = {flat_stored[key]!r} (got {flat_given[key]!r})" for key in different)
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,120 @@
+"""Scores that never stand alone: accuracy with n, interval, floor, parse rate, and what an answer cost."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from neuromas.rollout.network import Network
+from neuromas.tasks import Task, floor
+from neuromas.training.intervals import independent, wilson
+from neuromas.training.ledger import spending
+from neuromas.types import Example, Group
+
+UNPARSED = "(none)"
+EXAMPLES_AT_ONCE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One network on one set of examples, one rollout each."""
+
+    accuracy: float
+    n: int
+    distinct: int
+    """Different questions among the n: an item that is published twice is one question to the interval."""
+    low: float
+    """Lower end of the 95% Wilson interval of the accuracy."""
+    high: float
+    floor: float
+    """Accuracy of the best constant answer on exactly these examples."""
+    floor_answer: str
+    parse_rate: float
+    """Share of rollouts whose answer the task could read."""
+    calls_per_answer: float
+    tokens_per_answer: float
+    """Sampled tokens of all nodes."""
+    prompt_tokens_per_answer: float
+    answers: dict[str, int]
+    """How often each answer was given; `(none)` where none could be read."""
+
+    @property
+    def at_or_below_floor(self) -> bool:
+        return self.accuracy <= self.floor
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> "Evaluation":
+        """Read a stored score; ValueError names `where` it came from."""
+        kinds = {name: f.type for name, f in cls.__dataclass_fields__.items()}
+        numbers = {float: (int, float), int: int, str: str}
+        found: dict[str, Any] = data if isinstance(data, dict) else {}
+        fits = all(isinstance(found.get(name), numbers.get(kind, dict)) for name, kind in kinds.items())
+        if not fits or len(found) != len(kinds):
+            raise ValueError(f"{where} is damaged (a score lacks a part); restore it, or delete it to go on without it")
+        return cls(**found)
+
+    def __str__(self) -> str:
+        # A gold answer may be a whole program.
+        best = self.floor_answer if len(self.floor_answer) <= 40 else self.floor_answer[:37] + "..."
+        repeated = f", {self.distinct} of them different" if self.distinct < self.n else ""
+        text = (
+            f"{self.accuracy:.1%} (n {self.n}{repeated}, 95% interval {self.low:.1%} to {self.high:.1%}, "
+            f"floor {self.floor:.1%} always {best!r}, parsed {self.parse_rate:.1%}, "
+            f"{self.calls_per_answer:.3g} calls and {self.tokens_per_answer:.1f} tokens an answer)"
+        )
+        if self.at_or_below_floor:
+            return f"{text}  AT OR BELOW FLOOR"
+        return f"{text}  INTERVAL REACHES FLOOR" if self.low <= self.floor else text
+
+
+def score(task: Task, groups: Sequence[Group]) -> Evaluation:
+    """Score finished rollouts; ValueError if there are none."""
+    rollouts = [rollout for group in groups for rollout in group]
+    if not rollouts:
+        raise ValueError("nothing to evaluate: expected at least one example")
+    n = len(rollouts)
+    right = sum(task.rewards([(rollout.example, rollout.answer) for rollout in rollouts]))
+    counts = Counter(rollout.example.id for rollout in rollouts)
+    effective = independent(list(counts.values()))
+    low, high = wilson(right / n * effective, effective)
+    best, best_share = floor([rollout.example for rollout in rollouts])
+    answers = Counter(task.parse_answer(rollout.answer) or UNPARSED for rollout in rollouts)
+    spent = spending(groups)
+    return Evaluation(
+        accuracy=right / n,
+        n=n,
+        distinct=len(counts),
+        low=low,
+        high=high,
+        floor=best_share,
+        floor_answer=best,
+        parse_rate=1 - answers[UNPARSED] / n,
+        calls_per_answer=spent.calls / n,
+        tokens_per_answer=spent.sampled_tokens / n,
+        prompt_tokens_per_answer=spent.prompt_tokens / n,
+        answers=dict(answers.most_common()),
+    )
+
+
+def evaluate(
+    network: Network,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[Evaluation, list[Group]]:
+    """Answer each example once, greedily by default; return the score and the rollouts behind it.
+
+    Examples pass through in parts, so that memory does not grow with their number; `between` is called before each part.
+    """
+    groups: list[Group] = []
+    for start in range(0, len(examples), EXAMPLES_AT_ONCE):
+        between()
+        part = examples[start : start + EXAMPLES_AT_ONCE]
+        groups += network.rollout(part, 1, seed=("evaluate", seed), temperature=temperature)
+    return score(task, groups), groups

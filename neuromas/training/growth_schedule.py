@@ -1,0 +1,72 @@
+"""The growths of a run as it goes: which are taken on, how far the last is open, what a run that is grown hands on.
+
+What a network is at a step is a function of the config and the step: a growth happens at the beginning of the step `at_step`,
+in memory, from adapters that a checkpoint holds. So a killed run is before it or after it, and a resumed one grows again, bit
+for bit.
+"""
+
+from collections.abc import Sequence
+
+from neuromas.graph.growth import Growth
+from neuromas.rollout.network import Network
+from neuromas.tasks import Task
+from neuromas.training.evaluate import Evaluation, evaluate
+from neuromas.types import Example, Group
+
+
+class Stages:
+    """Takes a network through the growths of a run."""
+
+    def __init__(self, network: Network, growths: Sequence[Growth]) -> None:
+        self.network, self.growths = network, tuple(growths)
+        self.taken = 0
+
+    @property
+    def last(self) -> Growth | None:
+        """The growth that was taken on last."""
+        return self.growths[self.taken - 1] if self.taken else None
+
+    def restore(self, step: int) -> None:
+        """Make the network what it is after `step` steps; its new adapters are to be loaded."""
+        while self.taken < len(self.growths) and self.growths[self.taken].at_step < step:
+            self.network.grow(self.growths[self.taken])
+            self.taken += 1
+            self.open(step)
+
+    def due(self, step: int) -> Growth | None:
+        """Return the growth with which this step begins, if any."""
+        following = self.growths[self.taken] if self.taken < len(self.growths) else None
+        return following if following and following.at_step <= step else None
+
+    def open(self, step: int) -> None:
+        """Open the network as far as it is in this step."""
+        if self.last:
+            self.network.open_probability = self.last.open_probability(step)
+
+    def expected_calls(self) -> float:
+        """Return the expected number of completions of a rollout."""
+        network, p = self.network, self.network.open_probability
+        return p * len(network.topology.nodes) + (1 - p) * len((network.parent or network.topology).nodes)
+
+    def learning(self, step: int, groups: Sequence[Group]) -> set[int]:
+        """Return the nodes that learn from this step: those that have written, in a warm-up the new ones of them alone."""
+        wrote = {completion.node for group in groups for rollout in group for completion in rollout.completions}
+        if self.last and step < self.last.at_step + self.last.warmup_new:
+            return wrote & set(self.last.new)
+        return wrote
+
+
+def changed_answers(
+    before: tuple[Evaluation, Sequence[Group]], network: Network, task: Task, examples: Sequence[Example]
+) -> dict[str, float]:
+    """Return the share of greedy answers that an opened network gives otherwise than its parent did on these examples."""
+    score, groups = evaluate(network, task, examples)
+
+    def answers(found: Sequence[Group]) -> list[str | None]:
+        return [task.parse_answer(rollout.answer) for group in found for rollout in group]
+
+    changed = sum(a != b for a, b in zip(answers(before[1]), answers(groups), strict=True))
+    return {
+        "share": changed / score.n, "n": score.n, "accuracy_before": before[0].accuracy, "accuracy_after": score.accuracy,
+        "floor": score.floor,
+    }  # fmt: skip

@@ -1,0 +1,107 @@
+"""Every number that a training step logs, by name; the last part of a name says how rows were reduced."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from neuromas.graph.messages import drops_text
+from neuromas.tasks import Task
+from neuromas.training.ledger import spending
+from neuromas.types import Group, MessageStatus, Rollout
+
+METRICS = {
+    "reward/mean": "Mean terminal reward of the step's rollouts.",
+    "answer_parsed/frac": "Share of rollouts whose answer the task could read.",
+    "signal/frac": "Share of rollouts with an advantage other than 0; the rest teach nothing.",
+    "message_fault/frac": "Share of messages that were missing, empty or without a `TO node k:` header.",
+    "message_fault/missing/frac": "Share of messages whose sender addressed others, not this recipient.",
+    "message_fault/unaddressed/frac": "Share of messages whose sender addressed nobody: the whole text is delivered.",
+    "message_fault/empty/frac": "Share of messages with a header and nothing behind it.",
+    "dropped_text/frac": "Share of hidden nodes' completions with a part that no recipient gets.",
+    "truncated/frac": "Share of completions cut off at --max-new-tokens.",
+    "sampled_tokens/sum": "Tokens that all nodes wrote in the step's rollouts.",
+    "completion_tokens/mean": "Mean sampled tokens of a completion, stop token included.",
+    "completion_tokens/node/<k>/mean": "The same for node k.",
+    "logprob/mean": "Mean log-probability of a sampled token; towards 0 the nodes stop exploring.",
+    "grad_norm/node/<k>/max": "Norm of node k's gradient before clipping.",
+    "logprob_gap/max": "Largest difference between a token's log-probability as sampled and as recomputed by the learner.",
+    "loss/mean": "The surrogate loss; its value means little, its gradient is the estimator.",
+    "lr/value": "Learning rate of the step.",
+    "questions/sum": "Questions of the step; it varies with --step-tokens.",
+    "open_groups/frac": "Share of questions whose rollouts ran through the grown network; the others ran through its parent.",
+    "open_probability/value": "Probability of that in this step.",
+    "sampled_tokens_per_second/mean": "Sampled tokens over the step's whole time, update included.",
+    "seconds/rollout/sum": "Time the step spent on sampling.",
+    "seconds/update/sum": "Time the step spent on the gradient and the optimizer.",
+    "validation/accuracy/mean": "Greedy accuracy on the validation problems.",
+    "validation/low/value": "Lower end of its 95% interval.",
+    "validation/high/value": "Upper end of its 95% interval.",
+    "validation/floor/value": "Accuracy of the best constant answer on the same problems.",
+}
+
+
+def metrics_page() -> str:
+    """Return docs/metrics.md; `python -m neuromas.training.metrics > docs/metrics.md` writes it."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in METRICS.items()]
+    head = [
+        "# Metrics",
+        "",
+        "What a training step writes to `metrics.jsonl`, one JSON object a line, beside `step` (counted from 0). The last",
+        "part of a name says how rows were reduced. This page is generated:",
+        "`python -m neuromas.training.metrics > docs/metrics.md`.",
+        "",
+        "| name | meaning |",
+        "| --- | --- |",
+    ]
+    return "\n".join([*head, *rows, ""])
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that METRICS does not explain."""
+    for name in names:
+        if re.sub(r"/node/\d+/", "/node/<k>/", name) not in METRICS:
+            raise ValueError(f"metric {name!r} is not in METRICS; describe it there before logging it")
+
+
+def well_formed(task: Task, rollout: Rollout) -> float:
+    """Return the share of a rollout's messages, the answer among them, that arrived as they should or could be read."""
+    sent = [message.status is MessageStatus.OK for c in rollout.completions for message in c.messages]
+    return (sum(sent) + (task.parse_answer(rollout.answer) is not None)) / (len(sent) + 1)
+
+
+def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, advantages_PG: Tensor) -> dict[str, float]:
+    """Return what a step's rollouts tell."""
+    rollouts = [rollout for group in groups for rollout in group]
+    completions = [completion for rollout in rollouts for completion in rollout.completions]
+    statuses = [message.status for completion in completions for message in completion.messages]
+    spent = spending(groups)
+
+    def share(status: MessageStatus) -> float:
+        return sum(s is status for s in statuses) / max(1, len(statuses))
+
+    hidden = [c for c in completions if c.messages]
+    dropped = [c for c in hidden if drops_text(c.sample.text, [message.recipient for message in c.messages])]
+    metrics = {
+        "reward/mean": rewards_PG.mean().item(),
+        "answer_parsed/frac": sum(task.parse_answer(r.answer) is not None for r in rollouts) / len(rollouts),
+        "signal/frac": torch.count_nonzero(advantages_PG).item() / advantages_PG.numel(),
+        "message_fault/frac": 1 - share(MessageStatus.OK) if statuses else 0.0,
+        "message_fault/missing/frac": share(MessageStatus.MISSING),
+        "message_fault/unaddressed/frac": share(MessageStatus.UNADDRESSED),
+        "message_fault/empty/frac": share(MessageStatus.EMPTY),
+        "dropped_text/frac": len(dropped) / max(1, len(hidden)),
+        "truncated/frac": sum(not c.sample.stopped for c in completions) / len(completions),
+        "sampled_tokens/sum": spent.sampled_tokens,
+        "completion_tokens/mean": spent.sampled_tokens / spent.calls,
+        "logprob/mean": sum(sum(c.sample.logprobs) for c in completions) / max(1, spent.sampled_tokens),
+    }
+    for node in dict.fromkeys(c.node for c in completions):
+        lengths = [len(c.sample.token_ids) for c in completions if c.node == node]
+        metrics[f"completion_tokens/node/{node}/mean"] = sum(lengths) / len(lengths)
+    return metrics
+
+
+if __name__ == "__main__":
+    print(metrics_page(), end="")

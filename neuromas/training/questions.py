@@ -1,0 +1,108 @@
+"""What a run asks: its task, what it trains on, and what it is scored on. Loads no torch, so that a mistake is told at once."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from neuromas.config import TrainConfig
+from neuromas.tasks import DatasetTask, Task, checksum_of, from_config
+from neuromas.tasks.user_tasks import OWN_CODE
+from neuromas.training.run_directory import RunDirectory
+from neuromas.types import Example
+
+LOOKED_AT = 64
+"""Generated training problems that are looked at before a run begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """The task of a config, and examples by what they are for."""
+
+    task: Task
+    training: list[Example]
+    """All that training draws from, or, where problems are generated, some of what the first step draws."""
+    evaluation_sets: dict[str, list[Example]]
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Questions":
+        """Read or generate them; ValueError names the flag that is wrong."""
+        config.check()
+        task = from_config(config.task)
+        try:
+            task.check_ready()
+            sets = evaluation_sets(config, task)
+            # A task with nothing to train on says so now, not after the first evaluation.
+            first = task.training_batch(config.seed, 0, min(config.drawn_per_step, LOOKED_AT))
+            return cls(task, task.training_examples() if isinstance(task, DatasetTask) and not task.generates else first, sets)
+        except Exception as error:
+            # Whatever the user's own class raises.
+            if isinstance(error, ValueError) or not config.task.name.startswith(OWN_CODE):
+                raise
+            raise ValueError(f"--task {config.task.name}: {type(error).__name__}: {error}") from error
+
+    def checksums(self) -> dict[str, str]:
+        """Return checksums of questions and answers, by what they are for."""
+        return {name: checksum_of(asked) for name, asked in {"training": self.training, **self.evaluation_sets}.items()}
+
+
+def data_checksum(config: TrainConfig) -> str:
+    """Return a checksum of all examples that come from files, and of a task's own code; empty where all are generated."""
+    task, parts = from_config(config.task), list[str]()
+    if isinstance(task, DatasetTask):
+        parts += [f"{split} {checksum_of(examples)}" for split, examples in task.splits.items()]
+    if config.task.file:
+        parts.append(f"file {checksum_of(task.load(config.task.file))}")
+    if config.task.name.startswith(OWN_CODE):
+        file = Path(config.task.name.removeprefix(OWN_CODE).rpartition(":")[0])
+        parts.append(f"code {hashlib.blake2b(file.read_bytes()).hexdigest()}")
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest() if parts else ""
+
+
+def evaluation_sets(config: TrainConfig, task: Task) -> dict[str, list[Example]]:
+    """Return what is scored, by name; ValueError if that is what is trained on. The task then never draws a file's items."""
+    split = config.task.split
+    if split == "train" and not config.task.train_on_evaluation:
+        raise ValueError("--task.split train would score what is trained on; say --task.train-on-evaluation if that is meant")
+    # First what takes no time to go wrong.
+    of_file = task.load(config.task.file) if config.task.file else []
+    sets: dict[str, list[Example]] = {split: task.examples(split, config.eval_size)}
+    if config.task.file:
+        sets[f"file {config.task.file.name}"] = of_file
+        task.held_out = frozenset(example.id for example in of_file)
+    return sets
+
+
+def open_run(
+    path: Path, *, untrained: bool = False, data: Path | None = None, allow_code: bool = False
+) -> tuple[RunDirectory, Task]:
+    """Return a run and its task, without its network; ValueError if there is no run or checkpoint, or as `check_code`."""
+    run = RunDirectory.open(path)
+    if not untrained and not run.checkpoints():
+        raise ValueError(f"{path} holds no checkpoint yet; train it first")
+    check_code(run, allow_code)
+    config = run.config.task
+    return run, from_config(dataclasses.replace(config, data=data) if data else config)
+
+
+def check_code(run: RunDirectory, allow_code: bool) -> None:
+    """Raise ValueError if a run's task is code of its own and nobody has allowed that: a run may come from anywhere."""
+    if run.config.task.name.startswith(OWN_CODE) and not allow_code:
+        raise ValueError(
+            f"the task of run {run.path} is a Python file, {run.config.task.name}, which this would execute; look at the file, "
+            "then say --allow-code"
+        )
+
+
+def drawn_in_training(run: RunDirectory, steps: int, examples: Iterable[Example]) -> set[str]:
+    """Return the ids of those examples that the first `steps` steps of a run drew: its batches, made once more.
+
+    Raises ValueError if the data that it was trained on is no longer where it was.
+    """
+    config, wanted, drawn = run.config, {example.id for example in examples}, set[str]()
+    task = from_config(config.task)
+    task.held_out = run.held_out()
+    for step in range(steps):
+        drawn |= wanted & {example.id for example in task.training_batch(config.seed, step, config.drawn_per_step)}
+    return drawn

@@ -1,0 +1,174 @@
+"""The estimator, as pure functions: rewards to advantages, rollouts to rows, log-probabilities to a loss.
+
+Joint REINFORCE (Williams 1992; stochastic computation graphs, Schulman et al. 2015; arXiv 2605.16757): one terminal reward
+trains every node through the log-probability of what it wrote itself,
+
+    grad J = E[ sum over nodes n, sampled tokens t of  advantage * grad log p_n(token_t | what node n read and wrote) ].
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neuromas.model.backbone import Rows
+from neuromas.model.packing import Packed
+from neuromas.types import Completion, Group
+
+Centring = Literal["leave_one_out", "group_mean", "ema", "none"]
+
+
+def advantages(
+    rewards_PG: Float[Tensor, "P G"],
+    centring: Centring,
+    *,
+    alike: int = 1,
+    running_mean: float = 0.0,
+    normalize: bool = False,
+) -> Float[Tensor, "P G"]:
+    """Centre rewards, for the texts that each `alike` rollouts in a row have in common.
+
+    `leave_one_out`: minus the mean of the group's other rollouts (Kool et al. 2019): those that do not hold the text, since the
+    reward of one that does depends on it; unbiased.
+    `group_mean`: minus the group's mean; the expected gradient is (G - 1) / G of the true one.
+    `ema`: minus `running_mean`, a mean over earlier steps; unbiased. `none`: the reward itself.
+    `normalize` divides by the group's standard deviation (Shao et al. 2024); biased towards groups of equal rewards.
+    A group whose rewards are all equal, such as a group of one, gives 0 under the first two.
+
+    >>> advantages(torch.tensor([[1.0, 0.0, 0.0]]), "leave_one_out")
+    tensor([[ 1.0000, -0.5000, -0.5000]])
+    """
+    group_size = rewards_PG.shape[1]
+    if centring == "leave_one_out":
+        # r - (sum - sum of those alike) / (G - alike) in one fraction, which is 0 for a group of one.
+        same_PG = rewards_PG.unflatten(1, (-1, alike)).sum(2).repeat_interleave(alike, 1)
+        others = group_size - alike
+        centred = (others * rewards_PG - (rewards_PG.sum(1, keepdim=True) - same_PG)) / max(1, others)
+    elif centring == "group_mean":
+        centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    else:
+        centred = rewards_PG - (running_mean if centring == "ema" else 0.0)
+    if normalize:
+        # A group of equal rewards has nothing to compare: it teaches nothing, whatever is subtracted.
+        spread_P1 = rewards_PG.std(1, keepdim=True) if group_size > 1 else torch.zeros_like(rewards_PG)
+        centred = torch.where(spread_P1 > 0, centred / spread_P1.clamp(min=1e-6), 0.0)
+    return centred
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows of K sampled tokens with, per token, its row's advantage and the log-probability recorded while sampling."""
+
+    rows: Rows
+    advantages_K: Tensor
+    sampled_logprobs_K: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All completions of a step that carry a gradient, with their advantages; rows that share a prefix lie together."""
+
+    completions: tuple[tuple[Completion, float], ...]
+    num_rollouts: int
+    """Rollouts of the step, those without a gradient included: the denominator of the loss."""
+    nodes: tuple[int, ...]
+    temperature: float
+    scope: Literal["all", "suffix"]
+
+    def split(self, tokens_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
+        """Yield rows whose own tokens and prefixes are at most so many together, one row at least.
+
+        Rows that share a prefix stay together where they can: it is then read once. Other devices than a CPU copy it to its
+        rows (`SuffixAttention`), where it counts for each.
+        """
+        part: list[tuple[Completion, float]] = []
+        tokens = 0
+        for (prefix_ids, _), sharing in groupby(self.completions, lambda item: self._prefix_key(item[0])):
+            copied = 0 if device.type == "cpu" else len(prefix_ids)
+            rows = [(item, copied + len(item[0].prompt.suffix_ids) + len(item[0].sample.token_ids)) for item in sharing]
+            whole = len(prefix_ids) + sum(own for _, own in rows)
+            if part and tokens + whole > tokens_per_micro_batch:
+                yield self._tensors(part, device)
+                part, tokens = [], 0
+            tokens += len(prefix_ids)
+            for item, own in rows:
+                if part and tokens + own > tokens_per_micro_batch:
+                    yield self._tensors(part, device)
+                    part, tokens = [], len(prefix_ids)
+                tokens += own
+                part.append(item)
+        if part:
+            yield self._tensors(part, device)
+
+    def _index(self, node: int) -> int:
+        # A single adapter serves whoever speaks.
+        return self.nodes.index(node) if len(self.nodes) > 1 else 0
+
+    def _prefix_key(self, completion: Completion) -> tuple[tuple[int, ...], int]:
+        # With scope `suffix` a prefix is read without any adapter, so all nodes share it; the node in its key is then 0.
+        return completion.prompt.prefix_ids, (self._index(completion.node) if self.scope == "all" else 0)
+
+    def _tensors(self, part: Sequence[tuple[Completion, float]], device: torch.device) -> MicroBatch:
+        nodes = [self._index(completion.node) for completion, _ in part]
+        keys = [self._prefix_key(completion) for completion, _ in part]
+        distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        samples = [completion.sample for completion, _ in part]
+        suffixes = Packed.of([(*completion.prompt.suffix_ids, *completion.sample.token_ids) for completion, _ in part], device)
+        asked_B = torch.tensor([len(completion.prompt.suffix_ids) for completion, _ in part], device=device)
+        sampled_K = (suffixes.column_T >= asked_B[suffixes.row_T]).nonzero()[:, 0]
+        rows = Rows(
+            prefixes=Packed.of([prefix for prefix, _ in distinct], device),
+            prefix_node_Q=torch.tensor([node for _, node in distinct], device=device),
+            prefix_of_row_B=torch.tensor([distinct[key] for key in keys], device=device),
+            node_of_row_B=torch.tensor(nodes, device=device),
+            suffixes=suffixes,
+            sampled_K=sampled_K,
+            temperature=self.temperature,
+        )
+        weights_B = torch.tensor([advantage for _, advantage in part], device=device)
+        sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs], device=device)
+        return MicroBatch(rows, weights_B[suffixes.row_T[sampled_K]], sampled)
+
+
+def build_batch(
+    groups: Sequence[Group],
+    advantages: Mapping[int, Float[Tensor, "P G"]],
+    *,
+    nodes: Sequence[int],
+    adapter_version: int,
+    temperature: float,
+    scope: Literal["all", "suffix"],
+) -> Batch:
+    """Return one row per completion that has an advantage other than 0, of those of its node; the others have no gradient.
+
+    Raises ValueError if a completion was written by another version of the adapters: the estimator is on-policy.
+    """
+    chosen: list[tuple[Completion, float]] = []
+    weights = {node: advantages_PG.tolist() for node, advantages_PG in advantages.items()}
+    for place, group in enumerate(groups):
+        for index, rollout in enumerate(group):
+            for completion in rollout.completions:
+                advantage = weights[completion.node][place][index]
+                written_by = completion.sample.adapter_version
+                if written_by != adapter_version:
+                    raise ValueError(
+                        f"node {completion.node}'s completion was written by adapter version {written_by}, the learner holds "
+                        f"{adapter_version}; sample again with the current adapters"
+                    )
+                if advantage != 0:
+                    chosen.append((completion, advantage))
+    # Stable, so rows of one node and one question stay together and a prefix is computed in few micro-batches.
+    chosen.sort(key=lambda item: item[0].node)
+    return Batch(tuple(chosen), sum(map(len, groups)), tuple(nodes), temperature, scope)
+
+
+def loss(logprobs_K: Float[Tensor, " K"], advantages_K: Float[Tensor, " K"], num_rollouts: int) -> Float[Tensor, ""]:
+    """Return - sum over sampled tokens of advantage * log-probability, over the rollouts of the step.
+
+    The denominator is fixed before sampling: a sum divided by sampled length is no longer the gradient of the expected reward.
+    """
+    return -(logprobs_K * advantages_K).sum() / num_rollouts

@@ -1,0 +1,194 @@
+"""Compiled loops do what torch's operations do, in value and gradient."""
+
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from products import listed, loops_of
+from torch import Tensor
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+
+from neuromas.model import kernels
+from neuromas.model.decoder import _Gate, _Heads
+from neuromas.model.rms_norm import RMSNorm
+
+TOKENS = 37
+BOUND: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def value_and_gradients(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+    """Return what a function gives of inputs, and the gradients of a weighted sum of it."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    found = function(*leaves)
+    parts: tuple[Tensor, ...] = found if isinstance(found, tuple) else (found,)
+    torch.stack([(part * normal(*part.shape, seed=9)).sum() for part in parts]).sum().backward()
+    return [*(part.detach() for part in parts), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def both_ways(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *inputs: Tensor) -> None:
+    with listed() as of_compiled:
+        compiled = value_and_gradients(function, *inputs)
+    with monkeypatch.context() as patch, listed() as of_plain:
+        patch.setattr(kernels, "fit", lambda *_: False)
+        plain = value_and_gradients(function, *inputs)
+    assert len(compiled) == len(plain) > len(inputs)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, **BOUND)
+    assert (len(loops_of(of_compiled)), loops_of(of_plain)) == (2, []), "forth and back in a loop each, or in none"
+
+
+@pytest.mark.parametrize("size", [16, 33])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(size: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = RMSNorm(torch.nn.Parameter(normal(size)), 1e-6, offset)
+    both_ways(norm, monkeypatch, 3 * normal(TOKENS, size))
+    with torch.no_grad():
+        x = normal(TOKENS, size)
+        torch.testing.assert_close(norm(x), x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * norm.scale, **BOUND)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(4, 2), (4, 0), (0, 2)])
+def test_heads(queries: int, keys: int, *, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 8
+    angles = normal(TOKENS, size // 2)
+    cos, sin = torch.cat([angles.cos()] * 2, 1), angles.sin()
+    scale = normal(queries + keys, size) if normed else None
+
+    def function(columns: Tensor) -> object:
+        return _Heads.apply(columns, cos, sin, queries, keys, scale, 1e-6)
+
+    both_ways(function, monkeypatch, normal(TOKENS, (queries + 2 * keys) * size))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_gates(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = torch.cat([4 * normal(TOKENS, 24), normal(TOKENS, 24, seed=1)], 1)
+    # Far out, where an exponential leaves float32.
+    both[0, :4] = torch.tensor([-300.0, -90.0, 90.0, 300.0])
+    assert kernels.fit_gate(activation)
+    both_ways(lambda x: _Gate.apply(x, activation), monkeypatch, both)
+    gate, up = both.chunk(2, 1)
+    acted = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
+    torch.testing.assert_close(kernels.gate(both, activation), acted * up, **BOUND)
+
+
+def test_a_gate_that_no_loop_knows_is_torchs() -> None:
+    assert not kernels.fit_gate("gelu")
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8])
+@pytest.mark.parametrize("queries", [2, 4])
+def test_one_token_of_each_row_reads_its_prefix_and_its_own_tokens(queries: int, window: int | None) -> None:
+    heads, size, columns, width = 2, 8, 12, 7
+    slots = torch.tensor([2, 0, 4, 1, 3])
+    prefix, place, lengths = torch.tensor([0, 0, 1, 2, 0]), torch.tensor([0, 1, 0, 0, 2]), torch.tensor([7, 3, 1])
+    column = torch.tensor([0, 3, 5, 1, 9])
+    cache = normal(6, heads, columns, size), normal(6, heads, columns, size, seed=1)
+    prefixes = normal(3, heads, width, size, seed=2), normal(3, heads, width, size, seed=3)
+    query, key, value = (normal(5, count, size, seed=4 + at) for at, count in enumerate((queries, heads, heads)))
+    expected = []
+    for row in range(5):
+        own = [
+            torch.cat([past[slots[row], :, : column[row]], new[row, :, None]], 1)
+            for past, new in zip(cache, (key, value), strict=True)
+        ]
+        whole = [
+            torch.cat([past[prefix[row], :, : lengths[prefix[row]]], part], 1) for past, part in zip(prefixes, own, strict=True)
+        ]
+        keys, values = (part[:, -(window or 99) :].repeat_interleave(queries // heads, 0) for part in whole)
+        expected.append(scaled_dot_product_attention(query[row, :, None], keys, values, scale=0.3)[:, 0])
+    before = [tensor.clone() for tensor in cache]
+    reading = kernels.Reading(slots, prefix, place, 3, lengths, queries, heads, size)
+    for _ in range(2):
+        got = reading.attend(query, key, value, column, int(column.max()) + 1, cache, prefixes, window=window, scale=0.3)
+        torch.testing.assert_close(got, torch.stack(expected), **BOUND)
+    for tensor, old, new in zip(cache, before, (key, value), strict=True):
+        old[slots, :, column] = new
+        assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 255, 256, 257, 1000])
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_draws_invert_the_distribution_function(vocabulary: int, temperature: float) -> None:
+    logits = 3 * normal(200, vocabulary)
+    uniform = torch.from_numpy(np.random.default_rng(0).random(200))
+    uniform[:3] = torch.tensor([0.0, 1e-12, 1 - 1e-12])
+    tokens, logprobs = kernels.draw(logits, uniform, temperature)
+    expected = (logits.double() / (temperature or 1)).log_softmax(1)
+    torch.testing.assert_close(logprobs.double(), expected.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=2e-6)
+    if temperature == 0:
+        assert torch.equal(tokens, logits.argmax(1))
+        return
+    cumulative = expected.exp().cumsum(1)
+    upper = cumulative.gather(1, tokens[:, None])[:, 0]
+    lower = upper - expected.gather(1, tokens[:, None])[:, 0].exp()
+    assert (lower <= uniform + 1e-6).all()
+    assert (uniform <= upper + 1e-6).all()
+    assert len(tokens.unique()) > min(vocabulary, 40) // 2
+
+
+def test_the_first_of_equally_likely_tokens_is_the_likeliest() -> None:
+    tokens, logprobs = kernels.draw(torch.zeros(2, 300), torch.zeros(2, dtype=torch.float64), 0.0)
+    assert tokens.tolist() == [0, 0]
+    assert logprobs.tolist() == pytest.approx([-math.log(300)] * 2, rel=1e-6)
+
+
+def test_logits_that_are_no_numbers_still_draw_a_token() -> None:
+    """A model that has diverged is found by whoever looks at its loss."""
+    logits = torch.full((3, 300), math.nan)
+    for temperature in (0.0, 1.0):
+        tokens, _ = kernels.draw(logits, torch.full((3,), 0.5, dtype=torch.float64), temperature)
+        assert ((tokens >= 0) & (tokens < 300)).all()
+
+
+def test_threads_of_one_process_may_all_call_a_loop() -> None:
+    both = normal(300, 64)
+    expected, found = kernels.gate(both, "silu"), []
+    threads = [threading.Thread(target=lambda: found.extend(kernels.gate(both, "silu") for _ in range(50))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 200
+    assert all(torch.equal(one, expected) for one in found)
+
+
+def test_loops_leave_torchs_threads_alone_and_take_as_many() -> None:
+    code = (
+        "import torch; torch.set_num_threads(1); from neuromas.model import kernels; import numba\n"
+        "for _ in range(3): kernels.gate(torch.ones(4, 8), 'silu'); print(torch.get_num_threads(), numba.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"] * 3
+
+
+@pytest.mark.parametrize("vocabulary", [200, 512, 700])
+def test_a_token_without_a_share_is_never_drawn(vocabulary: int) -> None:
+    """A draw near one ends at the last token that has a share, however sums are rounded."""
+    logits = normal(64, vocabulary)
+    logits[:, 100:] = -60
+    logits[1::2, 5:] = -math.inf
+    for below_one in (1e-7, 3e-8, 1e-8, 1e-9, 1e-12, 2**-53):
+        tokens, logprobs = kernels.draw(logits, torch.full((64,), 1 - below_one, dtype=torch.float64), 1.0)
+        assert (tokens < 100).all()
+        assert (logprobs > -20).all()
+
+
+def test_loops_work_where_nothing_can_be_kept() -> None:
+    code = (
+        "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
+        "import torch; from neuromas.model import kernels; print(kernels.gate(torch.ones(1, 2), 'silu').item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(1 / (1 + math.exp(-1)))

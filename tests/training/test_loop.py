@@ -1,0 +1,499 @@
+"""The loop: single-model REINFORCE as its smallest case, runs that stop and go on bit for bit, other model families.
+
+Backbones are tiny and random, made to say little but Yes, No or nothing, so that some answers are right from the start.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from models import (
+    FAMILIES,
+    export_peft,
+    load_backbone,
+    load_peft,
+    make_model,
+    plain_logprobs,
+    randomise,
+    save_model,
+    suffix_logprobs,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from neuromas import Network, Topology
+from neuromas.cli import main as cli
+from neuromas.config import AdapterConfig, TaskConfig, TopologyConfig, TrainConfig
+from neuromas.rollout.engine import uniforms
+from neuromas.tasks import get_task
+from neuromas.training import checkpoint, reinforce
+from neuromas.training.load_run import load_run
+from neuromas.training.loop import Trainer, learning_rate, set_up, train
+from neuromas.training.run_directory import RunDirectory
+from neuromas.types import Completion, Prompt, Sample
+
+NUM_STEPS = 16
+FLAGS = [
+    "--widths", "1", "1", "--num-steps", str(NUM_STEPS), "--examples-per-step", "4", "--group-size", "4",
+    "--max-new-tokens", "3", "--eval-size", "2", "--eval-every", "0", "--save-every", "3", "--lr", "0.003",
+]  # fmt: skip
+DEADLINE = 120.0
+"""Seconds that a subprocess may take to get anywhere."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    parent = tmp_path_factory.mktemp("speakers")
+    return {family: save_model(make_model(family, says=("Yes", "No")), parent / family) for family in FAMILIES}
+
+
+def make_config(backbone: Path, run_dir: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "topology": TopologyConfig(widths=(1, 1)), "task": TaskConfig(), "adapter": AdapterConfig(), "num_steps": 4,
+        "examples_per_step": 4, "group_size": 4, "max_new_tokens": 3, "eval_size": 2, "eval_every": 0, "lr": 0.01,
+    }  # fmt: skip
+    return TrainConfig(backbone=str(backbone), run_dir=run_dir, device="cpu", **{**settings, **changes}).check()
+
+
+def start(config: TrainConfig, *, resume: bool = False) -> Trainer:
+    run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+    setup = set_up(config)
+    run.initialise()
+    return Trainer(setup, run)
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Return adapters and the optimizer's moments, by name."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in trainer.bank.parameters().items():
+        state[name] = parameter.detach()
+        state |= {f"{name}.{key}": value for key, value in trainer.optimizer.state[parameter].items()}
+    return state
+
+
+def assert_bit_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(got[name], tensor)] == []
+
+
+def without_clock(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in record.items() if "second" not in name} for record in records]
+
+
+# Single-model REINFORCE
+
+
+def sample_plainly(model: Any, prompt: tuple[int, ...], draws: Any, stop: int) -> list[int]:
+    """Draw token after token by inverting the distribution function, with a whole forward for each."""
+    written: list[int] = []
+    while len(written) < len(draws) and stop not in written:
+        logits = model(input_ids=torch.tensor([[*prompt, *written]])).logits[0, -1]
+        cumulative = logits.double().softmax(-1).cumsum(-1)
+        written.append(int((cumulative > draws[len(written)] * cumulative[-1]).nonzero()[0]))
+    return written
+
+
+def plain_reinforce_step(model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
+    """Do one step of textbook REINFORCE with leave-one-out centring on one PEFT model; return the mean reward."""
+    task, rewards, loss = get_task("navigate"), [], torch.zeros(())
+    for example in task.training_batch(config.seed, step, config.examples_per_step):
+        text = f"{example.question}\n\nYou are node 1 in the output layer.\n{example.answer_format}"
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        prompt = tuple(tokenizer(chat, add_special_tokens=False)["input_ids"])
+        group = []
+        for index in range(config.group_size):
+            draws = uniforms((config.seed, step, example.id, index, 1), config.max_new_tokens)
+            with torch.no_grad():
+                group.append(sample_plainly(model, prompt, draws, tokenizer.eos_token_id))
+        scores = [task.reward(example, tokenizer.decode(written, skip_special_tokens=True)) for written in group]
+        for written, score in zip(group, scores, strict=True):
+            completion = Completion(1, Prompt((), prompt), Sample(tuple(written), (), "", stopped=True, adapter_version=0), ())
+            advantage = score - (sum(scores) - score) / (config.group_size - 1)
+            loss = loss - advantage * plain_logprobs(model, completion).sum()
+        rewards += scores
+    optimizer.zero_grad()
+    (loss / len(rewards)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    return sum(rewards) / len(rewards)
+
+
+def test_one_node_is_single_model_reinforce(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Three steps of the loop equal three steps of a loop written with PEFT, torch and nothing of ours but the draws."""
+    config = make_config(
+        folders["qwen3"], tmp_path / "run", topology=TopologyConfig(widths=(1,)), adapter=AdapterConfig(rank=2), lr=1e-3,
+        warmup_steps=0, final_lr=1.0, max_grad_norm=0.5,
+    )  # fmt: skip
+    trainer = start(config)
+    model = load_peft(folders["qwen3"], export_peft(trainer.bank, 1, tmp_path / "start"))
+    learned = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    optimizer = torch.optim.AdamW(learned.values(), lr=config.lr, weight_decay=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(folders["qwen3"])
+    before = {name: tensor.clone() for name, tensor in state_of(trainer).items()}
+    for step in range(3):
+        metrics = trainer.train_step(step)
+        assert metrics["signal/frac"] > 0
+        assert plain_reinforce_step(model, tokenizer, optimizer, config, step) == metrics["reward/mean"]
+    for name, parameter in trainer.bank.parameters().items():
+        assert (parameter - before[name]).abs().max() > 1e-3
+        torch.testing.assert_close(parameter[0], learned[name], rtol=0, atol=1e-6)
+
+
+# What one step must not do
+
+
+def test_a_step_without_a_right_answer_moves_nothing_and_can_be_resumed(tmp_path: Path) -> None:
+    """A model of pure noise earns no reward; the optimizer has no moments yet when the checkpoint is written."""
+    folder = save_model(make_model("qwen3"), tmp_path / "noise")
+    trainer = start(make_config(folder, tmp_path / "run"))
+    before = {name: parameter.detach().clone() for name, parameter in trainer.bank.parameters().items()}
+    metrics = trainer.train_step(0)
+    assert (metrics["reward/mean"], metrics["signal/frac"]) == (0.0, 0.0)
+    assert_bit_equal(dict(trainer.bank.parameters()), before)
+    trainer.save()
+    resumed = start(make_config(folder, tmp_path / "run"), resume=True)
+    assert resumed.step == 1
+    assert_bit_equal(state_of(resumed), before)
+    resumed.train_step(1)
+
+
+def test_momentum_alone_moves_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = start(make_config(folders["qwen3"], tmp_path / "run", examples_per_step=16))
+    assert trainer.train_step(0)["signal/frac"] > 0
+    # A task that nobody can solve: every group's rewards are equal.
+    trainer.task.parse_answer = lambda text: None
+    before = {name: tensor.clone() for name, tensor in state_of(trainer).items()}
+    assert trainer.train_step(1)["signal/frac"] == 0
+    assert_bit_equal(state_of(trainer), before)
+
+
+def test_a_step_leaves_the_backbone_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = start(make_config(folders["qwen3"], tmp_path / "run"))
+    trainer.train_step(0)
+    assert trainer.backbone.checksum() == load_backbone(folders["qwen3"]).checksum()
+
+
+def test_training_that_diverges_stops_with_the_last_good_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", lr=1e30, save_every=1, warmup_steps=0, num_steps=6)
+    message = (
+        r"^--run-dir .*/run: (step \d|scoring after training): .* not finite.*\. Training has diverged and is stopped; "
+        r"(the last good checkpoint is step-00000\d|there is no good checkpoint)\. Start again, in another --run-dir, "
+    )
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    run = RunDirectory.open(config.run_path)
+    # Those that are left write finite numbers.
+    if run.checkpoints():
+        load_run(run.path).network.ask("Question?")
+    assert not run.checkpoints() or run.step < len(run.metrics())
+    for line in (run.path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_gradient_that_is_no_number_moves_nothing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", save_every=1, num_steps=3)
+    loss = reinforce.loss
+
+    def late(logprobs_K: Tensor, advantages_K: Tensor, num_rollouts: int) -> Tensor:
+        # After two checkpoints.
+        bad = RunDirectory.open(config.run_path).step == 2
+        return loss(logprobs_K, advantages_K, num_rollouts) * (float("inf") if bad else 1.0)
+
+    monkeypatch.setattr(reinforce, "loss", late)
+    message = r"step 3: the loss is \S+, the largest gradient norm \S+\. .*; the last good checkpoint is step-000002\. Start"
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert [folder.name for folder in RunDirectory.open(config.run_path).checkpoints()] == ["step-000001", "step-000002"]
+    assert len(RunDirectory.open(config.run_path).metrics()) == 2
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("scope", ["all", "suffix"])
+def test_micro_batches_make_the_same_step(folders: dict[str, Path], tmp_path: Path, scope: Literal["all", "suffix"]) -> None:
+    """The optimizer's first moment is 0.1 times the clipped gradient: equal within 1e-5 of its largest entry."""
+    moments = []
+    for tokens in (1, 100_000):
+        config = make_config(
+            folders["gemma3"], tmp_path / f"run{tokens}", adapter=AdapterConfig(scope=scope), tokens_per_micro_batch=tokens
+        )
+        trainer = start(config)
+        trainer.train_step(0)
+        moments.append({name: value for name, value in state_of(trainer).items() if name.endswith("exp_avg")})
+    for name, moment in moments[1].items():
+        torch.testing.assert_close(moments[0][name], moment, rtol=0, atol=max(1e-5 * moment.abs().max().item(), 1e-9))
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = TrainConfig(lr=1.0, warmup_steps=2, num_steps=6, final_lr=0.2)
+    # 1/2, 2/2; then 0.2 + 0.8 * (1 + cos(pi * k / 4)) / 2 for k = 0 to 3
+    expected = [0.5, 1.0, 1.0, 0.882843, 0.6, 0.317157]
+    assert [learning_rate(config, step) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+
+
+# Growth needs this
+
+
+def test_a_nodes_draws_do_not_depend_on_other_nodes(folders: dict[str, Path]) -> None:
+    """Nodes 3 and 4 join; node 1 writes to node 2 as before, token by token, and node 2's prefix stays the same."""
+
+    def texts(edges: tuple[tuple[int, int], ...], seed: int = 0) -> dict[int, list[tuple[int, ...]]]:
+        backbone = load_backbone(folders["llama"])
+        network = Network(Topology.from_edges(edges), backbone, adapter=AdapterConfig(rank=2), max_new_tokens=6)
+        randomise(network.adapters)
+        groups = network.rollout(get_task("navigate").examples("test", 3), 4, seed=(seed, 0))
+        completions = [completion for group in groups for rollout in group for completion in rollout.completions]
+        return {node: [c.sample.token_ids for c in completions if c.node == node] for node in network.topology.nodes}
+
+    parent, grown = texts(((1, 2),)), texts(((1, 2), (3, 2), (4, 2)))
+    assert grown[1] == parent[1]
+    assert len(set(parent[1])) > 3
+    # New nodes draw numbers of their own, and so does another run.
+    assert grown[3] != grown[1]
+    assert texts(((1, 2),), seed=1)[1] != parent[1]
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("centring", ["leave_one_out", "ema"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    folders: dict[str, Path], tmp_path: Path, centring: str
+) -> None:
+    alone = start(make_config(folders["qwen3"], tmp_path / "alone", centring=centring))
+    for step in range(4):
+        alone.train_step(step)
+    broken = start(make_config(folders["qwen3"], tmp_path / "broken", centring=centring))
+    for step in range(2):
+        broken.train_step(step)
+    broken.save()
+    # A third step is logged and lost: no checkpoint holds it.
+    broken.train_step(2)
+    resumed = start(make_config(folders["qwen3"], tmp_path / "broken", centring=centring), resume=True)
+    assert (resumed.step, resumed.bank.version) == (2, 2)
+    for step in range(2, 4):
+        resumed.train_step(step)
+    assert any(tensor.any() for name, tensor in state_of(alone).items() if name.endswith("lora_B"))
+    assert_bit_equal(state_of(resumed), state_of(alone))
+    assert resumed.ledger == alone.ledger
+    assert resumed.running_mean == alone.running_mean
+    assert without_clock(resumed.run.metrics()) == without_clock(alone.run.metrics())
+    rollouts = [(trainer.run.path / "rollouts.jsonl").read_bytes() for trainer in (resumed, alone)]
+    assert rollouts[0] == rollouts[1]
+
+
+def command_line(*args: object) -> list[str]:
+    return ["train", *FLAGS, *map(str, args)]
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["neuromas", *command_line(*args)])
+    cli.main()
+
+
+def run_elsewhere(folder: Path, *args: object) -> "subprocess.Popen[bytes]":
+    with (folder / "log").open("wb") as log:
+        command = [sys.executable, "-m", "neuromas.cli", *command_line(*args)]
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=dict(os.environ))
+
+
+def steps_logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_steps(process: "subprocess.Popen[bytes]", run: Path, steps: int, log: Path) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while steps_logged(run) < steps:
+        assert process.poll() is None, f"the run ended before step {steps}: {log.read_text()}"
+        assert time.monotonic() < deadline, f"no step {steps} after {DEADLINE} s: {log.read_text()}"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbs."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch, "--backbone", folders["qwen3"], "--run-dir", run)
+    return run
+
+
+def assert_same_run(run: Path, alone: Path) -> None:
+    """Adapters, optimizer, ledger, scores and every logged number are equal, bit for bit."""
+    newest = f"checkpoints/step-{NUM_STEPS:06d}"
+    names = [f"adapters/{node}/adapter_model.safetensors" for node in (1, 2)] + ["optimizer.safetensors", "ledger.json"]
+    for name in (*(f"{newest}/{name}" for name in names), "evaluation.json"):
+        assert (run / name).read_bytes() == (alone / name).read_bytes(), name
+    assert (run / "adapters").resolve() == (run / newest / "adapters").resolve()
+    logs = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, alone)]
+    assert without_clock(logs[0]) == without_clock(logs[1])
+    assert [record["step"] for record in logs[0]] == list(range(NUM_STEPS))
+    assert sum(record["grad_norm/node/1/max"] > 0 for record in logs[0]) > NUM_STEPS // 2
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_adapters(
+    folders: dict[str, Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, args = tmp_path / "run", ("--backbone", folders["qwen3"], "--run-dir", tmp_path / "run")
+    moment = random.SystemRandom()
+    steps, delay = moment.randint(1, NUM_STEPS // 2), moment.uniform(0, 0.1)
+    process = run_elsewhere(tmp_path, *args)
+    try:
+        wait_for_steps(process, run, steps, tmp_path / "log")
+        time.sleep(delay)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    print(f"killed {delay:.3f} s after step {steps}, with {steps_logged(run)} steps logged")
+    run_here(monkeypatch, *args, "--resume")
+    assert_same_run(run, alone)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(
+    folders: dict[str, Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, args = tmp_path / "run", ("--backbone", folders["qwen3"], "--run-dir", tmp_path / "run")
+    process = run_elsewhere(tmp_path, *args)
+    try:
+        wait_for_steps(process, run, 4, tmp_path / "log")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 130, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+    done = steps_logged(run)
+    assert f"stopped after step {done}; continue with the same command and --resume" in (tmp_path / "log").read_text()
+    # The last step is saved although no checkpoint was due.
+    assert (run / f"checkpoints/step-{done:06d}/state.json").is_file()
+    run_here(monkeypatch, *args, "--resume")
+    assert_same_run(run, alone)
+
+
+# Other families, and what the files are good for
+
+
+@pytest.mark.parametrize(("family", "scope"), [("qwen3", "all"), ("llama", "all"), ("gemma3", "all"), ("gemma3", "suffix")])
+def test_every_family_trains_from_the_command_line_and_loads_in_plain_peft(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scope: str
+) -> None:
+    run = tmp_path / "run"
+    run_here(
+        monkeypatch, "--backbone", folders[family], "--run-dir", run, "--num-steps", 2, "--adapter.scope", scope
+    )  # fmt: skip
+    loaded = load_run(run)
+    assert loaded.step == 2
+    groups = loaded.network.rollout(loaded.task.examples("test", 2), 2, seed=("plain",))
+    compute = plain_logprobs if scope == "all" else suffix_logprobs
+    for place, node in enumerate((1, 2)):
+        trained = load_file(run / "adapters" / str(node) / "adapter_model.safetensors")
+        assert all(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
+        model = load_peft(folders[family], run / "adapters" / str(node))
+        with torch.no_grad():
+            for rollout in (rollout for group in groups for rollout in group):
+                completion = rollout.completions[place]
+                expected = compute(model, completion).tolist()
+                assert completion.sample.logprobs == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+# It learns
+
+
+def test_reward_goes_up(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Untrained, an answer is Yes, No, nothing or neither; to write just one of the words doubles the reward."""
+    config = make_config(
+        folders["qwen3"], tmp_path / "run", num_steps=14, examples_per_step=8, lr=0.005, max_new_tokens=2, warmup_steps=0
+    )  # fmt: skip
+    trainer = start(config)
+    metrics = [trainer.train_step(step) for step in range(config.num_steps)]
+    first, last = ([m["reward/mean"] for m in part] for part in (metrics[:3], metrics[-5:]))
+    # Measured: 0.15 and 0.58.
+    assert sum(last) / 5 > sum(first) / 3 + 0.2
+    assert metrics[0]["answer_parsed/frac"] < 0.6
+    assert metrics[-1]["answer_parsed/frac"] > 0.9
+
+
+# How long training lasts, and which adapters are the best
+
+
+def test_a_budget_of_tokens_ends_training_and_the_learning_rate_falls_along_it(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", train_tokens=150, num_steps=1, warmup_steps=0, save_every=2)
+    trainer = start(config)
+    spent, rates = [0], []
+    while not trainer.finished:
+        rates.append(trainer.train_step(trainer.step)["lr/value"])
+        spent.append(trainer.ledger.sampled_tokens)
+        if trainer.step == 2:
+            trainer.save()
+    assert trainer.step > config.num_steps
+    assert spent[-2] < 150 <= spent[-1]
+    assert rates == [learning_rate(config, step, tokens) for step, tokens in enumerate(spent[:-1])]
+    assert rates == sorted(rates, reverse=True)
+    assert learning_rate(config, 99, 75) == pytest.approx(config.lr * 0.55)
+    resumed = start(config, resume=True)
+    while not resumed.finished:
+        resumed.train_step(resumed.step)
+    assert resumed.step == trainer.step
+    assert_bit_equal(state_of(resumed), state_of(trainer))
+
+
+def test_the_ledger_counts_steps_that_had_a_gradient(folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = start(make_config(folders["qwen3"], tmp_path / "run", examples_per_step=16))
+    trainer.train_step(0)
+    trainer.task.parse_answer = lambda text: None
+    trainer.train_step(1)
+    assert (trainer.ledger.steps, trainer.ledger.optimizer_steps, trainer.ledger.questions) == (2, 1, 32)
+
+
+def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", num_steps=4, eval_every=1, validation_size=4)
+    trainer = start(config)
+    seen = iter([0.25, 0.5, 0.5, 0.25])
+    trainer.task.rewards = lambda pairs: [accuracy] * len(pairs) if len(pairs) == 4 else [0.0, 1.0] * (len(pairs) // 2)
+    at: dict[int, dict[str, Tensor]] = {}
+    for step in range(4):
+        accuracy = next(seen)
+        trainer.train_step(step)
+        at[step + 1] = {name: tensor.detach().clone() for name, tensor in trainer.bank.parameters().items()}
+        if step == 2:
+            trainer.save()
+    # The first of equals, and nothing of those before it.
+    trainer.save()
+    assert [folder.name for folder in sorted((config.run_path / "checkpoints").glob("best-*"))] == ["best-000002"]
+    assert checkpoint.load_best(trainer.run, trainer.bank) == 2
+    assert_bit_equal(dict(trainer.bank.parameters()), at[2])
+    assert start(config, resume=True).best_accuracy == 0.5
+
+
+def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", num_steps=3, eval_every=1, validation_size=4)
+    trainer = start(config)
+    trainer.task.rewards = lambda pairs: [float(trainer.step) / 4] * len(pairs)
+    trainer.train_step(0)
+    trainer.save()
+    trainer.train_step(1)
+    assert trainer.best_accuracy == 0.5
+    resumed = start(config, resume=True)
+    # The run stands at step 1: what was best at step 2 has not happened, and what was best before counts again.
+    assert (resumed.step, resumed.best_accuracy) == (1, 0.25)
+    assert [folder.name for folder in (config.run_path / "checkpoints").glob("best-*")] == ["best-000001"]
+    resumed.task.rewards = lambda pairs: [float(resumed.step) / 4] * len(pairs)
+    resumed.train_step(1)
+    assert resumed.best_accuracy == 0.5
+    resumed.save()
+    assert [folder.name for folder in (config.run_path / "checkpoints").glob("best-*")] == ["best-000002"]
