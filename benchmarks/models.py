@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from neuromas.bundled import BUNDLED
 from neuromas.config import AdapterConfig
 from neuromas.model.backbone import Backbone
+from neuromas.model.policy import Policy
 
 RANK = 8
 MOST_NODES = 15
@@ -76,7 +77,8 @@ def _word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 def _write_adapters(model: Path, folder: Path) -> None:
     """Write adapters of nodes 1 to 15 whose B is not zero: a peer that drops one gives other losses."""
     backbone = Backbone.load(str(model), device="cpu")
-    bank = backbone.add_adapters(range(1, MOST_NODES + 1), AdapterConfig(rank=RANK), seed=0)
+    bank = Policy(backbone, range(1, MOST_NODES + 1), AdapterConfig(rank=RANK)).adapters
+    assert bank is not None
     generator = torch.Generator().manual_seed(0)
     for name, parameter in bank.parameters().items():
         if "lora_B" in name:

@@ -18,6 +18,12 @@ from neuromas.graph.growth import Growth, Opening
 from neuromas.graph.topology import Topology
 from neuromas.system.schema import require
 
+Scope = Literal["all", "suffix"]
+Centring = Literal["leave_one_out", "group_mean", "ema", "none"]
+Device = Literal["auto", "cpu", "cuda"]
+Split = Literal["test", "validation", "train", "dev", "first200"]
+Verifier = Literal["exact", "choice", "number", "regex", "math", "python"]
+
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -74,9 +80,9 @@ class TaskConfig:
     Training never draws an example that is in it."""
     data: Path | None = None
     """File or folder of a benchmark's items. None: from the Hugging Face hub."""
-    split: Literal["test", "validation", "train", "dev", "first200"] = "test"
+    split: Split = "test"
     """What is scored before and after training; `first200` are the first 200 items of test."""
-    verifier: Literal["exact", "choice", "number", "regex", "math", "python"] = "exact"
+    verifier: Verifier = "exact"
     """How the answers of a task jsonl:PATH are checked."""
     train_on_evaluation: bool = False
     """Train a benchmark on the very items that it is scored on. The score then says nothing about new questions."""
@@ -97,7 +103,7 @@ class AdapterConfig:
     """Linear layers that get an adapter, by the last part of their names. The paper's parameter count fits q_proj v_proj."""
     shared: bool = False
     """One adapter serves all nodes: of the given rank, or of the whole budget's."""
-    scope: Literal["all", "suffix"] = "all"
+    scope: Scope = "all"
     """`all`: the adapter acts on every token (plain LoRA, what PEFT and vLLM serve). `suffix`: only after the question, whose
     computation all nodes then share."""
 
@@ -173,7 +179,7 @@ class TrainConfig:
     """Frozen language model shared by all nodes: `bundled`, a folder, or a Hugging Face id such as Qwen/Qwen3-0.6B."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen backbone; adapters are float32 always."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to run; auto takes a GPU if there is one."""
     prompt_date: str = PROMPT_DATE
     """Today's date for chat templates that write it into the prompt, as YYYY-MM-DD: fixed, so that a run reads the same prompts
@@ -207,7 +213,7 @@ class TrainConfig:
     """Share of the peak that the learning rate falls to, along a cosine."""
     max_grad_norm: float = 1.0
     """Clip each node's gradient to this norm; 0 does not clip."""
-    centring: Literal["leave_one_out", "group_mean", "ema", "none"] = "leave_one_out"
+    centring: Centring = "leave_one_out"
     """What is subtracted from a reward: the mean of the group's other rollouts, of the whole group, a running mean, nothing."""
     format_bonus: float = 0.0
     """Added to a rollout's reward: this times the share of its messages, the answer among them, that are well-formed. 0: the

@@ -20,6 +20,7 @@ from neuromas import Backbone
 from neuromas.bundled import BUNDLED
 from neuromas.config import AdapterConfig
 from neuromas.model.adapters import AdapterBank
+from neuromas.model.policy import Policy
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.training.reinforce import Batch
 from neuromas.types import Completion, Prompt, Request, Sample
@@ -31,24 +32,25 @@ NODES, QUESTIONS, GROUP, PREFIX, OWN, NEW = (1, 2, 3), 2, 8, 256, 32, 16
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def policy() -> Policy:
     backbone = Backbone.load("bundled", device="cpu")
-    bank = backbone.add_adapters(NODES, AdapterConfig(rank=8), seed=0)
+    policy = Policy(backbone, NODES, AdapterConfig(rank=8))
+    bank = bank_of(policy)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in bank.parameters().items():
         if "lora_B" in name:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     # Every text is as long as it may be.
     backbone.stop_ids = frozenset({-1})
-    return backbone
+    return policy
 
 
 @pytest.fixture(scope="module")
-def peft(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
+def peft(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
     folder = tmp_path_factory.mktemp("adapters")
     plain = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
     for node in NODES:
-        export_peft(bank_of(backbone), node, folder / str(node))
+        export_peft(bank_of(policy), node, folder / str(node))
     model = PeftModel.from_pretrained(plain, str(folder / str(NODES[0])), adapter_name=str(NODES[0]), is_trainable=True)
     for node in NODES[1:]:
         model.load_adapter(str(folder / str(node)), str(node), is_trainable=True)
@@ -97,24 +99,24 @@ def check(name: str, fast: Callable[[], object], simple: Callable[[], object]) -
     assert max(seen) >= ALLOWED * REFERENCE[name], f"{name}: {seen} times as fast as the simple way, was {REFERENCE[name]}"
 
 
-def bank_of(backbone: Backbone) -> AdapterBank:
-    assert backbone.adapters is not None
-    return backbone.adapters
+def bank_of(policy: Policy) -> AdapterBank:
+    assert policy.adapters is not None
+    return policy.adapters
 
 
-def shared_update(backbone: Backbone, completions: Sequence[Completion]) -> dict[int, float]:
+def shared_update(policy: Policy, completions: Sequence[Completion]) -> dict[int, float]:
     """One pass over all nodes, each distinct prefix once; return each node's summed log-probability."""
     rows = sorted(completions, key=lambda completion: completion.node)
-    batch = Batch(tuple((row, 1.0) for row in rows), 1, NODES, 1.0, "all")
+    batch = Batch(tuple((row, 1.0) for row in rows), 1, policy.routing, 1.0)
     total = dict.fromkeys(NODES, 0.0)
     place = 0
-    for micro_batch in batch.split(10_000, backbone.device):
-        logprobs_BC = backbone.logprobs(micro_batch.rows).view(-1, NEW)
+    for micro_batch in batch.split(10_000, policy.backbone.device):
+        logprobs_BC = policy.logprobs(micro_batch.rows).view(-1, NEW)
         logprobs_BC.sum().backward()
         for value in logprobs_BC.sum(1).tolist():
             total[rows[place].node] += value
             place += 1
-    for parameter in bank_of(backbone).parameters().values():
+    for parameter in bank_of(policy).parameters().values():
         parameter.grad = None
     return total
 
@@ -134,7 +136,7 @@ def looped_update(model: PeftModel, completions: Sequence[Completion]) -> dict[i
     return total
 
 
-def sample_together(backbone: Backbone, completions: Sequence[Completion]) -> int:
+def sample_together(policy: Policy, completions: Sequence[Completion]) -> int:
     """All nodes in one batch of the engine, each distinct prefix once."""
     found: list[Sample] = []
 
@@ -143,7 +145,7 @@ def sample_together(backbone: Backbone, completions: Sequence[Completion]) -> in
         return []
 
     requests = [(key, Request(c.node, c.prompt, (key,))) for key, c in enumerate(completions)]
-    TorchEngine(backbone).generate(requests, receive, temperature=1.0, max_new_tokens=NEW)
+    TorchEngine(policy).generate(requests, receive, temperature=1.0, max_new_tokens=NEW)
     return sum(len(sample.token_ids) for sample in found)
 
 
@@ -162,12 +164,12 @@ def sample_in_turn(model: PeftModel, completions: Sequence[Completion]) -> int:
     return tokens
 
 
-def test_the_update_beats_a_loop_over_nodes(backbone: Backbone, peft: PeftModel, completions: list[Completion]) -> None:
-    ours, theirs = shared_update(backbone, completions), looped_update(peft, completions)
+def test_the_update_beats_a_loop_over_nodes(policy: Policy, peft: PeftModel, completions: list[Completion]) -> None:
+    ours, theirs = shared_update(policy, completions), looped_update(peft, completions)
     assert ours == pytest.approx(theirs, rel=1e-4)
-    check("update", lambda: shared_update(backbone, completions), lambda: looped_update(peft, completions))
+    check("update", lambda: shared_update(policy, completions), lambda: looped_update(peft, completions))
 
 
-def test_rollouts_beat_a_loop_over_nodes(backbone: Backbone, peft: PeftModel, completions: list[Completion]) -> None:
-    assert sample_together(backbone, completions) == sample_in_turn(peft, completions) == len(completions) * NEW
-    check("rollout", lambda: sample_together(backbone, completions), lambda: sample_in_turn(peft, completions))
+def test_rollouts_beat_a_loop_over_nodes(policy: Policy, peft: PeftModel, completions: list[Completion]) -> None:
+    assert sample_together(policy, completions) == sample_in_turn(peft, completions) == len(completions) * NEW
+    check("rollout", lambda: sample_together(policy, completions), lambda: sample_in_turn(peft, completions))

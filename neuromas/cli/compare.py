@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from neuromas.cli.flags import parse_flags
+from neuromas.config import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,7 @@ class CompareArguments:
     """Backbones in place of the file's."""
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
     """Folder of benchmark files. None: as the file says."""
-    device: Literal["auto", "cpu", "cuda"] | None = None
+    device: Device | None = None
     """Where to run. None: as the file says."""
 
 

@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from neuromas.bundled import find_backbone
 from neuromas.cli.flags import parse_flags
-from neuromas.config import COLDEST, MOST_COUNTED
+from neuromas.config import COLDEST, MOST_COUNTED, Split
 from neuromas.system.terminal import printable
 from neuromas.training.questions import drawn_in_training, open_run
 
@@ -26,7 +26,7 @@ class EvalArguments:
     """Score on this file: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`. None: the task's own problems."""
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
     """Read the benchmark's items from here. None: from where the run had them."""
-    split: Literal["test", "validation", "train", "dev", "first200"] = "test"
+    split: Split = "test"
     """Which of its problems."""
     size: int = 500
     """How many of them, at most."""

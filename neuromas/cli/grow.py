@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from neuromas.cli.flags import parse_flags
 from neuromas.cli.train import print_plan, train_and_report
 from neuromas.config import GrowthConfig
+from neuromas.graph.growth import Opening
 from neuromas.training.grown_run import grown_config
 from neuromas.training.questions import check_code
 from neuromas.training.run_directory import RunDirectory
@@ -37,7 +37,7 @@ class GrowArguments:
     """Adapters of new nodes: zero or copy:NODE for all, NEW:zero or NEW:copy:NODE for one."""
     noise: float = 0.0
     """Normal noise on copies, as a share of the copied tensor's root mean square."""
-    opening: Literal["immediate", "annealed"] = "immediate"
+    opening: Opening = "immediate"
     """`immediate`: every question runs through the grown network at once (the paper's). `annealed`: with a probability that
     rises from 0, at which the network is still its parent, to 1."""
     open_steps: int = 10

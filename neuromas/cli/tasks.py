@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from neuromas.cli.flags import parse_flags
-from neuromas.config import TaskConfig
+from neuromas.config import Split, TaskConfig, Verifier
 from neuromas.system.terminal import printable
 
 
@@ -34,15 +34,11 @@ class TasksShowArguments:
     """Name of the task, as --task has it."""
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
     """File or folder of a benchmark's items. None: from the Hugging Face hub."""
-    split: Annotated[Literal["test", "validation", "train", "dev", "first200"], tyro.conf.arg(aliases=["--task.split"])] = (
-        "test"
-    )
+    split: Annotated[Split, tyro.conf.arg(aliases=["--task.split"])] = "test"
     """Which split's first example; another one where the data has no such split."""
     difficulty: Annotated[int | None, tyro.conf.arg(aliases=["--task.difficulty"])] = None
     """How hard generated problems are, in the task's own unit."""
-    verifier: Annotated[
-        Literal["exact", "choice", "number", "regex", "math", "python"], tyro.conf.arg(aliases=["--task.verifier"])
-    ] = "exact"
+    verifier: Annotated[Verifier, tyro.conf.arg(aliases=["--task.verifier"])] = "exact"
     """How the answers of a task jsonl:PATH are checked."""
     json: bool = False
     """Print one JSON object and nothing else."""

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from neuromas.config import AdapterConfig
-from neuromas.model.lora import HALVES, KEPT_AT_MOST, AdaptedLinear, Route, Routing, name_of
+from neuromas.model.lora import HALVES, KEPT_AT_MOST, AdaptedLinear, Forwarding, Route, name_of
 from neuromas.system.process import total_memory
 
 DEFAULT_TOTAL_RANK = 24
@@ -59,7 +59,7 @@ class AdapterBank:
         device = next(iter(targets.values())).weight.device
         require_memory(f"adapters of --adapter.rank {self.rank} for {len(self.nodes)} nodes", 4 * weights, device)
         self.alpha = config.alpha if config.alpha is not None else 2.0 * self.rank
-        self.routing = Routing(self.alpha / self.rank, generations=self.generations)
+        self.routing = Forwarding(self.alpha / self.rank, generations=self.generations)
         self._last_route: tuple[Tensor, Route] | None = None
         self._dtype = next(iter(targets.values())).weight.dtype
         # Modules without an adapter too: a product of several is kept as a whole.
@@ -153,9 +153,6 @@ class AdapterBank:
             yield
         finally:
             self.routing.kept = self.routing.whole = self._last_route = None
-
-    def index(self, node: int) -> int:
-        return self.nodes.index(node) if len(self.nodes) > 1 else 0
 
     def parameters(self, generation: int | None = None) -> dict[str, nn.Parameter]:
         """Return every trainable tensor by name, or those of one generation."""

@@ -1,18 +1,14 @@
-"""The frozen language model that all nodes share, its tokenizer, and the adapters on it."""
+"""The frozen language model that all nodes share, and its tokenizer."""
 
+import copy
 import functools
 import hashlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,41 +21,20 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.bundled import BUNDLED, find_backbone
-from neuromas.config import PROMPT_DATE, AdapterConfig
+from neuromas.config import PROMPT_DATE
 from neuromas.model.adapters import AdapterBank
-from neuromas.model.attention import PrefixAttention, Prefixes, SuffixAttention
-from neuromas.model.decoder import LOGIT_CHANGES, Decoder, slides
-from neuromas.model.logprobs import chosen_logprobs
-from neuromas.model.packing import ATTENTION, Attention, Packed
+from neuromas.model.attention import PrefixAttention, SuffixAttention
+from neuromas.model.decoder import Decoder, slides
+from neuromas.model.layers import Layers, TransformersLayers
+from neuromas.model.ops import ops_for
+from neuromas.model.packing import ATTENTION, Packed
 from neuromas.model.rms_norm import replace_norms
-from neuromas.types import Prompt
 
 _PLACEHOLDER = "PLACEHOLDER"
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Completions of K tokens in all: per row a node's part of the prompt, then what it wrote.
-
-    `prefixes` are the distinct shared prefixes; each row goes on from one of them. Rows of one node lie together.
-    """
-
-    prefixes: Packed
-    prefix_node_Q: Int[Tensor, " Q"]
-    """Index of the node whose adapter reads the prefix, where the scope is `all`."""
-    prefix_of_row_B: Int[Tensor, " B"]
-    node_of_row_B: Int[Tensor, " B"]
-    suffixes: Packed
-    sampled_K: Int[Tensor, " K"]
-    """Where in the stream of suffixes the sampled tokens lie, stop tokens included."""
-    temperature: float
-
-
 class Backbone:
-    """One frozen causal language model with its tokenizer; `adapters` is what a network trains on it.
-
-    `scope` says whether adapters act on every token (`all`) or only after the shared prefix (`suffix`).
-    """
+    """One frozen causal language model with its tokenizer. Nothing changes it: policies share its weights."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, prompt_date: str = PROMPT_DATE
@@ -69,14 +44,22 @@ class Backbone:
         replace_norms(model)
         self.tokenizer = tokenizer
         self.name = name
-        self.adapters: AdapterBank | None = None
-        self.scope: Literal["all", "suffix"] = "all"
         self.stop_ids = _stop_ids(model, tokenizer)
-        self._header, self._footer = _chat_frame(tokenizer, prompt_date)
-        self._no_mask = _no_mask(model)
-        self.decoder = Decoder.of(model)
-        """Our own forward; None: the model's, of which nothing need be known but that it attends to keys and values."""
+        self.chat_frame = _chat_frame(tokenizer, prompt_date)
+        """Tokens before and after a user's message, up to where the answer starts."""
+        self.ops = ops_for(model.dtype, model.device)
+        self.has_own_decoder = Decoder.fits(model)
+        """Whether our own decoder computes it, and not the layers that transformers has."""
         self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
+
+    def layers(self, model: PreTrainedModel, adapters: AdapterBank | None) -> Layers:
+        """Return how a module tree of this model, with these adapters on it, computes tokens."""
+        return Decoder(model, adapters) if self.has_own_decoder else TransformersLayers(model, adapters)
+
+    def new_module_tree(self) -> PreTrainedModel:
+        """Return the model's modules anew, for adapters to be put on; they hold the very same weights."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
     @classmethod
     def load(
@@ -116,19 +99,20 @@ class Backbone:
 
         Models differ in what they keep of a text: layers that do more than attend to keys and values cannot be cached here.
         """
-        ids = (*self._header, *self._encode_text("Probe: 1 2 3"), *self._footer)
+        header, footer = self.chat_frame
+        ids = (*header, *self.encode("Probe: 1 2 3"), *footer)
         embeddings = self.model.config.get_text_config().vocab_size
-        if not self._encode_text("Probe") or max(ids) >= embeddings:
+        if not self.encode("Probe") or max(ids) >= embeddings:
             raise ValueError(f"its tokenizer does not fit: ids {ids[:8]}... for a model of {embeddings} tokens")
         window = getattr(self.model.config, "sliding_window", None) or 0
         ids = torch.tensor([(ids * (2 + min(window, 128) // len(ids)))], device=self.device)
         whole = self.model(input_ids=ids, use_cache=False).logits[0, -1:].float()
         cut = ids.shape[1] // 2
         head, tail = (Packed.of([part], self.device) for part in (ids[0, :cut].tolist(), ids[0, cut:].tolist()))
-        first = PrefixAttention(head)
-        self._fill(head, None, first)
+        first, layers = PrefixAttention(head), self.layers(self.model, None)
+        layers.fill(head.ids_T, head.column_T, None, first)
         attention = SuffixAttention(tail, first.prefixes, tail.row_T[:1])
-        parts = self.forward(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
+        parts = layers.logits(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
         if slides(self.model) and attention.windows == {None}:
             # The text may be shorter than the window, which is then not tried by comparing.
             raise ValueError(f"its kind of sliding window ({self.model.config.model_type}) is not supported")
@@ -177,35 +161,17 @@ class Backbone:
     def device(self) -> torch.device:
         return self.model.device
 
-    def add_adapters(self, nodes: Sequence[int], config: AdapterConfig, seed: int) -> AdapterBank:
-        """Put a bank of adapters for these nodes on the model; a backbone carries one bank."""
-        if self.adapters is not None:
-            raise ValueError("this backbone carries the adapters of another network; load a new Backbone for this one")
-        self.adapters = AdapterBank(self.model, nodes, config, seed)
-        self.scope = config.scope
-        if self.decoder is not None:
-            self.decoder = Decoder(self.model, self.adapters)
-        return self.adapters
-
     def checksum(self) -> str:
-        """Hash every frozen weight, adapters left out: equal before and after training."""
+        """Hash every weight: equal before and after training."""
         digest = hashlib.blake2b(digest_size=16)
-        adapters = set(map(id, self.adapters.parameters().values())) if self.adapters else set()
         for name, tensor in sorted(self.model.state_dict(keep_vars=True).items()):
-            if id(tensor) not in adapters:
-                digest.update(name.replace(".base.", ".").encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def prompt(self, question: str, node_text: str, *, same_in_all: bool = False) -> Prompt:
-        """Return the tokens of a node's prompt: one user message, the question first, the node's own part last.
-
-        That part can be shared too where it is the `same_in_all` rollouts, unless adapters act behind the question alone.
-        """
-        prefix, own = (*self._header, *self._encode_text(f"{question}\n\n")), self._encode_text(node_text)
-        if same_in_all and self.scope == "all" and self._footer:
-            return Prompt((*prefix, *own), self._footer)
-        return Prompt(prefix, (*own, *self._footer))
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a part of a message."""
+        return self._encode_text(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return text without special tokens."""
@@ -217,82 +183,6 @@ class Backbone:
         # Control tokens written out in a question or a message stay plain text: nobody can end a turn from inside it.
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(encoded["input_ids"])
-
-    def forward(
-        self,
-        ids_T: Int[Tensor, " T"],
-        positions_T: Int[Tensor, " T"],
-        nodes_T: Int[Tensor, " T"] | None,
-        attention: Attention,
-        keep_K: Int[Tensor, " K"],
-    ) -> Float[Tensor, "K V"]:
-        """Return float32 logits at the given places of a stream of tokens.
-
-        `nodes_T` are indices into the bank's nodes; None leaves the adapters out.
-        """
-        if self.decoder is not None:
-            return self.decoder.logits(ids_T, positions_T, nodes_T, attention, keep_K)
-        with self._routed(nodes_T):
-            return self.model(**self._inputs(ids_T, positions_T, attention), logits_to_keep=keep_K).logits[0].float()
-
-    def _inputs(self, ids_T: Tensor, positions_T: Tensor, attention: Attention) -> dict[str, Any]:
-        return {
-            "input_ids": ids_T[None], "position_ids": positions_T[None], "attention_mask": self._no_mask, "use_cache": False,
-            "packed": attention,
-        }  # fmt: skip
-
-    def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
-        return self.adapters.routed(nodes_T) if self.adapters else nullcontext()
-
-    @functools.cached_property
-    @torch.inference_mode()
-    def _plain_head(self) -> nn.Linear | None:
-        """The head, if logits are what it makes of hidden states and nothing else; models may scale or bound them."""
-        head = self.model.get_output_embeddings()
-        config = self.model.config.get_text_config()
-        if not isinstance(head, nn.Linear) or any(getattr(config, name, None) for name in LOGIT_CHANGES):
-            return None
-        ids = torch.tensor([self._encode_text("Is it so? Yes.")], device=self.device)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        return head if torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5) else None
-
-    def _fill(self, rows: Packed, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
-        """Compute what rows leave behind for others."""
-        if self.decoder is not None:
-            self.decoder.fill(rows.ids_T, rows.column_T, nodes_T, attention)
-            return
-        with self._routed(nodes_T):
-            self.model.base_model(**self._inputs(rows.ids_T, rows.column_T, attention))
-
-    def read_prefixes(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> Prefixes:
-        """Compute keys and values of shared prefixes: with the given nodes' adapters (scope `all`), or bare (`suffix`)."""
-        attention = PrefixAttention(prefixes)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
-            nodes_T = node_Q[prefixes.row_T] if self.scope == "all" else None
-            self._fill(prefixes, nodes_T, attention)
-        return attention.prefixes
-
-    def logprobs(self, rows: Rows) -> Float[Tensor, " K"]:
-        """Return the log-probability of every sampled token under its row's node.
-
-        The prefix is computed once per question (scope `suffix`) or once per question and node (scope `all`) and its keys
-        and values are shared by the rows that read it; gradients flow through them.
-        """
-        suffixes = rows.suffixes
-        prefixes = self.read_prefixes(rows.prefixes, rows.prefix_node_Q)
-        attention = SuffixAttention(suffixes, prefixes, rows.prefix_of_row_B)
-        nodes_T, chosen_K = rows.node_of_row_B[suffixes.row_T], suffixes.ids_T[rows.sampled_K]
-        if self.decoder is not None:
-            hidden_KH = self.decoder.hidden(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
-            return chosen_logprobs(hidden_KH, self.decoder.head, chosen_K, rows.temperature)
-        if self._plain_head is not None:
-            with self._routed(nodes_T):
-                inputs = self._inputs(suffixes.ids_T, attention.positions_T, attention)
-                hidden_TH = self.model.base_model(**inputs).last_hidden_state[0]
-            return chosen_logprobs(hidden_TH[rows.sampled_K - 1], self._plain_head, chosen_K, rows.temperature)
-        logits_KV = self.forward(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
-        return -cross_entropy(logits_KV / rows.temperature, chosen_K, reduction="none")
 
 
 def resolve_device(device: str) -> str:
@@ -309,13 +199,6 @@ def config_of(name: str) -> Any:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged config raises whatever reading it meets
         raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
-
-
-def _no_mask(model: PreTrainedModel) -> Any:
-    """Return what a model takes for a mask as it is, so that it makes none: `Attention` knows who sees whom."""
-    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=model.device)
-    by_kind = slides(model) and getattr(model.config, "layer_types", None)
-    return dict.fromkeys(("full_attention", "sliding_attention"), mask) if by_kind else mask
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
 from transformers import PreTrainedModel
 
-from neuromas.model import kernels
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.attention import PrefixAttention
+from neuromas.model.logprobs import chosen_logprobs
 from neuromas.model.lora import LinearGroup
+from neuromas.model.ops import GATES, TorchOps, ops_for
 from neuromas.model.packing import Attention, Packed
-from neuromas.model.rms_norm import RMSNorm, normalised, normalised_backward
+from neuromas.model.rms_norm import RMSNorm
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 """Whose sources are as described. Others may be made of the same modules and differ in what a short text does not show."""
@@ -33,99 +33,8 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _AROUND_MLP = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
-_GATES = {"silu": None, "gelu": "none", "gelu_pytorch_tanh": "tanh"}
-"""What torch calls an activation's way of computing, by transformers' name; silu has one way."""
 LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping")
 """Settings by which models change logits or scores; small ones may not show it."""
-
-
-class _Heads(torch.autograd.Function):
-    """A product's columns as heads: queries and keys normed, where the model does so, and rotated; values as they are."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, columns_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, queries: int, keys: int, scale_XD: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        columns_TXD, turned = columns_TC.unflatten(1, (-1, cos_TD.shape[1])), queries + keys
-        ctx.compiled = kernels.fit(columns_TC)
-        if ctx.compiled:
-            query, key, value, inverse = kernels.heads(columns_TXD, cos_TD, sin_TD, scale_XD, eps, queries, keys)
-            ctx.save_for_backward(cos_TD, sin_TD, scale_XD, columns_TXD, inverse)
-            return query, key, value
-        x = columns_TXD[:, :turned]
-        if scale_XD is not None:
-            normal, inverse = normalised(x, eps)
-            ctx.save_for_backward(cos_TD, sin_TD, scale_XD, normal, inverse)
-            x = normal * scale_XD
-        else:
-            ctx.save_for_backward(cos_TD, sin_TD, scale_XD)
-        query, key = _rotate(x, cos_TD, sin_TD, 1).to(columns_TC.dtype).split((queries, keys), 1)
-        return query, key, columns_TXD[:, turned:].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos_TD, sin_TD, scale_XD, *rest = ctx.saved_tensors
-        d_query, d_keys, d_values = grads
-        if ctx.compiled:
-            d_heads = kernels.heads_backward((d_query, d_keys, d_values), rest[0], cos_TD, sin_TD, scale_XD, rest[1])
-            return d_heads.flatten(1), None, None, None, None, None, None
-        d_turned = torch.cat([d_query, d_keys], 1)
-        tokens, turned, size = d_turned.shape
-        d_heads = d_turned.new_empty(tokens, turned + d_values.shape[1], size)
-        d_heads[:, turned:] = d_values
-        dx = _rotate(d_turned, cos_TD, sin_TD, -1)
-        if scale_XD is not None:
-            normal, inverse = rest
-            normalised_backward(dx.mul_(scale_XD), normal, inverse, d_heads[:, :turned])
-        else:
-            d_heads[:, :turned] = dx
-        return d_heads.flatten(1), None, None, None, None, None, None
-
-
-def _rotate(x_TXD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: int) -> Tensor:
-    """Turn each pair (i, i + D/2) of a head by its token's angle, or back; in float32 or wider, as the angles are."""
-    half, x_TXD = x_TXD.shape[-1] // 2, x_TXD.to(cos_TD.dtype)
-    y = x_TXD * cos_TD[:, None]
-    sin = sin_TD[:, None]
-    y[..., :half].addcmul_(x_TXD[..., half:], sin, value=-sign)
-    y[..., half:].addcmul_(x_TXD[..., :half], sin, value=sign)
-    return y
-
-
-def _is_compiled_gate(both_TC: Tensor, activation: str) -> bool:
-    return kernels.fit(both_TC) and kernels.fit_gate(activation)
-
-
-class _Gate(torch.autograd.Function):
-    """activation(gate) * up, of both beside each other. Written out: their gradients are made where they are read."""
-
-    @staticmethod
-    def forward(ctx: Any, both_TC: Tensor, activation: str) -> Tensor:
-        ctx.activation, ctx.compiled = activation, _is_compiled_gate(both_TC, activation)
-        if ctx.compiled:
-            ctx.save_for_backward(both_TC)
-            return kernels.gate(both_TC, activation)
-        gate, up = both_TC.chunk(2, 1)
-        acted = silu(gate) if activation == "silu" else gelu(gate, approximate=_GATES[activation])
-        ctx.save_for_backward(both_TC, acted)
-        return acted * up
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        both_TC, *acted = ctx.saved_tensors
-        if ctx.compiled:
-            return kernels.gate_backward(grads[0], both_TC, ctx.activation), None
-        gate, up = both_TC.chunk(2, 1)
-        d_both = torch.empty_like(both_TC)
-        d_gate, d_up = d_both.chunk(2, 1)
-        torch.mul(grads[0], acted[0], out=d_up)
-        d_acted = grads[0] * up
-        if ctx.activation == "silu":
-            torch.ops.aten.silu_backward.grad_input(d_acted, gate, grad_input=d_gate)
-        else:
-            torch.ops.aten.gelu_backward.grad_input(d_acted, gate, approximate=_GATES[ctx.activation], grad_input=d_gate)
-        return d_both, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +59,7 @@ class _Layer:
     kind: str
     """Which of the model's rotary frequencies it uses."""
     activation: str
+    ops: TorchOps
 
     def query_keys_values(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return self._heads(self.qkv, normal_TH, angles, *self.heads)
@@ -165,23 +75,13 @@ class _Layer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         of_keys = slice(0 if queries else self.heads[0], sum(self.heads) if keys else self.heads[0])
         scale_XD = None if self.head_scale_XD is None else self.head_scale_XD[of_keys]
-        if not torch.is_grad_enabled() and kernels.fit(normal_TH):
-            columns_TXD = linear(normal_TH).unflatten(1, (-1, angles[0].shape[1]))
-            return kernels.heads(columns_TXD, *angles, scale_XD, self.head_eps, queries, keys)[:3]
-        parts = _Heads.apply(linear(normal_TH), *angles, queries, keys, scale_XD, self.head_eps)
-        assert isinstance(parts, tuple)
-        return parts
+        return self.ops.heads(linear(normal_TH), *angles, queries, keys, scale_XD, self.head_eps)
 
     def rest(self, hidden_TH: Tensor, read_TXD: Tensor) -> Tensor:
         """Add what tokens have read to them, then what the feed-forward makes of them."""
         hidden_TH = _added(hidden_TH, self.out, read_TXD.flatten(1), self.behind_attention)
-        both_TC = self.gate_up(self.before_mlp(hidden_TH))
-        if not torch.is_grad_enabled() and _is_compiled_gate(both_TC, self.activation):
-            gated = kernels.gate(both_TC, self.activation)
-        else:
-            gated = _Gate.apply(both_TC, self.activation)
-        assert isinstance(gated, Tensor)
-        return _added(hidden_TH, self.down, gated, self.behind_mlp)
+        gated_TC = self.ops.gate(self.gate_up(self.before_mlp(hidden_TH)), self.activation)
+        return _added(hidden_TH, self.down, gated_TC, self.behind_mlp)
 
 
 def _added(hidden_TH: Tensor, linear: LinearGroup, x_TI: Tensor, norm: RMSNorm | None) -> Tensor:
@@ -189,7 +89,7 @@ def _added(hidden_TH: Tensor, linear: LinearGroup, x_TI: Tensor, norm: RMSNorm |
 
 
 class Decoder:
-    """The layers of a model with the adapters on it; made by `of`, which knows whether a model is of the kind described."""
+    """The layers of a model with the adapters on it; `fits` says whether a model is of the kind described."""
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterBank | None) -> None:
         base: Any = model.base_model
@@ -198,28 +98,29 @@ class Decoder:
         assert isinstance(head, nn.Linear)
         self.head = head
         self._adapters = adapters
-        self._layers = [_layer(layer, model.config.get_text_config()) for layer in base.layers]
+        ops, config = ops_for(model.dtype, model.device), model.config.get_text_config()
+        self._layers = [_layer(layer, config, ops) for layer in base.layers]
         self._frequencies = {kind: _frequencies(base.rotary_emb, kind) for kind in {layer.kind for layer in self._layers}}
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: PreTrainedModel) -> "Decoder | None":
-        """Return None where a model's layers have other parts, or where its logits are others than ours on random tokens."""
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """Say whether a model is of the kind described: made of these parts, and with our logits on random tokens."""
         if not _has_our_parts(model):
-            return None
+            return False
         decoder = cls(model, None)
         generator = torch.Generator().manual_seed(0)
         window = max(layer.window or 0 for layer in decoder._layers)
         if slides(model) and not window:
             # A text may be shorter than the window, which is then not tried by comparing.
-            return None
+            return False
         ids = torch.randint(0, decoder._embedding.num_embeddings, (32 + min(window, 128),), generator=generator)
         packed = Packed.of([ids.tolist()], model.device)
         theirs = model(input_ids=packed.ids_T[None], use_cache=False).logits[0].float()
         ours = decoder.logits(packed.ids_T, packed.column_T, None, PrefixAttention(packed), packed.column_T)
         # On average: in bfloat16 single logits may be far apart, and a model that is read wrongly is so in most of them.
         tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.1
-        return decoder if (ours - theirs).abs().mean() <= tolerance * theirs.std() else None
+        return bool((ours - theirs).abs().mean() <= tolerance * theirs.std())
 
     def hidden(
         self,
@@ -254,6 +155,14 @@ class Decoder:
     ) -> Float[Tensor, "K V"]:
         """Return float32 logits of the tokens at the given places."""
         return self.head(self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)).float()
+
+    def logprobs(
+        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
+        chosen_K: Int[Tensor, " K"], temperature: float,
+    ) -> Float[Tensor, " K"]:  # fmt: skip
+        """Return the log-probability of one token each behind the given places."""
+        hidden_KH = self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)
+        return chosen_logprobs(hidden_KH, self.head, chosen_K, temperature)
 
     def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
         """Compute no more than what others read of these tokens."""
@@ -293,7 +202,7 @@ def _frequencies(rotary: Any, kind: str) -> tuple[Tensor, float]:
     return getattr(rotary, f"{prefix}inv_freq").float(), float(getattr(rotary, f"{prefix}attention_scaling"))
 
 
-def _layer(layer: Any, config: Any) -> _Layer:
+def _layer(layer: Any, config: Any, ops: TorchOps) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     around = hasattr(layer, "pre_feedforward_layernorm")
     heads = config.num_attention_heads, config.num_key_value_heads
@@ -318,6 +227,7 @@ def _layer(layer: Any, config: Any) -> _Layer:
         window=getattr(attention, "sliding_window", None),
         kind=getattr(attention, "layer_type", None) or "",
         activation=_activation(config),
+        ops=ops,
     )
 
 
@@ -337,7 +247,7 @@ def _has_our_parts(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     if config.model_type not in _FAMILIES:
         return False
-    if any(getattr(config, name, None) for name in LOGIT_CHANGES) or _activation(config) not in _GATES:
+    if any(getattr(config, name, None) for name in LOGIT_CHANGES) or _activation(config) not in GATES:
         return False
     if {name for name, _ in base.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         return False

@@ -56,7 +56,7 @@ class Route:
 
 
 @dataclass(slots=True)
-class Routing:
+class Forwarding:
     """What a bank tells its modules: where tokens of the present forward go."""
 
     scaling: float
@@ -75,7 +75,7 @@ class Routing:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a low-rank update per node."""
 
-    def __init__(self, base: nn.Linear, routing: Routing, rank: int) -> None:
+    def __init__(self, base: nn.Linear, routing: Forwarding, rank: int) -> None:
         super().__init__()
         self.base, self.routing, self.rank = base, routing, rank
         self.lora_A, self.lora_B = self._zeros(len(routing.generations[0]))
@@ -251,7 +251,7 @@ def _whole_weight(weight: Tensor, columns: tuple[slice, ...], pairs: Sequence[tu
     return whole
 
 
-def _merged(routing: Routing, adapted: tuple[AdaptedLinear, ...], nodes: range, dtype: torch.dtype) -> Merged:
+def _merged(routing: Forwarding, adapted: tuple[AdaptedLinear, ...], nodes: range, dtype: torch.dtype) -> Merged:
     if routing.kept is not None and (adapted, nodes) in routing.kept:
         return routing.kept[adapted, nodes]
     if nodes.start == 0 and nodes.stop == adapted[0].nodes:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from neuromas.model import kernels
 from neuromas.model.attention import Prefixes, SuffixAttention, additive, columns_of, cutting, merge, read
+from neuromas.model.ops import TorchOps
 from neuromas.model.packing import Packed
 
 _UNEVEN = 4
@@ -131,8 +132,9 @@ class Sharing:
 class DecodeAttention:
     """One new token of each live row: it is written behind what its slot holds, and reads all of it and the row's prefix."""
 
-    def __init__(self, slots: Slots, sharing: Sharing) -> None:
+    def __init__(self, slots: Slots, sharing: Sharing, ops: TorchOps) -> None:
         self._slots, self._sharing, order = slots, sharing, sharing.order
+        self._by_loops = ops.reads_cache and sharing.even
         self.column_B = slots.length[order.slot_B]
         self.positions_B = slots.prefix_length[order.slot_B] + self.column_B
         self._writing = _Writing(slots, order.slot_B, self.column_B)
@@ -163,7 +165,7 @@ class DecodeAttention:
         assert keep_K is None, "every row's one token is asked for"
         slots, sharing = self._slots, self._sharing
         window = cutting(window, self._longest)
-        if kernels.fit(keys_THD) and keys_THD.shape == values_THD.shape and sharing.even:
+        if self._by_loops and keys_THD.shape == values_THD.shape:
             reading = sharing.reading(query_THD.shape[1], *keys_THD.shape[1:])
             cache = slots.keys[layer], slots.values[layer]
             return reading.attend(

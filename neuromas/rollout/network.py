@@ -13,6 +13,7 @@ from neuromas.graph.growth import Growth
 from neuromas.graph.topology import Topology
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import Backbone
+from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, uniforms
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import elect
@@ -26,8 +27,8 @@ class Diverged(ValueError):
 class Network:
     """A language system that is called, trained and grown as one neural network (arXiv 2605.16757).
 
-    Puts adapters for the topology's nodes on the backbone. `max_new_tokens` bounds what a node writes in one rollout. `read`
-    finds the answer in a text, where several nodes answer and their answers are put to the vote.
+    Its policy is the backbone with an adapter for each node of the topology. `max_new_tokens` bounds what a node writes in one
+    rollout. `read` finds the answer in a text, where several nodes answer and their answers are put to the vote.
     """
 
     def __init__(
@@ -47,11 +48,19 @@ class Network:
         """The topology before the last growth."""
         self.open_probability = 1.0
         """Probability that a group runs through `topology` and not through `parent`."""
-        self.backbone = backbone
-        self.adapters: AdapterBank = backbone.add_adapters(topology.nodes, adapter or AdapterConfig(), seed)
-        self.engine: Engine = engine or TorchEngine(backbone)
+        self.policy = Policy(backbone, topology.nodes, adapter, seed)
+        self.engine: Engine = engine or TorchEngine(self.policy)
         self.max_new_tokens = max_new_tokens
         self._own: dict[tuple[Topology, str], int] = {}
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.policy.backbone
+
+    @property
+    def adapters(self) -> AdapterBank:
+        assert self.policy.adapters is not None, "a network has nodes, and nodes have adapters"
+        return self.policy.adapters
 
     def rollout(
         self,
@@ -72,7 +81,7 @@ class Network:
         """
         self.check_lengths(examples)
         routed = [(example, self.topology_of(example, seed)) for example in examples]
-        sweep = _Sweep(self.backbone, routed, group_size, tuple(seed), branches)
+        sweep = _Sweep(self.policy, routed, group_size, tuple(seed), branches)
         self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
         self._check_finite(sweep.passes)
         return [tuple(map(self._elect, group)) for group in sweep.groups()]
@@ -115,7 +124,7 @@ class Network:
         # A message comes with a line of its own, and the chat template closes the prompt.
         texts = (most_senders + 1) * (self.max_new_tokens + 16) + 32
         for example in examples:
-            question = len(self.backbone.prompt(example.question, "").prefix_ids)
+            question = len(self.policy.prompt(example.question, "").prefix_ids)
             own = max(self._own_tokens(shape, example.answer_format) for shape in shapes)
             if (needed := question + own + texts) > limit:
                 raise ValueError(
@@ -130,7 +139,7 @@ class Network:
         if key not in self._own:
             asked = Example("", "", "", answer_format)
             texts = (messages.render(topology, node, asked, []) for node in topology.nodes)
-            self._own[key] = max(len(self.backbone.prompt("", text).suffix_ids) for text in texts)
+            self._own[key] = max(len(self.policy.prompt("", text).suffix_ids) for text in texts)
         return self._own[key]
 
     def _check_finite(self, passes: Iterable["_Pass"]) -> None:
@@ -179,13 +188,13 @@ class _Sweep:
 
     def __init__(
         self,
-        backbone: Backbone,
+        policy: Policy,
         examples: Sequence[tuple[Example, Topology]],
         group_size: int,
         seed: tuple[int | str, ...],
         branches: int,
     ) -> None:
-        self.backbone, self.seed, self.group_size, self.branches = backbone, seed, group_size, branches
+        self.policy, self.seed, self.group_size, self.branches = policy, seed, group_size, branches
         routes = {topology: _Routes.of(topology) for topology in dict.fromkeys(topology for _, topology in examples)}
         self.routes = list(routes.values())
         self.passes = [_Pass(example, i, routes[topology]) for example, topology in examples for i in range(group_size)]
@@ -207,9 +216,7 @@ class _Sweep:
         senders = running.routes.senders[node]
         inbox = [m for sender in senders for m in running.completions[sender].messages if m.recipient == node]
         text = messages.render(running.routes.topology, node, running.example, inbox)
-        # Without messages a text is the same in all rollouts. One adapter for all nodes shares the question among them instead.
-        same_in_all = not senders and not (self.backbone.adapters and self.backbone.adapters.shared)
-        prompt = self.backbone.prompt(running.example.question, text, same_in_all=same_in_all)
+        prompt = self.policy.prompt(running.example.question, text, has_inbox=bool(senders))
         # Rollouts that come from one text of this node.
         topology = running.routes.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1

@@ -8,41 +8,38 @@ live rows stay in front.
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neuromas.model import kernels
 from neuromas.model.attention import Prefixes
-from neuromas.model.backbone import Backbone
 from neuromas.model.packing import Packed
+from neuromas.model.policy import Policy, PrefixKey
 from neuromas.rollout.engine import OnSample, uniforms
 from neuromas.rollout.kv_cache import DecodeAttention, Order, PrefillAttention, Sharing, Slots
-from neuromas.types import Prompt, Request, Sample
+from neuromas.types import Request, Sample
 
 MAX_ROWS = 256
 
 Keyed = tuple[int, Request]
-PrefixKey = tuple[tuple[int, ...], int]
 
 
 class TorchEngine:
-    """Samples from a backbone with its adapters.
+    """Samples from a policy.
 
     `max_rows` bounds how many rows decode at once, and so their memory; distinct prefixes take theirs beside it.
     """
 
-    def __init__(self, backbone: Backbone, max_rows: int = MAX_ROWS) -> None:
-        self.backbone = backbone
+    def __init__(self, policy: Policy, max_rows: int = MAX_ROWS) -> None:
+        self.policy = policy
         self.max_rows = max_rows
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Keyed], on_sample: OnSample, *, temperature: float, max_new_tokens: int) -> None:
-        decode = _Decode(self.backbone, self.max_rows, temperature, max_new_tokens)
+        decode = _Decode(self.policy, self.max_rows, temperature, max_new_tokens)
         waiting = deque(requests)
-        with self.backbone.adapters.keep_merged() if self.backbone.adapters else nullcontext():
+        with self.policy.sampling():
             while waiting or decode.live:
                 # Late rows come in bunches: a prefill of a few rows costs nearly as much as one of many.
                 if waiting and decode.live <= min(self.max_rows - 1, 3 * len(waiting)):
@@ -54,11 +51,11 @@ class TorchEngine:
 class _Decode:
     """The rows of one call of `generate`."""
 
-    def __init__(self, backbone: Backbone, max_rows: int, temperature: float, max_new_tokens: int) -> None:
-        self.backbone, self.max_rows = backbone, max_rows
+    def __init__(self, policy: Policy, max_rows: int, temperature: float, max_new_tokens: int) -> None:
+        self.policy, self.backbone, self.max_rows = policy, policy.backbone, max_rows
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.stop_ids = torch.tensor(sorted(backbone.stop_ids), device=backbone.device)
-        self.version = backbone.adapters.version if backbone.adapters else 0
+        self.stop_ids = torch.tensor(sorted(self.backbone.stop_ids), device=self.backbone.device)
+        self.version, self.routing = policy.version, policy.routing
         self.rows: list[int] = []
         """Key of the request in each live slot."""
         self.prefixes: Prefixes | None = None
@@ -77,8 +74,8 @@ class _Decode:
         # Tokens of one node lie together: they are then one product of its adapter.
         requests = sorted(requests, key=lambda keyed: keyed[1].node)
         prompts = [request.prompt for _, request in requests]
-        nodes = [self._node_index(request.node) for _, request in requests]
-        wanted = [self._prefix_key(prompt, node) for prompt, node in zip(prompts, nodes, strict=True)]
+        nodes = [self.routing.adapter_of(request.node) for _, request in requests]
+        wanted = [self.routing.prefix_key(request.prompt, request.node) for _, request in requests]
         self._compute_prefixes(wanted, nodes)
         self._reserve(self.live + len(prompts), max(len(prompt.suffix_ids) for prompt in prompts) + self.max_new_tokens)
         slots, prefixes, first, device = self.slots, self.prefixes, self.live, self.backbone.device
@@ -99,7 +96,7 @@ class _Decode:
         attention = PrefillAttention(slots, suffixes, prefixes.select(used), of_row_B, first)
         last_B = suffixes.lengths_B.cumsum(0) - 1
         nodes_T = slots.nodes[new][suffixes.row_T]
-        logits_BV = self.backbone.forward(suffixes.ids_T, attention.positions_T, nodes_T, attention, last_B)
+        logits_BV = self.policy.decode(suffixes.ids_T, attention.positions_T, nodes_T, attention, last_B)
         self._advance(logits_BV, suffixes.lengths_B, torch.arange(new.start, new.stop, device=device))
 
     def step(self) -> list[tuple[int, Sample]]:
@@ -113,9 +110,9 @@ class _Decode:
                 self.order = Order(slots, self.live)
                 self.sharing = Sharing(prefixes, self.order, self.sharing)
             assert self.sharing is not None
-            order, attention = self.order, DecodeAttention(slots, self.sharing)
+            order, attention = self.order, DecodeAttention(slots, self.sharing, self.policy.ops)
             ids_B = slots.last_token[order.slot_B]
-            logits_BV = self.backbone.forward(ids_B, attention.positions_B, order.node_B, attention, order.every_B)
+            logits_BV = self.policy.decode(ids_B, attention.positions_B, order.node_B, attention, order.every_B)
             self._advance(logits_BV, torch.ones_like(ids_B), order.slot_B)
         return finished
 
@@ -125,26 +122,11 @@ class _Decode:
         assert slots is not None
         slots.length[slot_B] += written_B
         count_B = slots.count[slot_B]
-        tokens_B, logprobs_B = self._draw(logits_BV, slots.uniforms[slot_B, count_B])
+        tokens_B, logprobs_B = self.policy.ops.draw(logits_BV, slots.uniforms[slot_B, count_B], self.temperature)
         slots.tokens[slot_B, count_B] = tokens_B
         slots.logprobs[slot_B, count_B] = logprobs_B
         slots.last_token[slot_B] = tokens_B
         slots.count[slot_B] = count_B + 1
-
-    def _draw(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-        if kernels.fit(logits_BV):
-            return kernels.draw(logits_BV, uniform_B, self.temperature)
-        if self.temperature not in (0, 1):
-            logits_BV = logits_BV / self.temperature
-        logprobs_BV = logits_BV.log_softmax(-1)
-        if self.temperature == 0:
-            tokens_B = logits_BV.argmax(-1)
-        else:
-            # In float64: a sum over a large vocabulary in float32 would shift the tail.
-            cumulative = logprobs_BV.exp().double().cumsum(-1)
-            target_B = uniform_B * cumulative[:, -1]
-            tokens_B = torch.searchsorted(cumulative, target_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
-        return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
     def _take_finished(self) -> list[tuple[int, Sample]]:
         slots = self.slots
@@ -171,19 +153,13 @@ class _Decode:
         self.order = None
         return finished
 
-    def _node_index(self, node: int) -> int:
-        return self.backbone.adapters.index(node) if self.backbone.adapters else 0
-
-    def _prefix_key(self, prompt: Prompt, node: int) -> PrefixKey:
-        return prompt.prefix_ids, (node if self.backbone.scope == "all" else 0)
-
     def _compute_prefixes(self, wanted: Sequence[PrefixKey], nodes: Sequence[int]) -> None:
         missing = {key: node for key, node in zip(wanted, nodes, strict=True) if key not in self.place_of_prefix}
         if not missing:
             return
         device = self.backbone.device
         packed = Packed.of([prefix for prefix, _ in missing], device)
-        computed = self.backbone.read_prefixes(packed, torch.tensor(list(missing.values()), device=device))
+        computed = self.policy.prefill(packed, torch.tensor(list(missing.values()), device=device))
         self.place_of_prefix |= {key: len(self.place_of_prefix) + at for at, key in enumerate(missing)}
         self.prefixes = computed if self.prefixes is None else self.prefixes.join(computed)
 

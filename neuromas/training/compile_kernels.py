@@ -16,8 +16,8 @@ if __name__ == "__main__":
     network = Network(Topology.layered([1, 1]), Backbone.load("bundled", device="cpu"), max_new_tokens=4)
     examples = [Example(name, f"Is {name} a letter?", "Yes", 'Write "Answer: Yes".') for name in "ab"]
     groups = network.rollout(examples, 2, seed=(0,))
-    bank = network.adapters
-    weights = dict.fromkeys(bank.nodes, torch.tensor([[1.0, -1.0]] * 2))
-    batch = build_batch(groups, weights, nodes=bank.nodes, adapter_version=bank.version, temperature=1.0, scope="all")
+    policy = network.policy
+    weights = dict.fromkeys(network.topology.nodes, torch.tensor([[1.0, -1.0]] * 2))
+    batch = build_batch(groups, weights, routing=policy.routing, adapter_version=policy.version, temperature=1.0)
     for part in batch.split(10_000, network.backbone.device):
-        loss(network.backbone.logprobs(part.rows), part.advantages_K, batch.num_rollouts).backward()
+        loss(policy.logprobs(part.rows), part.advantages_K, batch.num_rollouts).backward()

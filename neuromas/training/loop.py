@@ -302,14 +302,13 @@ class Trainer:
         self.tell(describe(record))
 
     def _update(self, step: int, groups: list[Group], advantages: dict[int, torch.Tensor]) -> dict[str, float]:
-        config, bank = self.config, self.bank
+        config, policy, bank = self.config, self.network.policy, self.bank
         batch = reinforce.build_batch(
-            groups, advantages, nodes=bank.nodes, adapter_version=bank.version, temperature=config.temperature,
-            scope=self.backbone.scope,
+            groups, advantages, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature
         )  # fmt: skip
         loss_sum = gap = 0.0
         for micro_batch in batch.split(config.tokens_per_micro_batch, self.backbone.device):
-            logprobs_K = self.backbone.logprobs(micro_batch.rows)
+            logprobs_K = policy.logprobs(micro_batch.rows)
             loss = reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts)
             loss.backward()
             loss_sum += loss.item()

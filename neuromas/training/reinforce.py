@@ -9,17 +9,15 @@ trains every node through the log-probability of what it wrote itself,
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neuromas.model.backbone import Rows
+from neuromas.config import Centring
 from neuromas.model.packing import Packed
+from neuromas.model.policy import PrefixKey, Routing, Rows
 from neuromas.types import Completion, Group
-
-Centring = Literal["leave_one_out", "group_mean", "ema", "none"]
 
 
 def advantages(
@@ -75,9 +73,8 @@ class Batch:
     completions: tuple[tuple[Completion, float], ...]
     num_rollouts: int
     """Rollouts of the step, those without a gradient included: the denominator of the loss."""
-    nodes: tuple[int, ...]
+    routing: Routing
     temperature: float
-    scope: Literal["all", "suffix"]
 
     def split(self, tokens_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
         """Yield rows whose own tokens and prefixes are at most so many together, one row at least.
@@ -87,7 +84,7 @@ class Batch:
         """
         part: list[tuple[Completion, float]] = []
         tokens = 0
-        for (prefix_ids, _), sharing in groupby(self.completions, lambda item: self._prefix_key(item[0])):
+        for (prefix_ids, _), sharing in groupby(self.completions, lambda item: self._key(item[0])):
             copied = 0 if device.type == "cpu" else len(prefix_ids)
             rows = [(item, copied + len(item[0].prompt.suffix_ids) + len(item[0].sample.token_ids)) for item in sharing]
             whole = len(prefix_ids) + sum(own for _, own in rows)
@@ -104,17 +101,12 @@ class Batch:
         if part:
             yield self._tensors(part, device)
 
-    def _index(self, node: int) -> int:
-        # A single adapter serves whoever speaks.
-        return self.nodes.index(node) if len(self.nodes) > 1 else 0
-
-    def _prefix_key(self, completion: Completion) -> tuple[tuple[int, ...], int]:
-        # With scope `suffix` a prefix is read without any adapter, so all nodes share it; the node in its key is then 0.
-        return completion.prompt.prefix_ids, (self._index(completion.node) if self.scope == "all" else 0)
+    def _key(self, completion: Completion) -> PrefixKey:
+        return self.routing.prefix_key(completion.prompt, completion.node)
 
     def _tensors(self, part: Sequence[tuple[Completion, float]], device: torch.device) -> MicroBatch:
-        nodes = [self._index(completion.node) for completion, _ in part]
-        keys = [self._prefix_key(completion) for completion, _ in part]
+        nodes = [self.routing.adapter_of(completion.node) for completion, _ in part]
+        keys = [self._key(completion) for completion, _ in part]
         distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
         samples = [completion.sample for completion, _ in part]
         suffixes = Packed.of([(*completion.prompt.suffix_ids, *completion.sample.token_ids) for completion, _ in part], device)
@@ -138,10 +130,9 @@ def build_batch(
     groups: Sequence[Group],
     advantages: Mapping[int, Float[Tensor, "P G"]],
     *,
-    nodes: Sequence[int],
+    routing: Routing,
     adapter_version: int,
     temperature: float,
-    scope: Literal["all", "suffix"],
 ) -> Batch:
     """Return one row per completion that has an advantage other than 0, of those of its node; the others have no gradient.
 
@@ -163,7 +154,7 @@ def build_batch(
                     chosen.append((completion, advantage))
     # Stable, so rows of one node and one question stay together and a prefix is computed in few micro-batches.
     chosen.sort(key=lambda item: item[0].node)
-    return Batch(tuple(chosen), sum(map(len, groups)), tuple(nodes), temperature, scope)
+    return Batch(tuple(chosen), sum(map(len, groups)), routing, temperature)
 
 
 def loss(logprobs_K: Float[Tensor, " K"], advantages_K: Float[Tensor, " K"], num_rollouts: int) -> Float[Tensor, ""]:

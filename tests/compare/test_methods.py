@@ -35,6 +35,7 @@ from neuromas.compare.methods.similarity import bleu, most_similar
 from neuromas.compare.methods.tree_of_thoughts import VALUES, read_value
 from neuromas.compare.methods.untrained import Untrained
 from neuromas.config import TrainConfig
+from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, OnSample
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.rollout.voting import elect
@@ -52,9 +53,9 @@ Script = Callable[[str, str], str]
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def policy() -> Policy:
     """Only its tokenizer is used: a scripted engine speaks."""
-    return Backbone.tiny(0)
+    return Policy(Backbone.tiny(0))
 
 
 @dataclass
@@ -73,7 +74,7 @@ Hold = Callable[..., Held]
 
 
 @pytest.fixture
-def hold(backbone: Backbone) -> Hold:
+def hold(policy: Policy) -> Hold:
     """Holds a method's conversation about the first example."""
 
     def hold(name: str, script: Script, *, task: Task = TASK, **settings: object) -> Held:
@@ -84,19 +85,19 @@ def hold(backbone: Backbone) -> Hold:
         def say(request: Request) -> str:
             key = str(request.seed[-1])
             # What follows the text is the chat template's.
-            held.calls[key] = backbone.decode(request.prompt.suffix_ids).removesuffix(footer)
+            held.calls[key] = policy.backbone.decode(request.prompt.suffix_ids).removesuffix(footer)
             return script(key, held.calls[key])
 
-        footer = backbone.decode(backbone.prompt("", "").suffix_ids)
+        footer = policy.backbone.decode(policy.prompt("", "").suffix_ids)
         talk = method.talk(EXAMPLES[0], task, **{**method.settings, **settings})
-        (held.spoken,) = run([(EXAMPLES[0], talk)], backbone, ScriptedEngine(say))
+        (held.spoken,) = run([(EXAMPLES[0], talk)], policy, ScriptedEngine(say))
         return held
 
     return hold
 
 
-def run(talks: Sequence[tuple[Example, Conversation]], backbone: Backbone, engine: Engine) -> list[Spoken]:
-    return converse(talks, backbone, engine, seed=("evaluate", 0), temperature=1.0, max_new_tokens=9)
+def run(talks: Sequence[tuple[Example, Conversation]], policy: Policy, engine: Engine) -> list[Spoken]:
+    return converse(talks, policy, engine, seed=("evaluate", 0), temperature=1.0, max_new_tokens=9)
 
 
 def in_turn(*texts: str) -> Script:
@@ -119,11 +120,11 @@ def two_rounds(example: Example, task: Task) -> Conversation:
     return f"{last}!"
 
 
-def test_calls_tokens_and_answer_are_those_of_the_calls_made(backbone: Backbone) -> None:
+def test_calls_tokens_and_answer_are_those_of_the_calls_made(policy: Policy) -> None:
     engine = ScriptedEngine(lambda request: f"<{request.seed[-1]}>")
-    (spoken,) = run([(EXAMPLES[0], two_rounds(EXAMPLES[0], TASK))], backbone, engine)
+    (spoken,) = run([(EXAMPLES[0], two_rounds(EXAMPLES[0], TASK))], policy, engine)
     assert [request.seed for request in engine.requests] == [("evaluate", 0, "a", key) for key in "xyz"]
-    prompts = [backbone.prompt("Question a?", text) for text in ("one", "two", "<x>+<y>")]
+    prompts = [policy.prompt("Question a?", text) for text in ("one", "two", "<x>+<y>")]
     assert [request.prompt for request in engine.requests] == prompts
     assert spoken.text == "<z>!"
     assert spoken.calls == 3
@@ -149,9 +150,9 @@ class NewestFirst:
             waiting.extend(on_sample(key, Sample((1, 2, 3), (0.0,) * 3, text, stopped=True, adapter_version=0)))
 
 
-def test_no_conversation_waits_for_another(backbone: Backbone) -> None:
+def test_no_conversation_waits_for_another(policy: Policy) -> None:
     engine = NewestFirst()
-    spoken = run([(e, two_rounds(e, TASK)) for e in EXAMPLES], backbone, engine)
+    spoken = run([(e, two_rounds(e, TASK)) for e in EXAMPLES], policy, engine)
     assert engine.answered == [("b", "y"), ("b", "x"), ("b", "z"), ("a", "y"), ("a", "x"), ("a", "z")]
     assert [(each.example.id, each.text, each.calls, each.sampled_tokens) for each in spoken] == [
         ("a", "<z>!", 3, 9),
@@ -159,24 +160,24 @@ def test_no_conversation_waits_for_another(backbone: Backbone) -> None:
     ]
 
 
-def test_two_calls_of_one_name_are_our_error(backbone: Backbone) -> None:
+def test_two_calls_of_one_name_are_our_error(policy: Policy) -> None:
     def twins(example: Example, task: Task) -> Conversation:
         (text, _) = yield [Call("x", ""), Call("x", "")]
         return text
 
     with pytest.raises(AssertionError, match="two calls are named 'x': they would draw alike"):
-        run([(EXAMPLES[0], twins(EXAMPLES[0], TASK))], backbone, NewestFirst())
+        run([(EXAMPLES[0], twins(EXAMPLES[0], TASK))], policy, NewestFirst())
 
 
-def test_a_prompt_that_leaves_no_room_is_said(backbone: Backbone) -> None:
+def test_a_prompt_that_leaves_no_room_is_said(policy: Policy) -> None:
     def long(example: Example, task: Task) -> Conversation:
-        (text,) = yield [Call("long", "x " * backbone.model.config.max_position_embeddings)]
+        (text,) = yield [Call("long", "x " * policy.backbone.model.config.max_position_embeddings)]
         return text
 
     with pytest.raises(
         ValueError, match=r"call long reads \d+ tokens and may write --max-new-tokens 9, the backbone reads \d+"
     ):
-        run([(EXAMPLES[0], long(EXAMPLES[0], TASK))], backbone, NewestFirst())
+        run([(EXAMPLES[0], long(EXAMPLES[0], TASK))], policy, NewestFirst())
 
 
 def test_an_answer_is_checked_and_put_beside_its_cost() -> None:
@@ -479,22 +480,22 @@ def test_a_step_that_is_said_not_to_be_used_is_not_known(hold: Hold) -> None:
 # GPTSwarm
 
 
-def hold_swarm(backbone: Backbone, edges: set[tuple[int, int]], script: Script) -> Held:
+def hold_swarm(policy: Policy, edges: set[tuple[int, int]], script: Script) -> Held:
     held = Held()
 
     def say(request: Request) -> str:
         key = str(request.seed[-1])
-        held.calls[key] = backbone.decode(request.prompt.suffix_ids)
+        held.calls[key] = policy.backbone.decode(request.prompt.suffix_ids)
         return script(key, held.calls[key])
 
     talk = swarm(EXAMPLES[0], TASK, edges=frozenset(edges), truthful=2)
-    (held.spoken,) = run([(EXAMPLES[0], talk)], backbone, ScriptedEngine(say))
+    (held.spoken,) = run([(EXAMPLES[0], talk)], policy, ScriptedEngine(say))
     return held
 
 
-def test_agents_of_a_swarm_read_along_edges_and_those_before_the_vote_vote(backbone: Backbone) -> None:
+def test_agents_of_a_swarm_read_along_edges_and_those_before_the_vote_vote(policy: Policy) -> None:
     edges = {(2, 0), (0, 1), (2, 1), (0, FINAL), (1, FINAL), (1, 3)}
-    held = hold_swarm(backbone, edges, by_key({"agent/2": "I lie", "agent/0": NO, "agent/1": YES}))
+    held = hold_swarm(policy, edges, by_key({"agent/2": "I lie", "agent/0": NO, "agent/1": YES}))
     # Agent 3 does not reach the vote.
     assert held.keys == ["agent/2", "agent/0", "agent/1"]
     assert held.calls["agent/2"].startswith(f"Give a wrong answer on purpose.\n{FORMAT}")
@@ -503,8 +504,8 @@ def test_agents_of_a_swarm_read_along_edges_and_those_before_the_vote_vote(backb
     assert held.spoken.text == NO  # a tie goes to the first
 
 
-def test_a_swarm_without_a_way_to_the_vote_says_nothing(backbone: Backbone) -> None:
-    held = hold_swarm(backbone, {(0, 1), (1, 2)}, by_key({}))
+def test_a_swarm_without_a_way_to_the_vote_says_nothing(policy: Policy) -> None:
+    held = hold_swarm(policy, {(0, 1), (1, 2)}, by_key({}))
     assert (held.spoken.text, held.spoken.calls) == ("", 0)
 
 
@@ -536,15 +537,15 @@ def test_edges_learn_by_reinforce_with_a_moving_average() -> None:
     assert learner.average == pytest.approx(0.9 * 0.5 + 0.1 * 1.0)
 
 
-def test_a_swarm_learns_to_leave_its_liars_out_and_counts_what_that_took(backbone: Backbone) -> None:
+def test_a_swarm_learns_to_leave_its_liars_out_and_counts_what_that_took(policy: Policy) -> None:
     method = GPTSwarm(truthful=1, adversarial=2, iterations=60)
 
     def say(request: Request) -> str:
-        text = backbone.decode(request.prompt.suffix_ids)
+        text = policy.backbone.decode(request.prompt.suffix_ids)
         return NO if "wrong" in text else YES
 
     def hold(talks: list[tuple[Example, Conversation]], seed: tuple[int | str, ...]) -> list[Spoken]:
-        spoken.append(run(talks, backbone, ScriptedEngine(say)))
+        spoken.append(run(talks, policy, ScriptedEngine(say)))
         return spoken[-1]
 
     class AlwaysYes(Navigate):
@@ -557,7 +558,7 @@ def test_a_swarm_learns_to_leave_its_liars_out_and_counts_what_that_took(backbon
     assert thetas[(0, FINAL)] > 0.5
     assert min(thetas[(1, FINAL)], thetas[(2, FINAL)]) < -0.5
     talk = swarm(EXAMPLES[0], TASK, edges=likely_graph(thetas), truthful=1)
-    assert run([(EXAMPLES[0], talk)], backbone, ScriptedEngine(say))[0].text == YES
+    assert run([(EXAMPLES[0], talk)], policy, ScriptedEngine(say))[0].text == YES
     said = [each for batch in spoken for each in batch]
     assert ledger == {
         "trainable_parameters": 9, "steps": 60, "optimizer_steps": 60, "questions": 240, "rollouts": 240,

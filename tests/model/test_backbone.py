@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -29,19 +28,18 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from neuromas import Network, Topology
 from neuromas.compare.methods.converse import Answerer
-from neuromas.config import AdapterConfig, TrainConfig
+from neuromas.config import AdapterConfig, Scope, TrainConfig
 from neuromas.model.adapters import AdapterBank, resolve_rank
 from neuromas.model.attention import Prefixes, SuffixAttention
-from neuromas.model.backbone import Backbone, Rows, config_of, resolve_device
+from neuromas.model.backbone import Backbone, config_of, resolve_device
 from neuromas.model.packing import Packed
+from neuromas.model.policy import Policy, Rows
 from neuromas.model.rms_norm import replace_norms
 from neuromas.tasks import get_task
 from neuromas.training import reinforce
 from neuromas.training.checkpoint import RunDirectory
 from neuromas.training.loop import build_network
 from neuromas.types import Completion, Example, Group
-
-Scope = Literal["all", "suffix"]
 
 LOGPROB_BOUND = 1e-5
 """Measured: 2e-6 at log-probabilities of about -6."""
@@ -62,15 +60,16 @@ class Case:
         return self.network.backbone
 
     @property
+    def policy(self) -> Policy:
+        return self.network.policy
+
+    @property
     def bank(self) -> AdapterBank:
         return self.network.adapters
 
     def batch(self) -> reinforce.Batch:
         advantages = dict.fromkeys(self.bank.nodes, torch.tensor([[1.0, -1.0], [0.5, -0.25]]))
-        return reinforce.build_batch(
-            self.groups, advantages, nodes=self.bank.nodes, adapter_version=0, temperature=1.0,
-            scope=self.backbone.scope,
-        )  # fmt: skip
+        return reinforce.build_batch(self.groups, advantages, routing=self.policy.routing, adapter_version=0, temperature=1.0)
 
     def rows(self) -> Rows:
         (micro,) = self.batch().split(10**6, self.backbone.device)
@@ -78,7 +77,7 @@ class Case:
 
     def gradients(self, batch: reinforce.Batch, tokens_per_micro_batch: int = 10**6) -> dict[str, Tensor]:
         for micro in batch.split(tokens_per_micro_batch, self.backbone.device):
-            logprobs_K = self.backbone.logprobs(micro.rows)
+            logprobs_K = self.policy.logprobs(micro.rows)
             reinforce.loss(logprobs_K, micro.advantages_K, batch.num_rollouts).backward()
         return self.take_gradients()
 
@@ -122,6 +121,11 @@ def bare(folders: dict[str, Path]) -> Backbone:
     return load_backbone(folders["qwen3"])
 
 
+def bank_of(policy: Policy) -> AdapterBank:
+    assert policy.adapters is not None
+    return policy.adapters
+
+
 def row_by_row(case: Case, folder: Path) -> Iterator[tuple[Completion, float, int, Tensor, Mapping[str, Tensor]]]:
     """Yield each row's completion, advantage and node, and its log-probabilities and parameters in plain PEFT."""
     for index, node in enumerate(case.bank.nodes):
@@ -131,7 +135,7 @@ def row_by_row(case: Case, folder: Path) -> Iterator[tuple[Completion, float, in
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
-        compute = plain_logprobs if case.backbone.scope == "all" else suffix_logprobs
+        compute = plain_logprobs if case.policy.scope == "all" else suffix_logprobs
         for completion, advantage in case.batch().completions:
             if completion.node == node:
                 yield completion, advantage, index, compute(model, completion), parameters
@@ -152,7 +156,7 @@ def test_logprobs_equal_plain_peft(case: Case, tmp_path: Path) -> None:
     """Scope `all`: one forward over prompt and completion. Scope `suffix`: the prefix passes without the adapter."""
     with torch.no_grad():
         completions = [completion for completion, _ in case.batch().completions]
-        by_row = case.backbone.logprobs(case.rows()).split([len(c.sample.token_ids) for c in completions])
+        by_row = case.policy.logprobs(case.rows()).split([len(c.sample.token_ids) for c in completions])
         got = dict(zip(completions, by_row, strict=True))
         for completion, _, _, expected, _ in row_by_row(case, tmp_path):
             torch.testing.assert_close(got[completion], expected, rtol=0, atol=LOGPROB_BOUND)
@@ -163,13 +167,13 @@ def test_adapters_and_scope_change_the_logprobs(folders: dict[str, Path]) -> Non
     of_all, of_suffix = (make_case(folders["qwen3"], scope) for scope in ("all", "suffix"))
     rows = replace(of_suffix.rows(), prefix_node_Q=torch.tensor([0, 0]))
     with torch.no_grad():
-        logprobs_K = of_suffix.backbone.logprobs(rows)
-        of_suffix.backbone.scope = "all"
-        assert (logprobs_K - of_suffix.backbone.logprobs(rows)).abs().max() > 0.1
-        before_K = of_all.backbone.logprobs(of_all.rows())
+        logprobs_K = of_suffix.policy.logprobs(rows)
+        of_suffix.policy.scope = "all"
+        assert (logprobs_K - of_suffix.policy.logprobs(rows)).abs().max() > 0.1
+        before_K = of_all.policy.logprobs(of_all.rows())
         for module in of_all.bank.modules.values():
             module.lora_B.zero_()
-        assert (before_K - of_all.backbone.logprobs(of_all.rows())).abs().max() > 0.1
+        assert (before_K - of_all.policy.logprobs(of_all.rows())).abs().max() > 0.1
 
 
 def test_gradients_through_the_shared_prefix_equal_the_unshared_computation(case: Case, tmp_path: Path) -> None:
@@ -193,8 +197,8 @@ def test_what_lies_beside_a_row_changes_nothing(case: Case) -> None:
     assert len({len(c.prompt.prefix_ids) for c, _ in batch.completions}) > 1, "no prefix is padded"
     assert whole.rows.suffixes.rows * whole.rows.suffixes.width > len(whole.rows.suffixes.ids_T), "no text is padded"
     with torch.no_grad():
-        alone = [case.backbone.logprobs(micro.rows) for micro in batch.split(1, case.backbone.device)]
-        torch.testing.assert_close(torch.cat(alone), case.backbone.logprobs(whole.rows), rtol=0, atol=LOGPROB_BOUND)
+        alone = [case.policy.logprobs(micro.rows) for micro in batch.split(1, case.backbone.device)]
+        torch.testing.assert_close(torch.cat(alone), case.policy.logprobs(whole.rows), rtol=0, atol=LOGPROB_BOUND)
 
 
 def test_row_order_and_micro_batch_size_change_nothing(case: Case) -> None:
@@ -206,7 +210,7 @@ def test_row_order_and_micro_batch_size_change_nothing(case: Case) -> None:
     assert_gradients_close(case.gradients(backwards), whole)
     (micro,), (turned,) = (b.split(10**6, case.backbone.device) for b in (batch, backwards))
     with torch.no_grad():
-        straight_K, turned_K = case.backbone.logprobs(micro.rows), case.backbone.logprobs(turned.rows)
+        straight_K, turned_K = case.policy.logprobs(micro.rows), case.policy.logprobs(turned.rows)
     by_row = turned_K.split([len(completion.sample.token_ids) for completion, _ in backwards.completions])
     torch.testing.assert_close(torch.cat(by_row[::-1]), straight_K, rtol=0, atol=LOGPROB_BOUND)
 
@@ -226,7 +230,7 @@ def test_a_nodes_text_gives_other_adapters_exactly_no_gradient(case: Case) -> No
     rows = case.rows()
     for index in range(len(case.bank.nodes)):
         of_node_K = rows.node_of_row_B[rows.suffixes.row_T[rows.sampled_K]] == index
-        case.backbone.logprobs(rows)[of_node_K].sum().backward()
+        case.policy.logprobs(rows)[of_node_K].sum().backward()
         for name, gradient in case.take_gradients().items():
             assert gradient[index].any(), f"{name}: node {index} learns nothing"
             others = torch.arange(len(gradient)) != index
@@ -308,7 +312,7 @@ def test_a_model_whose_angles_change_with_the_length_reads_texts_up_to_there(tmp
 
 def test_the_head_takes_no_adapter(bare: Backbone) -> None:
     with pytest.raises(ValueError, match=r"adapter.target_modules must be among \['down_proj', .*got \['lm_head'\]"):
-        bare.add_adapters((1, 2), AdapterConfig(rank=2, target_modules=("q_proj", "lm_head")), seed=0)
+        Policy(bare, (1, 2), AdapterConfig(rank=2, target_modules=("q_proj", "lm_head")))
 
 
 # The frozen backbone
@@ -323,43 +327,54 @@ def test_checksum_is_the_same_after_a_step_and_another_after_any_change(small: C
     torch.optim.AdamW(small.bank.parameters().values(), lr=0.1).step()
     for old, new in zip(trained, small.bank.parameters().values(), strict=True):
         assert (old != new).any()
-    frozen = set(map(id, small.backbone.model.parameters())) - set(map(id, small.bank.parameters().values()))
-    assert all(p.grad is None and not p.requires_grad for p in small.backbone.model.parameters() if id(p) in frozen)
+    assert all(p.grad is None and not p.requires_grad for p in small.backbone.model.parameters())
     assert small.backbone.checksum() == before
     with torch.no_grad():
-        weight = small.backbone.model.get_submodule("model.layers.1.mlp.down_proj.base").weight
+        weight = small.backbone.model.get_submodule("model.layers.1.mlp.down_proj").weight
         assert isinstance(weight, Tensor)
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
     assert small.backbone.checksum() != before
 
 
-def test_a_backbone_carries_one_bank(small: Case) -> None:
-    with pytest.raises(ValueError, match="this backbone carries the adapters of another network; load a new Backbone"):
-        Network(Topology.layered([1]), small.backbone)
+def test_any_number_of_policies_stand_on_one_backbone(small: Case) -> None:
+    rows = small.rows()
+    with torch.no_grad():
+        before_K = small.policy.logprobs(rows)
+        other = Policy(small.backbone, (1, 2, 3), AdapterConfig(rank=4), seed=1)
+        assert other.adapters is not None
+        randomise(other.adapters)
+        assert (other.logprobs(rows) - before_K).abs().max() > 0.1
+        assert torch.equal(small.policy.logprobs(rows), before_K)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in small.backbone.model.parameters()}
+    adapters = set(map(id, other.adapters.parameters().values()))
+    found = {tensor.untyped_storage().data_ptr() for tensor in other.model.parameters() if id(tensor) not in adapters}
+    assert found == weights
 
 
 # Prompts
 
 
 def test_a_prompt_is_one_user_message_with_the_question_first(bare: Backbone) -> None:
-    prompt = bare.prompt("Is 2 even?", "You are node 1.")
+    policy = Policy(bare)
+    prompt = policy.prompt("Is 2 even?", "You are node 1.")
     text = bare.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Is 2 even?\n\nYou are node 1."}], tokenize=False, add_generation_prompt=True
     )
     assert bare.tokenizer.decode([*prompt.prefix_ids, *prompt.suffix_ids]) == text
     assert str(bare.tokenizer.decode(list(prompt.prefix_ids))).endswith("Is 2 even?\n\n")
-    assert bare.prompt("Is 2 even?", "You are node 2.").prefix_ids == prompt.prefix_ids
-    shared = bare.prompt("Is 2 even?", "You are node 1.", same_in_all=True)
+    assert policy.prompt("Is 2 even?", "You are node 2.").prefix_ids == prompt.prefix_ids
+    shared = policy.prompt("Is 2 even?", "You are node 1.", has_inbox=False)
     assert shared.prefix_ids + shared.suffix_ids == prompt.prefix_ids + prompt.suffix_ids
     assert len(shared.prefix_ids) > len(prompt.prefix_ids)
-    bare.scope = "suffix"
-    assert bare.prompt("Is 2 even?", "You are node 1.", same_in_all=True) == prompt
+    for adapter in (AdapterConfig(rank=1, scope="suffix"), AdapterConfig(rank=1, shared=True)):
+        assert Policy(bare, (1, 2), adapter).prompt("Is 2 even?", "You are node 1.", has_inbox=False) == prompt
 
 
 def test_control_tokens_in_a_question_or_message_stay_plain_text(bare: Backbone) -> None:
-    plain, control = bare.prompt("", ""), "".join(bare.tokenizer.all_special_tokens)
+    policy = Policy(bare)
+    plain, control = policy.prompt("", ""), "".join(bare.tokenizer.all_special_tokens)
     assert set(bare.tokenizer(control)["input_ids"]) == set(bare.tokenizer.all_special_ids)
-    prompt = bare.prompt(f"a{control}b", f"c{control}d")
+    prompt = policy.prompt(f"a{control}b", f"c{control}d")
     specials = set(bare.tokenizer.all_special_ids)
     for part, frame in ((prompt.prefix_ids, plain.prefix_ids), (prompt.suffix_ids, plain.suffix_ids)):
         assert [token for token in part if token in specials] == [token for token in frame if token in specials]
@@ -371,7 +386,7 @@ def test_without_a_chat_template_a_prompt_is_plain_text(folders: dict[str, Path]
     given = load_backbone(folders["qwen3"])
     given.tokenizer.chat_template = None
     backbone = Backbone(given.model, given.tokenizer, "plain")
-    prompt = backbone.prompt("Is 2 even?", "You are node 1.")
+    prompt = Policy(backbone).prompt("Is 2 even?", "You are node 1.")
     assert backbone.tokenizer.decode([*prompt.prefix_ids, *prompt.suffix_ids]) == "Is 2 even?\n\nYou are node 1.\n"
 
 
@@ -393,9 +408,9 @@ def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
     RunDirectory.create(config).initialise()
 
     def read(config: TrainConfig) -> str:
-        backbone = build_network(config).backbone
-        prompt = backbone.prompt("Is 2 even?", "You are node 1.")
-        return backbone.decode((*prompt.prefix_ids, *prompt.suffix_ids))
+        policy = build_network(config).policy
+        prompt = policy.prompt("Is 2 even?", "You are node 1.")
+        return policy.backbone.decode((*prompt.prefix_ids, *prompt.suffix_ids))
 
     started = read(config)
     assert started == "Today Date: 02 Mar 2025\nIs 2 even?\n\nYou are node 1.\n>"
@@ -410,7 +425,7 @@ def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
     assert "24 Dec 2031" in str(left_alone), "the clock has not moved, so that nothing is tried"
     stored = RunDirectory.open(tmp_path / "run").config
     assert read(stored) == started
-    assert Answerer(stored, temperature=0.0).backbone.prompt("", "") == build_network(stored).backbone.prompt("", "")
+    assert Answerer(stored, temperature=0.0).policy.prompt("", "") == build_network(stored).policy.prompt("", "")
     assert "26 Jul 2024" in read(replace(stored, prompt_date=TrainConfig().prompt_date))
     with pytest.raises(
         ValueError, match=r"belongs to another config, which has prompt_date = '2025-03-02' \(got '2024-07-26'\)"
@@ -512,23 +527,25 @@ def test_a_budget_below_rank_1_says_what_is_needed() -> None:
 
 
 def test_trainable_parameters_are_the_banks_tensors_within_the_budget(bare: Backbone) -> None:
-    bank = bare.add_adapters((1, 2, 3), AdapterConfig(budget=20_000, target_modules=("q_proj", "v_proj")), seed=0)
+    policy = Policy(bare, (1, 2, 3), AdapterConfig(budget=20_000, target_modules=("q_proj", "v_proj")))
+    bank = bank_of(policy)
     # q: 32 -> 32, v: 32 -> 16, two layers: 2 * (64 + 48) = 224 for each rank; 20000 // (3 * 224) = 29
     assert bank.rank == 29
     assert bank.trainable_parameters == 3 * 29 * 224 == sum(p.numel() for p in bank.parameters().values())
-    trained = {id(p) for p in bare.model.parameters() if p.requires_grad}
+    trained = {id(p) for p in policy.model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in bank.parameters().values()}
 
 
 def test_an_unknown_target_module_lists_the_known_ones(bare: Backbone) -> None:
     expected = r"adapter.target_modules must be among \['down_proj', .*'v_proj'\] for this backbone, got \['qkv'\]"
     with pytest.raises(ValueError, match=expected):
-        bare.add_adapters((1,), AdapterConfig(target_modules=("q_proj", "qkv")), seed=0)
+        Policy(bare, (1,), AdapterConfig(target_modules=("q_proj", "qkv")))
 
 
 def start_of(folder: Path, nodes: tuple[int, ...], node: int, seed: int = 0) -> dict[str, Tensor]:
-    bank = load_backbone(folder).add_adapters(nodes, AdapterConfig(rank=2), seed)
-    return {name: parameter[bank.index(node)].detach() for name, parameter in bank.parameters().items()}
+    policy = Policy(load_backbone(folder), nodes, AdapterConfig(rank=2), seed)
+    bank = bank_of(policy)
+    return {name: parameter[policy.routing.adapter_of(node)].detach() for name, parameter in bank.parameters().items()}
 
 
 def test_an_adapters_start_depends_on_its_own_node_and_the_seed_alone(folders: dict[str, Path]) -> None:
@@ -544,20 +561,19 @@ def test_new_adapters_change_nothing(small: Case, bare: Backbone) -> None:
     """B starts at zero: the network starts as the bare backbone, to the bit."""
     rows = small.rows()
     with torch.no_grad():
-        before_K = bare.logprobs(rows)
-        bare.add_adapters((1, 2, 3), AdapterConfig(rank=2), seed=0)
-        assert torch.equal(bare.logprobs(rows), before_K)
+        before_K = Policy(bare).logprobs(rows)
+        assert torch.equal(Policy(bare, (1, 2, 3), AdapterConfig(rank=2)).logprobs(rows), before_K)
 
 
 def test_an_adapter_that_acts_behind_the_question_says_what_cannot_serve_it(bare: Backbone) -> None:
-    bank = bare.add_adapters((1,), AdapterConfig(rank=2, scope="suffix"), seed=0)
+    bank = bank_of(Policy(bare, (1,), AdapterConfig(rank=2, scope="suffix"), seed=0))
     assert b"behind the question" in bank.peft_files(1, "")["README.md"]
 
 
 def test_peft_files_round_trip_to_the_bit(small: Case, bare: Backbone, tmp_path: Path) -> None:
     # Node 2 comes back as node 5 of another bank: a file holds one adapter, whatever its place was.
     folder = export_peft(small.bank, 2, tmp_path / "2")
-    bank = bare.add_adapters((4, 5), AdapterConfig(rank=2), seed=9)
+    bank = bank_of(Policy(bare, (4, 5), AdapterConfig(rank=2), seed=9))
     untouched = {name: parameter[0].clone() for name, parameter in bank.parameters().items()}
     bank.load_peft(5, folder)
     for name, parameter in bank.parameters().items():
@@ -568,7 +584,7 @@ def test_peft_files_round_trip_to_the_bit(small: Case, bare: Backbone, tmp_path:
 
 def test_an_adapter_of_another_shape_is_refused(small: Case, bare: Backbone, tmp_path: Path) -> None:
     folder = export_peft(small.bank, 1, tmp_path / "1")
-    bank = bare.add_adapters((1,), AdapterConfig(rank=3), seed=0)
+    bank = bank_of(Policy(bare, (1,), AdapterConfig(rank=3), seed=0))
     with pytest.raises(ValueError, match=r"adapter .* holds \(2, 32\) for .*q_proj.lora_A, expected \(3, 32\)"):
         bank.load_peft(1, folder)
 

@@ -1,7 +1,7 @@
 """Our own forward of the usual kind of layer is the model's own, in value and gradient; every other model keeps its own."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +11,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import neuromas.model.adapters
 import neuromas.model.lora
-from neuromas.config import AdapterConfig
+from neuromas.config import AdapterConfig, Scope
 from neuromas.model.backbone import Backbone
+from neuromas.model.decoder import Decoder
+from neuromas.model.layers import TransformersLayers
+from neuromas.model.ops import CompiledOps, TorchOps
+from neuromas.model.policy import Policy
 from neuromas.model.rms_norm import RMSNorm
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.training.reinforce import Batch
@@ -54,7 +58,22 @@ def load(kind: str, dtype: torch.dtype = torch.float32) -> Backbone:
     return Backbone(model.to(dtype=dtype), AutoTokenizer.from_pretrained(TOKENIZER), kind)
 
 
-def batch_of(backbone: Backbone, scope: Literal["all", "suffix"]) -> Batch:
+def policy_on(backbone: Backbone, *, scope: Scope = "all", targets: tuple[str, ...] = EVERY_MODULE) -> Policy:
+    """Two nodes with adapters that do something."""
+    policy = Policy(backbone, (1, 2), AdapterConfig(rank=2, scope=scope, target_modules=targets), seed=0)
+    assert policy.adapters is not None
+    randomise(policy.adapters)
+    return policy
+
+
+def with_transformers_layers(policy: Policy) -> Policy:
+    """Have the same weights and adapters computed by the model's own forward."""
+    assert isinstance(policy._layers, Decoder)
+    policy._layers = TransformersLayers(policy.model, policy.adapters)
+    return policy
+
+
+def batch_of(policy: Policy) -> Batch:
     """Rows of two nodes and unlike length, some on one prefix."""
     generator = torch.Generator().manual_seed(1)
 
@@ -68,18 +87,17 @@ def batch_of(backbone: Backbone, scope: Literal["all", "suffix"]) -> Batch:
         for row in range(5)
     ]
     weighted = tuple((completion, 1.0 - 0.3 * place) for place, completion in enumerate(completions))
-    assert backbone.adapters is not None
-    return Batch(weighted, 4, backbone.adapters.nodes, 0.8, scope)
+    return Batch(weighted, 4, policy.routing, 0.8)
 
 
-def learned(backbone: Backbone, batch: Batch) -> list[Tensor]:
+def learned(policy: Policy, batch: Batch) -> list[Tensor]:
     """Return log-probabilities and the gradients of all adapters."""
-    assert backbone.adapters is not None
-    (micro,) = batch.split(10**6, backbone.device)
-    logprobs_K = backbone.logprobs(micro.rows)
+    assert policy.adapters is not None
+    (micro,) = batch.split(10**6, policy.backbone.device)
+    logprobs_K = policy.logprobs(micro.rows)
     (logprobs_K * micro.advantages_K).sum().backward()
     found = [logprobs_K.detach()]
-    for parameter in backbone.adapters.parameters().values():
+    for parameter in policy.adapters.parameters().values():
         found.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         parameter.grad = None
     return found
@@ -96,16 +114,11 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], bound: float) -> None
 @pytest.mark.parametrize("scope", ["all", "suffix"])
 @pytest.mark.parametrize("targets", [EVERY_MODULE, ("q_proj", "v_proj"), ("k_proj", "up_proj"), ("down_proj",)])
 @pytest.mark.parametrize("kind", [*FAMILIES, "biases", "scaled positions"])
-def test_it_equals_the_models_own_forward_in_value_and_gradient(
-    kind: str, targets: tuple[str, ...], scope: Literal["all", "suffix"]
-) -> None:
-    backbone = load(kind)
-    randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2, scope=scope, target_modules=targets), seed=0))
-    assert backbone.decoder is not None
-    batch = batch_of(backbone, scope)
-    ours = learned(backbone, batch)
-    backbone.decoder = None
-    assert_close(ours, learned(backbone, batch), 2e-5)
+def test_it_equals_the_models_own_forward_in_value_and_gradient(kind: str, targets: tuple[str, ...], scope: Scope) -> None:
+    policy = policy_on(load(kind), scope=scope, targets=targets)
+    batch = batch_of(policy)
+    ours = learned(policy, batch)
+    assert_close(ours, learned(with_transformers_layers(policy), batch), 2e-5)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -113,62 +126,60 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own_forward(kind: str) -> 
     """Ours keeps more digits: norms and angles are in float32."""
     found = {}
     for dtype, ours in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
-        backbone = load(kind, dtype)
-        randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0))
-        assert backbone.decoder is not None
+        policy = policy_on(load(kind, dtype))
         if not ours:
-            backbone.decoder = None
-        found[dtype, ours] = torch.cat([tensor.flatten().float() for tensor in learned(backbone, batch_of(backbone, "all"))])
+            with_transformers_layers(policy)
+        found[dtype, ours] = torch.cat([tensor.flatten().float() for tensor in learned(policy, batch_of(policy))])
     exact = found[torch.float32, True]
     away, theirs = ((found[torch.bfloat16, ours] - exact).abs().mean() for ours in (True, False))
     assert away <= 1.1 * theirs
     assert away <= 0.1 * exact.abs().mean()
 
 
-def grown(kind: str) -> Backbone:
+def grown(kind: str) -> Policy:
     """Nodes of two generations, with adapters that do something."""
-    backbone = load(kind)
-    bank = backbone.add_adapters((1,), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0)
+    policy = Policy(load(kind), (1,), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0)
+    bank = policy.adapters
+    assert bank is not None
     bank.add_nodes({2: None})
     for index, (name, parameter) in enumerate(bank.parameters().items()):
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    return backbone
+    return policy
 
 
 def test_nodes_that_joined_later_are_learned_by_both_forwards() -> None:
-    backbone = grown("qwen3")
-    batch = batch_of(backbone, "all")
-    ours = learned(backbone, batch)
-    backbone.decoder = None
-    assert_close(ours, learned(backbone, batch), 2e-5)
+    policy = grown("qwen3")
+    batch = batch_of(policy)
+    ours = learned(policy, batch)
+    assert_close(ours, learned(with_transformers_layers(policy), batch), 2e-5)
 
 
 @pytest.mark.parametrize("scope", ["all", "suffix"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_way_of_other_devices_is_the_same(
-    kind: str, scope: Literal["all", "suffix"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = load(kind)
-    randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2, scope=scope, target_modules=EVERY_MODULE), seed=0))
-    batch = batch_of(backbone, scope)
-    ours = learned(backbone, batch)
+def test_the_way_of_other_devices_is_the_same(kind: str, scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_on(load(kind), scope=scope)
+    batch = batch_of(policy)
+    ours = learned(policy, batch)
     monkeypatch.setattr("neuromas.model.attention._has_kernel", lambda *_: False)
-    monkeypatch.setattr("neuromas.model.kernels.fit", lambda *_: False)
-    assert_close(ours, learned(backbone, batch), 2e-5)
+    monkeypatch.setattr("neuromas.model.ops.CompiledOps", TorchOps)
+    other = policy_on(load(kind), scope=scope)
+    assert type(policy.ops) is CompiledOps
+    assert type(other.ops) is TorchOps
+    assert_close(ours, learned(other, batch), 2e-5)
 
 
 @pytest.mark.parametrize("plain_head", [False, True])
 def test_a_models_own_forward_needs_no_logits_where_its_head_is_plain(plain_head: bool) -> None:
-    backbone = load("qwen3")
-    randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2), seed=0))
-    batch = batch_of(backbone, "all")
-    ours = learned(backbone, batch)
-    backbone.decoder = None
+    policy = policy_on(load("qwen3"))
+    batch = batch_of(policy)
+    ours = learned(policy, batch)
     if not plain_head:
-        backbone.model.config.final_logit_softcapping = 30.0
-    assert (backbone._plain_head is not None) == plain_head
-    assert_close(ours, learned(backbone, batch), 2e-5)
+        policy.model.config.final_logit_softcapping = 30.0
+    layers = with_transformers_layers(policy)._layers
+    assert isinstance(layers, TransformersLayers)
+    assert (layers._plain_head is not None) == plain_head
+    assert_close(ours, learned(policy, batch), 2e-5)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -177,12 +188,10 @@ def test_whole_weights_give_the_gradients_of_adapters_beside_them(
     kind: str, whole_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neuromas.model.lora, "_WHOLE_FROM", whole_from)
-    backbone = load(kind, torch.float64)
-    randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0))
-    batch = batch_of(backbone, "all")
-    ours = learned(backbone, batch)
-    backbone.decoder = None
-    assert_close(ours, learned(backbone, batch), 1e-6)
+    policy = policy_on(load(kind, torch.float64))
+    batch = batch_of(policy)
+    ours = learned(policy, batch)
+    assert_close(ours, learned(with_transformers_layers(policy), batch), 1e-6)
 
 
 @pytest.mark.parametrize("targets", [EVERY_MODULE, ("v_proj", "gate_proj"), None])
@@ -199,16 +208,12 @@ def test_every_way_of_sampling_gives_what_is_learned(
     if way != "kept whole":
         monkeypatch.setattr(neuromas.model.adapters, "KEPT_AT_MOST", 0)
     monkeypatch.setattr(neuromas.model.lora, "LONG_STRETCH", 1 if way == "long stretches" else 10**6)
-    if targets is None:
-        backbone = grown(kind)
-    else:
-        backbone = load(kind)
-        randomise(backbone.add_adapters((1, 2), AdapterConfig(rank=2, target_modules=targets), seed=0))
-    bank = backbone.adapters
+    policy = grown(kind) if targets is None else policy_on(load(kind), targets=targets)
+    bank = policy.adapters
     assert bank is not None
     if way == "the model's own":
-        backbone.decoder = None
-    prompts = [completion.prompt for completion, _ in batch_of(backbone, "all").completions]
+        with_transformers_layers(policy)
+    prompts = [completion.prompt for completion, _ in batch_of(policy).completions]
     found: dict[int, Completion] = {}
 
     def keep(key: int, sample: Sample) -> list[Any]:
@@ -216,12 +221,12 @@ def test_every_way_of_sampling_gives_what_is_learned(
         return []
 
     requests = [(key, Request(1 + key % 2, prompt, (0, key))) for key, prompt in enumerate(prompts)]
-    TorchEngine(backbone, max_rows=6).generate(requests, keep, temperature=1.0, max_new_tokens=6)
+    TorchEngine(policy, max_rows=6).generate(requests, keep, temperature=1.0, max_new_tokens=6)
     assert bank.routing.whole is None, "whole weights go when sampling ends"
     rows = sorted(found.values(), key=lambda completion: completion.node)
-    (micro,) = Batch(tuple((row, 1.0) for row in rows), 1, bank.nodes, 1.0, "all").split(10**6, backbone.device)
+    (micro,) = Batch(tuple((row, 1.0) for row in rows), 1, policy.routing, 1.0).split(10**6, policy.backbone.device)
     with torch.no_grad():
-        assert (backbone.logprobs(micro.rows) - micro.sampled_logprobs_K).abs().max() <= 1e-5
+        assert (policy.logprobs(micro.rows) - micro.sampled_logprobs_K).abs().max() <= 1e-5
 
 
 def test_weights_are_held_once_and_keep_their_names() -> None:
@@ -232,10 +237,12 @@ def test_weights_are_held_once_and_keep_their_names() -> None:
     attention = base.layers[0].self_attn
     modules = [attention.q_proj, attention.k_proj, attention.v_proj]
     (storage,) = {module.weight.untyped_storage().data_ptr() for module in modules}
-    backbone.add_adapters((1, 2), AdapterConfig(rank=2), seed=0)
-    assert {module.base.weight.untyped_storage().data_ptr() for module in (attention.q_proj, attention.v_proj)} == {storage}
-    assert backbone.decoder is not None
-    after = {name.replace(".base.", "."): tensor for name, tensor in backbone.model.state_dict().items() if "lora" not in name}
+    policies = [policy_on(backbone) for _ in range(2)]
+    for policy in policies:
+        tree: Any = policy.model.base_model
+        wrapped = tree.layers[0].self_attn
+        assert {module.base.weight.untyped_storage().data_ptr() for module in (wrapped.q_proj, wrapped.v_proj)} == {storage}
+    after = backbone.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -295,17 +302,19 @@ def _hide_the_window(model: Any) -> None:
 )  # fmt: skip
 def test_a_model_that_does_something_else_keeps_its_own_forward(change: Callable[[Any], None]) -> None:
     model = make_model("qwen3")
-    assert Backbone(model, AutoTokenizer.from_pretrained(TOKENIZER), "qwen3").decoder is not None
+    assert Backbone(model, AutoTokenizer.from_pretrained(TOKENIZER), "qwen3").has_own_decoder
     model = make_model("qwen3")
     change(model)
-    assert Backbone(model, AutoTokenizer.from_pretrained(TOKENIZER), "qwen3").decoder is None
+    assert not Backbone(model, AutoTokenizer.from_pretrained(TOKENIZER), "qwen3").has_own_decoder
 
 
 def test_bfloat16_stays_beside_its_adapters() -> None:
     """Whole weights in bfloat16 would lose an update that is small beside them."""
     backbone = load("qwen3", torch.bfloat16)
-    bank = backbone.add_adapters((1, 2), AdapterConfig(rank=2), seed=0)
-    assert backbone.decoder is not None
+    policy = policy_on(backbone)
+    bank = policy.adapters
+    assert bank is not None
+    assert backbone.has_own_decoder
     assert isinstance(backbone.model.base_model.norm, RMSNorm)
     with bank.keep_merged():
         assert bank.routing.whole is None

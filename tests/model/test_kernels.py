@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from neuromas.model import kernels
-from neuromas.model.decoder import _Gate, _Heads
+from neuromas.model.ops import CompiledOps, TorchOps
 from neuromas.model.rms_norm import RMSNorm
 
 TOKENS = 37
@@ -35,12 +36,11 @@ def value_and_gradients(function: Callable[..., Any], *inputs: Tensor) -> list[T
     return [*(part.detach() for part in parts), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def both_ways(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *inputs: Tensor) -> None:
+def both_ways(function_of: Callable[[TorchOps], Callable[..., Any]], *inputs: Tensor) -> None:
     with listed() as of_compiled:
-        compiled = value_and_gradients(function, *inputs)
-    with monkeypatch.context() as patch, listed() as of_plain:
-        patch.setattr(kernels, "fit", lambda *_: False)
-        plain = value_and_gradients(function, *inputs)
+        compiled = value_and_gradients(function_of(CompiledOps()), *inputs)
+    with listed() as of_plain:
+        plain = value_and_gradients(function_of(TorchOps()), *inputs)
     assert len(compiled) == len(plain) > len(inputs)
     for ours, theirs in zip(compiled, plain, strict=True):
         torch.testing.assert_close(ours, theirs, **BOUND)
@@ -49,9 +49,9 @@ def both_ways(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *in
 
 @pytest.mark.parametrize("size", [16, 33])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_norms(size: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    norm = RMSNorm(torch.nn.Parameter(normal(size)), 1e-6, offset)
-    both_ways(norm, monkeypatch, 3 * normal(TOKENS, size))
+def test_norms(size: int, offset: float) -> None:
+    norm = RMSNorm(torch.nn.Parameter(normal(size)), 1e-6, offset, CompiledOps())
+    both_ways(lambda ops: partial(ops.rms_norm, scale_H=norm.scale, eps=1e-6), 3 * normal(TOKENS, size))
     with torch.no_grad():
         x = normal(TOKENS, size)
         torch.testing.assert_close(norm(x), x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * norm.scale, **BOUND)
@@ -59,32 +59,32 @@ def test_norms(size: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(4, 2), (4, 0), (0, 2)])
-def test_heads(queries: int, keys: int, *, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads(queries: int, keys: int, *, normed: bool) -> None:
     size = 8
     angles = normal(TOKENS, size // 2)
     cos, sin = torch.cat([angles.cos()] * 2, 1), angles.sin()
     scale = normal(queries + keys, size) if normed else None
 
-    def function(columns: Tensor) -> object:
-        return _Heads.apply(columns, cos, sin, queries, keys, scale, 1e-6)
+    def function(ops: TorchOps) -> Callable[[Tensor], object]:
+        return lambda columns: ops.heads(columns, cos, sin, queries, keys, scale, 1e-6)
 
-    both_ways(function, monkeypatch, normal(TOKENS, (queries + 2 * keys) * size))
+    both_ways(function, normal(TOKENS, (queries + 2 * keys) * size))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
-def test_gates(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates(activation: str) -> None:
     both = torch.cat([4 * normal(TOKENS, 24), normal(TOKENS, 24, seed=1)], 1)
     # Far out, where an exponential leaves float32.
     both[0, :4] = torch.tensor([-300.0, -90.0, 90.0, 300.0])
-    assert kernels.fit_gate(activation)
-    both_ways(lambda x: _Gate.apply(x, activation), monkeypatch, both)
+    assert kernels.has_gate(activation)
+    both_ways(lambda ops: partial(ops.gate, activation=activation), both)
     gate, up = both.chunk(2, 1)
     acted = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
     torch.testing.assert_close(kernels.gate(both, activation), acted * up, **BOUND)
 
 
 def test_a_gate_that_no_loop_knows_is_torchs() -> None:
-    assert not kernels.fit_gate("gelu")
+    assert not kernels.has_gate("gelu")
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8])

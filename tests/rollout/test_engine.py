@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +12,16 @@ from scipy.stats import chi2
 from transformers import AutoModelForCausalLM
 
 from neuromas import Backbone, Network, Topology
-from neuromas.config import AdapterConfig
-from neuromas.model.backbone import Rows
+from neuromas.config import AdapterConfig, Scope
+from neuromas.model.ops import TorchOps
 from neuromas.model.packing import Packed
+from neuromas.model.policy import Policy, Rows
 from neuromas.rollout.engine import Engine, uniforms
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.tasks import get_task
 from neuromas.training import reinforce
 from neuromas.types import Group, Prompt, Request, Sample
-
-Scope = Literal["all", "suffix"]
 
 FLOAT32_BOUND = 1e-5
 """Sampler against learner, natural log. Measured: 2.4e-6 at log-probabilities of about -6."""
@@ -51,9 +50,9 @@ def make_network(
 ) -> Network:
     backbone = load_backbone(folder, dtype)
     network = Network(
-        Topology.layered(widths), backbone, adapter=AdapterConfig(rank=2, scope=scope),
-        engine=TorchEngine(backbone, max_rows), max_new_tokens=max_new_tokens,
+        Topology.layered(widths), backbone, adapter=AdapterConfig(rank=2, scope=scope), max_new_tokens=max_new_tokens
     )  # fmt: skip
+    network.engine = TorchEngine(network.policy, max_rows)
     randomise(network.adapters)
     return network
 
@@ -75,7 +74,7 @@ def assert_same_samples(got: Sequence[Sample], expected: Sequence[Sample]) -> No
         assert one.logprobs == pytest.approx(other.logprobs, rel=0, abs=FLOAT32_BOUND)
 
 
-def answer(backbone: Backbone, requests: Sequence[Request], *, max_rows: int = 256, **settings: Any) -> list[Sample]:
+def answer(policy: Policy, requests: Sequence[Request], *, max_rows: int = 256, **settings: Any) -> list[Sample]:
     """Answer requests that lead to no others, in the order given."""
     found: dict[int, Sample] = {}
 
@@ -85,23 +84,24 @@ def answer(backbone: Backbone, requests: Sequence[Request], *, max_rows: int = 2
         return []
 
     settings = {"temperature": 1.0, "max_new_tokens": 6, **settings}
-    TorchEngine(backbone, max_rows).generate(list(enumerate(requests)), keep, **settings)
+    TorchEngine(policy, max_rows).generate(list(enumerate(requests)), keep, **settings)
     return [found[key] for key in range(len(requests))]
 
 
-def make_requests(backbone: Backbone, count: int = 12) -> list[Request]:
+def make_requests(policy: Policy, count: int = 12) -> list[Request]:
     """Mix nodes, questions of unlike length and suffixes of unlike length."""
     requests = []
     for index in range(count):
-        prompt = backbone.prompt("Is it even? " * (1 + index % 4), "Write. " * (1 + index % 3))
+        prompt = policy.prompt("Is it even? " * (1 + index % 4), "Write. " * (1 + index % 3))
         requests.append(Request(NODES[index % len(NODES)], prompt, ("seed", index)))
     return requests
 
 
-def adapted(folder: Path, scope: Scope = "all") -> Backbone:
-    backbone = load_backbone(folder)
-    randomise(backbone.add_adapters(NODES, AdapterConfig(rank=2, scope=scope), seed=0))
-    return backbone
+def adapted(folder: Path, scope: Scope = "all") -> Policy:
+    policy = Policy(load_backbone(folder), NODES, AdapterConfig(rank=2, scope=scope))
+    assert policy.adapters is not None
+    randomise(policy.adapters)
+    return policy
 
 
 # Sampler and learner
@@ -110,13 +110,13 @@ def adapted(folder: Path, scope: Scope = "all") -> Backbone:
 def largest_gap(network: Network, *, temperature: float = 1.0) -> float:
     groups = rollout(network, temperature=temperature)
     batch = reinforce.build_batch(
-        groups, dict.fromkeys(NODES, torch.ones(3, 4)), nodes=network.adapters.nodes, adapter_version=0,
-        temperature=temperature, scope=network.backbone.scope,
+        groups, dict.fromkeys(NODES, torch.ones(3, 4)), routing=network.policy.routing, adapter_version=0,
+        temperature=temperature,
     )  # fmt: skip
     gaps = []
     for micro in batch.split(7, network.backbone.device):
         with torch.no_grad():
-            logprobs_K = network.backbone.logprobs(micro.rows)
+            logprobs_K = network.policy.logprobs(micro.rows)
         assert (micro.sampled_logprobs_K < 0).all()
         gaps.append((logprobs_K - micro.sampled_logprobs_K).abs().max().item())
     assert sum(len(s.token_ids) for s in samples(groups)) > 150
@@ -139,7 +139,7 @@ def test_what_other_types_and_devices_do_agrees_too(
     There, prefixes are copied to rows for many tokens, and all scores are made for single ones.
     """
     usual = samples(rollout(make_network(folders[family])))
-    monkeypatch.setattr("neuromas.model.kernels.fit", lambda *_: False)
+    monkeypatch.setattr("neuromas.model.ops.CompiledOps", TorchOps)
     if not kernel:
         monkeypatch.setattr("neuromas.model.attention._has_kernel", lambda *_: False)
     network = make_network(folders[family])
@@ -179,35 +179,35 @@ def test_the_number_of_slots_changes_nothing(folders: dict[str, Path], family: s
 @pytest.mark.parametrize("scope", ["all", "suffix"])
 @pytest.mark.parametrize("family", [*FAMILIES, "stops"])
 def test_a_row_is_the_same_in_any_company(folders: dict[str, Path], family: str, scope: Scope) -> None:
-    backbone = adapted(folders[family], scope)
-    requests = make_requests(backbone)
-    together = answer(backbone, requests)
-    assert_same_samples([answer(backbone, [request])[0] for request in requests], together)
-    assert_same_samples(answer(backbone, requests[::-1])[::-1], together)
-    assert_same_samples(answer(backbone, requests[5:8]), together[5:8])
+    policy = adapted(folders[family], scope)
+    requests = make_requests(policy)
+    together = answer(policy, requests)
+    assert_same_samples([answer(policy, [request])[0] for request in requests], together)
+    assert_same_samples(answer(policy, requests[::-1])[::-1], together)
+    assert_same_samples(answer(policy, requests[5:8]), together[5:8])
     # The draws differ by seed: the rows above are no copies of one text.
     assert len({sample.token_ids for sample in together}) > len(requests) // 2
 
 
 def test_requests_made_on_the_way_equal_requests_made_at_once(folders: dict[str, Path]) -> None:
     """A row admitted late, beside rows in the middle of their text, writes what it writes from the start."""
-    backbone = adapted(folders["stops"])
-    requests = make_requests(backbone)
+    policy = adapted(folders["stops"])
+    requests = make_requests(policy)
     found: dict[int, Sample] = {}
 
     def chain(key: int, sample: Sample) -> list[tuple[int, Request]]:
         found[key] = sample
         return [(key + 4, requests[key + 4])] if key + 4 < len(requests) else []
 
-    TorchEngine(backbone, 3).generate(list(enumerate(requests[:4])), chain, temperature=1.0, max_new_tokens=6)
-    assert_same_samples([found[key] for key in range(len(requests))], answer(backbone, requests))
+    TorchEngine(policy, 3).generate(list(enumerate(requests[:4])), chain, temperature=1.0, max_new_tokens=6)
+    assert_same_samples([found[key] for key in range(len(requests))], answer(policy, requests))
 
 
 def test_the_same_seed_draws_the_same_and_a_longer_limit_only_goes_on(folders: dict[str, Path]) -> None:
-    backbone = adapted(folders["qwen3"])
-    requests = make_requests(backbone)
-    short, long = (answer(backbone, requests, max_new_tokens=limit) for limit in (3, 9))
-    assert answer(backbone, requests, max_new_tokens=3) == short
+    policy = adapted(folders["qwen3"])
+    requests = make_requests(policy)
+    short, long = (answer(policy, requests, max_new_tokens=limit) for limit in (3, 9))
+    assert answer(policy, requests, max_new_tokens=3) == short
     for one, other in zip(short, long, strict=True):
         assert other.token_ids[: len(one.token_ids)] == one.token_ids
 
@@ -218,28 +218,28 @@ def test_the_same_seed_draws_the_same_and_a_longer_limit_only_goes_on(folders: d
 @pytest.mark.parametrize("family", [*FAMILIES, "stops"])
 def test_greedy_equals_transformers_generate(folders: dict[str, Path], family: str) -> None:
     """Adapters at zero, as they start; prompts of unlike length in one batch here, one at a time there."""
-    backbone = load_backbone(folders[family])
-    backbone.add_adapters(NODES, AdapterConfig(rank=2), seed=0)
+    policy = Policy(load_backbone(folders[family]), NODES, AdapterConfig(rank=2))
     plain: Any = AutoModelForCausalLM.from_pretrained(folders[family])
-    requests = make_requests(backbone)
-    for request, sample in zip(requests, answer(backbone, requests, temperature=0.0, max_new_tokens=12), strict=True):
+    requests = make_requests(policy)
+    for request, sample in zip(requests, answer(policy, requests, temperature=0.0, max_new_tokens=12), strict=True):
         ids = torch.tensor([[*request.prompt.prefix_ids, *request.prompt.suffix_ids]])
         expected = plain.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=sorted(backbone.stop_ids)
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+            eos_token_id=sorted(policy.backbone.stop_ids),
         )  # fmt: skip
         assert list(sample.token_ids) == expected[0, ids.shape[1] :].tolist()
 
 
 def test_greedy_ignores_the_seed_and_records_untempered_logprobs(folders: dict[str, Path]) -> None:
-    backbone = adapted(folders["qwen3"])
-    requests = make_requests(backbone)
+    policy = adapted(folders["qwen3"])
+    requests = make_requests(policy)
     others = [Request(request.node, request.prompt, ("another", index)) for index, request in enumerate(requests)]
-    greedy = answer(backbone, requests, temperature=0.0)
-    assert answer(backbone, others, temperature=0.0) == greedy
+    greedy = answer(policy, requests, temperature=0.0)
+    assert answer(policy, others, temperature=0.0) == greedy
     # A greedy token is the likeliest: sampling nearly cold, at 1e-4, finds the same.
-    assert [s.token_ids for s in answer(backbone, others, temperature=1e-4)] == [s.token_ids for s in greedy]
+    assert [s.token_ids for s in answer(policy, others, temperature=1e-4)] == [s.token_ids for s in greedy]
     first = requests[0]
-    probabilities = first_token_probabilities(backbone, first.prompt, first.node, temperature=1.0)
+    probabilities = first_token_probabilities(policy, first.prompt, first.node, temperature=1.0)
     assert greedy[0].token_ids[0] == probabilities.argmax().item()
     assert greedy[0].logprobs[0] == pytest.approx(probabilities.max().log().item(), abs=FLOAT32_BOUND)
 
@@ -273,12 +273,12 @@ def test_uniform_draws_of_neighbouring_seeds_are_uniform_and_unrelated() -> None
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_frequencies_follow_the_probabilities(folders: dict[str, Path], temperature: float) -> None:
     """3000 first tokens of one prompt; the seeds are fixed, so the outcome is too."""
-    backbone = adapted(folders["qwen3"], "suffix")
-    prompt = backbone.prompt("Is it even?", "Write.")
+    policy = adapted(folders["qwen3"], "suffix")
+    prompt = policy.prompt("Is it even?", "Write.")
     requests = [Request(2, prompt, ("frequency", index)) for index in range(3000)]
-    drawn = [sample.token_ids[0] for sample in answer(backbone, requests, temperature=temperature, max_new_tokens=1)]
-    counts = torch.bincount(torch.tensor(drawn), minlength=len(backbone.tokenizer))
-    expected = 3000 * first_token_probabilities(backbone, prompt, 2, temperature)
+    drawn = [sample.token_ids[0] for sample in answer(policy, requests, temperature=temperature, max_new_tokens=1)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(policy.backbone.tokenizer))
+    expected = 3000 * first_token_probabilities(policy, prompt, 2, temperature)
     common = expected >= 5
     rare = torch.stack([counts[~common].sum(), expected[~common].sum()])
     assert rare[1] >= 5
@@ -288,12 +288,12 @@ def test_sampling_frequencies_follow_the_probabilities(folders: dict[str, Path],
     assert statistic < chi2.ppf(1 - 1e-4, df=len(counts) - 1)
 
 
-def first_token_probabilities(backbone: Backbone, prompt: Prompt, node: int, temperature: float) -> torch.Tensor:
+def first_token_probabilities(policy: Policy, prompt: Prompt, node: int, temperature: float) -> torch.Tensor:
     """Ask the learner for every possible first token of a prompt."""
-    count = len(backbone.tokenizer)
-    suffixes = Packed.of([(*prompt.suffix_ids, token) for token in range(count)], backbone.device)
+    count = len(policy.backbone.tokenizer)
+    suffixes = Packed.of([(*prompt.suffix_ids, token) for token in range(count)], policy.backbone.device)
     rows = Rows(
-        prefixes=Packed.of([prompt.prefix_ids], backbone.device),
+        prefixes=Packed.of([prompt.prefix_ids], policy.backbone.device),
         prefix_node_Q=torch.tensor([NODES.index(node)]),
         prefix_of_row_B=torch.zeros(count, dtype=torch.long),
         node_of_row_B=torch.full((count,), NODES.index(node)),
@@ -302,7 +302,7 @@ def first_token_probabilities(backbone: Backbone, prompt: Prompt, node: int, tem
         temperature=temperature,
     )
     with torch.no_grad():
-        probabilities = backbone.logprobs(rows).exp()
+        probabilities = policy.logprobs(rows).exp()
     assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-4)
     return probabilities
 
@@ -311,15 +311,15 @@ def first_token_probabilities(backbone: Backbone, prompt: Prompt, node: int, tem
 
 
 def test_rows_end_with_the_stop_token_or_at_the_limit(folders: dict[str, Path]) -> None:
-    backbone = adapted(folders["stops"])
-    found = answer(backbone, make_requests(backbone, 60), max_new_tokens=4)
+    policy = adapted(folders["stops"])
+    found = answer(policy, make_requests(policy, 60), max_new_tokens=4)
     for sample in found:
         assert len(sample.token_ids) == len(sample.logprobs) <= 4
-        assert sample.stopped is (sample.token_ids[-1] in backbone.stop_ids)
-        assert not backbone.stop_ids & set(sample.token_ids[:-1])
+        assert sample.stopped is (sample.token_ids[-1] in policy.backbone.stop_ids)
+        assert not policy.backbone.stop_ids & set(sample.token_ids[:-1])
         assert sample.stopped or len(sample.token_ids) == 4
         body = sample.token_ids[:-1] if sample.stopped else sample.token_ids
-        assert sample.text == backbone.decode(body)
+        assert sample.text == policy.backbone.decode(body)
     lengths = {(len(sample.token_ids), sample.stopped) for sample in found}
     # Every way to end is there: at once, on the way, with the last token allowed, and cut off.
     assert lengths >= {(1, True), (2, True), (4, True), (4, False)}
@@ -334,23 +334,24 @@ def test_every_stop_token_of_model_and_tokenizer_ends_a_row(folders: dict[str, P
     given.model.generation_config.eos_token_id = [yes]
     backbone = Backbone(given.model, given.tokenizer, "two stops")
     assert backbone.stop_ids == {yes, end}
-    found = answer(backbone, make_requests(backbone, 40), max_new_tokens=8)
+    policy = Policy(backbone)
+    found = answer(policy, make_requests(policy, 40), max_new_tokens=8)
     assert {sample.token_ids[-1] for sample in found if sample.stopped} == backbone.stop_ids
     # A stop token that is a plain word is no part of the text either.
     assert all(sample.text == backbone.decode(sample.token_ids[:-1]) for sample in found if sample.stopped)
 
 
 def test_one_token_and_no_requests_at_all(folders: dict[str, Path]) -> None:
-    backbone = adapted(folders["qwen3"])
-    assert all(len(sample.token_ids) == 1 for sample in answer(backbone, make_requests(backbone), max_new_tokens=1))
-    assert answer(backbone, []) == []
+    policy = adapted(folders["qwen3"])
+    assert all(len(sample.token_ids) == 1 for sample in answer(policy, make_requests(policy), max_new_tokens=1))
+    assert answer(policy, []) == []
 
 
 # The scripted engine
 
 
 def test_the_scripted_engine_keeps_the_order_of_requests(folders: dict[str, Path]) -> None:
-    requests = make_requests(load_backbone(folders["qwen3"]), 3)
+    requests = make_requests(Policy(load_backbone(folders["qwen3"])), 3)
     engine = ScriptedEngine(lambda request: f"from {request.node}")
     assert isinstance(engine, Engine)
     heard: list[tuple[int, str]] = []

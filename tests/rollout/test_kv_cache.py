@@ -7,8 +7,8 @@ import torch
 from products import listed, loops_of
 from torch import Tensor
 
-from neuromas.model import kernels
 from neuromas.model.attention import Prefixes
+from neuromas.model.ops import CompiledOps, TorchOps
 from neuromas.rollout.kv_cache import DecodeAttention, Order, Sharing, Slots
 
 LAYERS = [(4, 2, 8), (2, 1, 16), (4, 2, 8)]
@@ -36,12 +36,12 @@ def make_slots(prefix_of_row: list[int], lengths_Q: Tensor) -> Slots:
     )  # fmt: skip
 
 
-def read_all(slots: Slots, prefixes: Prefixes, rows: int, window: int | None) -> tuple[list[Tensor], bool]:
+def read_all(slots: Slots, prefixes: Prefixes, rows: int, window: int | None, ops: TorchOps) -> tuple[list[Tensor], bool]:
     """Return what two tokens of each row read in every layer, and whether the grid was even."""
     found = []
     sharing = Sharing(prefixes, Order(slots, rows), None)
     for token in range(2):
-        attention = DecodeAttention(slots, sharing)
+        attention = DecodeAttention(slots, sharing, ops)
         for layer, (queries, keys, size) in enumerate(LAYERS):
             new = (normal(rows, heads, size, seed=100 * token + 10 * layer + heads) for heads in (queries, keys, keys))
             found.append(attention.attend(layer, *new, scale=0.3, window=window))
@@ -51,7 +51,7 @@ def read_all(slots: Slots, prefixes: Prefixes, rows: int, window: int | None) ->
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("case", ROWS)
-def test_compiled_loops_read_what_torch_reads(case: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_loops_read_what_torch_reads(case: str, window: int | None) -> None:
     lengths_Q = torch.arange(16) % WIDTH + 1
     past = [
         (normal(16, k, WIDTH, d, seed=200 + at), normal(16, k, WIDTH, d, seed=300 + at)) for at, (_, k, d) in enumerate(LAYERS)
@@ -59,10 +59,9 @@ def test_compiled_loops_read_what_torch_reads(case: str, window: int | None, mon
     slots = make_slots(ROWS[case], lengths_Q)
     other = copy.deepcopy(slots)
     with listed() as computed:
-        ours, even = read_all(slots, Prefixes(past, lengths_Q), len(ROWS[case]), window)
+        ours, even = read_all(slots, Prefixes(past, lengths_Q), len(ROWS[case]), window, CompiledOps())
     with listed() as plainly:
-        monkeypatch.setattr(kernels, "fit", lambda *_: False)
-        theirs, _ = read_all(other, Prefixes(past, lengths_Q), len(ROWS[case]), window)
+        theirs, _ = read_all(other, Prefixes(past, lengths_Q), len(ROWS[case]), window, TorchOps())
     for one, two in zip([*ours, *slots.keys, *slots.values], [*theirs, *other.keys, *other.values], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     assert even == (case != "one large prefix among many")

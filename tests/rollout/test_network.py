@@ -243,9 +243,3 @@ def test_ask_puts_one_question_with_its_answer_format(make: Make, read: Read) ->
     assert [message.text for message in rollout.completions[0].messages] == ["1>2"]
     assert read(engine.requests[1])[-1] == "Write a number."
     assert rollout.answer == "Answer: Yes"
-
-
-def test_a_backbone_carries_one_network(make: Make) -> None:
-    make(Topology.layered([1]), ScriptedEngine(lambda request: ""))
-    with pytest.raises(ValueError, match=r"^this backbone carries the adapters of another network; load a new Backbone"):
-        make(Topology.layered([1]), ScriptedEngine(lambda request: ""))

@@ -16,6 +16,7 @@ import torch
 from neuromas import Backbone
 from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
 from neuromas.model.adapters import AdapterBank
+from neuromas.model.policy import Policy
 from neuromas.training import checkpoint
 from neuromas.training.checkpoint import State
 from neuromas.training.ledger import Ledger
@@ -26,7 +27,8 @@ Learner = tuple[AdapterBank, torch.optim.Optimizer]
 
 def make_learner(seed: int = 0) -> Learner:
     config = AdapterConfig(rank=2, target_modules=("q_proj", "down_proj"))
-    bank = Backbone.tiny(0).add_adapters((1, 2), config, seed)
+    bank = Policy(Backbone.tiny(0), (1, 2), config, seed).adapters
+    assert bank is not None
     return bank, torch.optim.AdamW(bank.parameters().values(), lr=0.01, weight_decay=0.0)
 
 

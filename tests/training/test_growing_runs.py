@@ -231,7 +231,8 @@ def test_killed_in_a_growth_a_run_is_before_it(
 
 DEADLINE = 120.0
 PROGRAM = """
-import sys; from pathlib import Path; from neuromas.training.config_file import load_toml; from neuromas.training.loop import train
+import sys; from pathlib import Path; from neuromas.training.config_file import load_toml
+from neuromas.training.loop import train
 train(load_toml(Path(sys.argv[1])).check())
 """
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from neuromas.config import Centring, Scope
 from neuromas.model.packing import Packed
+from neuromas.model.policy import Routing
 from neuromas.training import reinforce
 from neuromas.types import Completion, Example, Group, Prompt, Rollout, Sample
 
@@ -30,12 +32,10 @@ def group(*rollouts: list[Completion]) -> Group:
     return tuple(Rollout(EXAMPLE, index, tuple(completions)) for index, completions in enumerate(rollouts))
 
 
-def build(
-    groups: list[Group], advantages: list[list[float]], *, version: int = 0, scope: Literal["all", "suffix"] = "suffix"
-) -> reinforce.Batch:
+def build(groups: list[Group], advantages: list[list[float]], *, version: int = 0, scope: Scope = "suffix") -> reinforce.Batch:
     return reinforce.build_batch(
-        groups, dict.fromkeys((4, 7), torch.tensor(advantages)), nodes=(4, 7), adapter_version=version, temperature=1.0,
-        scope=scope,
+        groups, dict.fromkeys((4, 7), torch.tensor(advantages)), routing=Routing((4, 7), scope),
+        adapter_version=version, temperature=1.0,
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def build(
         ("none", [1.0, 0.0, 0.0, 1.0]),
     ],
 )
-def test_advantages_by_hand(centring: reinforce.Centring, expected: list[float]) -> None:
+def test_advantages_by_hand(centring: Centring, expected: list[float]) -> None:
     rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
     advantages_PG = reinforce.advantages(rewards_PG, centring, running_mean=0.2)
     torch.testing.assert_close(advantages_PG, torch.tensor([expected]), rtol=0, atol=1e-6)
@@ -73,7 +73,7 @@ def test_advantages_by_hand(centring: reinforce.Centring, expected: list[float])
         ("none", [1.732051, 0.0, 0.0, 1.732051]),
     ],
 )
-def test_normalized_advantages_by_hand(centring: reinforce.Centring, expected: list[float]) -> None:
+def test_normalized_advantages_by_hand(centring: Centring, expected: list[float]) -> None:
     rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
     advantages_PG = reinforce.advantages(rewards_PG, centring, running_mean=0.2, normalize=True)
     torch.testing.assert_close(advantages_PG, torch.tensor([expected]), rtol=0, atol=1e-5)
@@ -88,13 +88,13 @@ def test_groups_are_centred_one_by_one() -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("centring", ["leave_one_out", "group_mean"])
 @pytest.mark.parametrize("reward", [0.0, 1.0])
-def test_equal_rewards_teach_nothing(centring: reinforce.Centring, reward: float, normalize: bool) -> None:
+def test_equal_rewards_teach_nothing(centring: Centring, reward: float, normalize: bool) -> None:
     advantages_PG = reinforce.advantages(torch.full((2, 7), reward), centring, normalize=normalize)
     assert advantages_PG.tolist() == [[0.0] * 7] * 2
 
 
 @pytest.mark.parametrize("centring", ["leave_one_out", "group_mean"])
-def test_a_group_of_one_teaches_nothing(centring: reinforce.Centring) -> None:
+def test_a_group_of_one_teaches_nothing(centring: Centring) -> None:
     assert reinforce.advantages(torch.tensor([[1.0], [0.0]]), centring).tolist() == [[0.0], [0.0]]
 
 
@@ -229,7 +229,7 @@ def draw_parameters(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
     ("centring", "ratio"),
     [("leave_one_out", 1.0), ("none", 1.0), ("ema", 1.0), ("group_mean", (GROUP_SIZE - 1) / GROUP_SIZE)],
 )
-def test_two_node_chain_exact_gradient(centring: reinforce.Centring, ratio: float) -> None:
+def test_two_node_chain_exact_gradient(centring: Centring, ratio: float) -> None:
     """Node 1 writes one of three symbols, node 2 reads it and writes one of three; one bit of reward at the end."""
     symbols = range(3)
     first, second = parameters = draw_parameters(1, (3,), (3, 3))
@@ -252,7 +252,7 @@ def test_two_node_chain_exact_gradient(centring: reinforce.Centring, ratio: floa
 
 
 @pytest.mark.parametrize(("centring", "biased"), [("leave_one_out", False), ("ema", False), ("group_mean", True)])
-def test_a_tree_has_the_exact_gradient_in_every_layer(centring: reinforce.Centring, biased: bool) -> None:
+def test_a_tree_has_the_exact_gradient_in_every_layer(centring: Centring, biased: bool) -> None:
     """Two nodes, two branches: leaves 0 and 1 share the first text, 2 and 3 the other; each node writes one of two symbols."""
     symbols = range(2)
     first, second = parameters = draw_parameters(3, (2,), (2, 2))

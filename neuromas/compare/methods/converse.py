@@ -8,6 +8,7 @@ from neuromas.compare.methods.conversation import Conversation, Spoken
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec
 from neuromas.config import TrainConfig
 from neuromas.model.backbone import Backbone
+from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import elect
@@ -36,9 +37,9 @@ class _Talk:
 class _Round:
     """All conversations of one call of the engine; each goes on as soon as its own texts are there."""
 
-    def __init__(self, talks: list[_Talk], backbone: Backbone, seed: tuple[int | str, ...], max_new_tokens: int) -> None:
-        self.talks, self.backbone, self.seed, self.max_new_tokens = talks, backbone, seed, max_new_tokens
-        self.limit = backbone.max_tokens
+    def __init__(self, talks: list[_Talk], policy: Policy, seed: tuple[int | str, ...], max_new_tokens: int) -> None:
+        self.talks, self.policy, self.seed, self.max_new_tokens = talks, policy, seed, max_new_tokens
+        self.limit = policy.backbone.max_tokens
         self.places: list[tuple[int, int]] = []
         """(conversation, place in its current list) of each request."""
 
@@ -73,7 +74,7 @@ class _Round:
         return requests
 
     def _request(self, spoken: Spoken, key: str, text: str) -> Request:
-        prompt = self.backbone.prompt(spoken.example.question, text)
+        prompt = self.policy.prompt(spoken.example.question, text)
         length = len(prompt.prefix_ids) + len(prompt.suffix_ids)
         if self.limit is not None and length + self.max_new_tokens > self.limit:
             raise ValueError(
@@ -87,7 +88,7 @@ class _Round:
 
 def converse(
     talks: Sequence[tuple[Example, Conversation]],
-    backbone: Backbone,
+    policy: Policy,
     engine: Engine,
     *,
     seed: Sequence[int | str],
@@ -96,11 +97,11 @@ def converse(
 ) -> list[Spoken]:
     """Hold all conversations at once, without a barrier between them, and return their answers in order.
 
-    The backbone carries no adapters. A draw depends on (seed, example, key of the call) alone.
+    The policy is the bare backbone. A draw depends on (seed, example, key of the call) alone.
     Raises ValueError if a call's prompt leaves no room for its text.
     """
     running = [_Talk(conversation, Spoken(example)) for example, conversation in talks]
-    rounds = _Round(running, backbone, tuple(seed), max_new_tokens)
+    rounds = _Round(running, policy, tuple(seed), max_new_tokens)
     engine.generate(rounds.start(), rounds.receive, temperature=temperature, max_new_tokens=max_new_tokens)
     return [talk.spoken for talk in running]
 
@@ -149,13 +150,14 @@ class Answerer:
         self.config, self.temperature = config.check(), temperature
         self.task = from_config(config.task)
         self.sets = evaluation_sets(config, self.task)
-        self.backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
-        self.engine = TorchEngine(self.backbone)
+        backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
+        self.policy = Policy(backbone)
+        self.engine = TorchEngine(self.policy)
 
     def converse(self, talks: Sequence[tuple[Example, Conversation]], seed: Sequence[int | str]) -> list[Spoken]:
         """Hold conversations on the bare backbone, as the cell's settings say."""
         return converse(
-            talks, self.backbone, self.engine, seed=seed, temperature=self.temperature,
+            talks, self.policy, self.engine, seed=seed, temperature=self.temperature,
             max_new_tokens=self.config.max_new_tokens,
         )  # fmt: skip
 

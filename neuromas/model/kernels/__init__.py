@@ -5,9 +5,16 @@ memory several times. Everything here is in float32; other devices and types tak
 """
 
 from neuromas.model.kernels.decoding import Reading, draw
-from neuromas.model.kernels.launch import fit
-from neuromas.model.kernels.layers import fit_gate, gate, gate_backward, heads, heads_backward, normalise, normalise_backward
+from neuromas.model.kernels.layers import gate, gate_backward, has_gate, heads, heads_backward, normalise, normalise_backward
 
 __all__ = [
-    "Reading", "draw", "fit", "fit_gate", "gate", "gate_backward", "heads", "heads_backward", "normalise", "normalise_backward",
+    "Reading",
+    "draw",
+    "gate",
+    "gate_backward",
+    "has_gate",
+    "heads",
+    "heads_backward",
+    "normalise",
+    "normalise_backward",
 ]  # fmt: skip

@@ -13,12 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def fit(x: Tensor) -> bool:
-    """Say whether these loops can do what is asked of a tensor like this one."""
-    return x.dtype == torch.float32 and x.is_cpu
-
-
 _threads = threading.local()
 """How many of them Numba has been told to use; it keeps that by thread, and asking it takes as long as a small loop."""
 _one_at_a_time = threading.Lock()

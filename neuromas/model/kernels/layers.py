@@ -56,7 +56,7 @@ def heads_backward(
     return d_columns_TXD
 
 
-def fit_gate(activation: str) -> bool:
+def has_gate(activation: str) -> bool:
     """Say whether there is a loop for a gate of this activation."""
     return activation in _GATES
 

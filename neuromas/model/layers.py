@@ -1,0 +1,108 @@
+"""How a policy computes a stream of tokens: by our own decoder (`decoder.py`), or by the layers that transformers has.
+
+The choice is made once, when a backbone is loaded; whoever calls need not know which it is.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from neuromas.model.adapters import AdapterBank
+from neuromas.model.attention import PrefixAttention
+from neuromas.model.decoder import LOGIT_CHANGES, slides
+from neuromas.model.logprobs import chosen_logprobs
+from neuromas.model.packing import Attention
+
+TRIED_IDS = 8
+"""Tokens that the head of a model is tried on."""
+
+
+@runtime_checkable
+class Layers(Protocol):
+    """A model's layers with adapters on them. `nodes_T` are indices into the bank's nodes; None leaves the adapters out."""
+
+    def logits(
+        self,
+        ids_T: Int[Tensor, " T"],
+        positions_T: Int[Tensor, " T"],
+        nodes_T: Int[Tensor, " T"] | None,
+        attention: Attention,
+        keep_K: Int[Tensor, " K"],
+    ) -> Float[Tensor, "K V"]:
+        """Return float32 logits at the given places of a stream of tokens, which are in order."""
+        ...
+
+    def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
+        """Compute the keys and values that others read of these tokens, and no more."""
+        ...
+
+    def logprobs(
+        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
+        chosen_K: Int[Tensor, " K"], temperature: float,
+    ) -> Float[Tensor, " K"]:  # fmt: skip
+        """Return the log-probability of one token each behind the given places."""
+        ...
+
+
+class TransformersLayers:
+    """The model's own forward, of which nothing need be known but that it attends to keys and values."""
+
+    def __init__(self, model: PreTrainedModel, adapters: AdapterBank | None) -> None:
+        self._model, self._adapters = model, adapters
+        self._no_mask = _no_mask(model)
+        self._plain_head = _plain_head(model)
+
+    def logits(
+        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor
+    ) -> Float[Tensor, "K V"]:
+        with self._routed(nodes_T):
+            return self._model(**self._inputs(ids_T, positions_T, attention), logits_to_keep=keep_K).logits[0].float()
+
+    def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
+        with self._routed(nodes_T):
+            self._model.base_model(**self._inputs(ids_T, positions_T, attention))
+
+    def logprobs(
+        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
+        chosen_K: Int[Tensor, " K"], temperature: float,
+    ) -> Float[Tensor, " K"]:  # fmt: skip
+        if self._plain_head is None:
+            logits_KV = self.logits(ids_T, positions_T, nodes_T, attention, keep_K)
+            return -cross_entropy(logits_KV / temperature, chosen_K, reduction="none")
+        with self._routed(nodes_T):
+            hidden_TH = self._model.base_model(**self._inputs(ids_T, positions_T, attention)).last_hidden_state[0]
+        return chosen_logprobs(hidden_TH[keep_K], self._plain_head, chosen_K, temperature)
+
+    def _inputs(self, ids_T: Tensor, positions_T: Tensor, attention: Attention) -> dict[str, Any]:
+        return {
+            "input_ids": ids_T[None], "position_ids": positions_T[None], "attention_mask": self._no_mask, "use_cache": False,
+            "packed": attention,
+        }  # fmt: skip
+
+    def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
+        return self._adapters.routed(nodes_T) if self._adapters else nullcontext()
+
+
+@torch.inference_mode()
+def _plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """Return the head, if logits are what it makes of hidden states and nothing else; models may scale or bound them."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    if not isinstance(head, nn.Linear) or any(getattr(config, name, None) for name in LOGIT_CHANGES):
+        return None
+    ids = torch.arange(min(TRIED_IDS, config.vocab_size), device=model.device)[None]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    return head if torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5) else None
+
+
+def _no_mask(model: PreTrainedModel) -> Any:
+    """Return what a model takes for a mask as it is, so that it makes none: `Attention` knows who sees whom."""
+    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=model.device)
+    by_kind = slides(model) and getattr(model.config, "layer_types", None)
+    return dict.fromkeys(("full_attention", "sliding_attention"), mask) if by_kind else mask
