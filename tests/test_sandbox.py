@@ -1,8 +1,11 @@
 """The code reward: right programs pass, wrong ones fail, and no program gets paid or gets out by force."""
 
+import ctypes
 import math
+import mmap
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from sandboxes import adopt_orphans, available, children, newcomers
 from neuromas.sandbox import Limits, Outcome, Program, Sandbox, Status, check_programs, choose_isolation
 from neuromas.sandbox.benchmarks import mbpp_program
 from neuromas.sandbox.confine import syscall_filter
+from neuromas.sandbox.files import copy_into_memory
 from neuromas.sandbox.isolation import ISOLATIONS, Bubblewrap
 from neuromas.sandbox.wire import TooLongError, decode, encode, read_frame
 
@@ -163,7 +167,7 @@ ODD = {
     "input that is empty": "def f(x):\n    try:\n        input()\n    except EOFError:\n        return x",
     "a deep recursion": "import sys\nsys.setrecursionlimit(5000)\ndef f(x, n=2000): return f(x, n - 1) if n else x",
     "many imports": "import json, re, math, decimal, heapq, bisect, string, collections, itertools\ndef f(x): return x",
-    "a main block": "def f(x): return x\nif __name__ == '__main__':\n    raise SystemExit",
+    "a lock": "import threading\ndef f(x): return x if (a := threading.Lock()).acquire() and not a.acquire(True, 0.001) else 0",
     "many descriptors": "import os\nkept = [os.dup(1) for _ in range(20)]\ndef f(x): return x",
     "warnings": "import warnings\nwarnings.warn('x')\ndef f(x): return x",
 }
@@ -333,6 +337,56 @@ def f(x):
     assert {outcome.detail for outcome in outcomes} == {"AssertionError: [True, True] (line 1 of the tests)"}
 
 
+def test_reading_leaves_nothing_behind() -> None:
+    if not available("bubblewrap"):
+        pytest.skip("bubblewrap does not work here")
+    path = Path(os.__file__).with_name("sndhdr.py")
+    tests = (
+        f"assert f(0)\nsize, device = f({str(path)!r})\nassert size == {path.stat().st_size} and device != {path.stat().st_dev}"
+    )
+    source = "import os\ndef f(path): return (len(open(path).read()), os.stat(path).st_dev) if path else 1"
+    with Sandbox(workers=1, isolation="bubblewrap") as sandbox:
+        assert run(sandbox, source, "assert f(0)").passed
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if is_in_memory(file.fileno()):
+                pytest.skip("this file system keeps what it was told to forget, or does not say")
+            assert run(sandbox, source, tests).detail == ""
+            assert not is_in_memory(file.fileno())
+            file.read()
+            assert is_in_memory(file.fileno())
+
+
+def is_in_memory(fd: int) -> bool:
+    answer = ctypes.create_string_buffer(1)
+    with mmap.mmap(fd, 1, access=mmap.ACCESS_COPY) as view:
+        first = ctypes.c_char.from_buffer(view)
+        assert ctypes.CDLL(None).mincore(ctypes.byref(first), ctypes.c_size_t(1), answer) == 0
+        del first
+    return answer[0] != b"\0"
+
+
+def test_bubblewrap_shows_nothing_of_the_host(tmp_path: Path) -> None:
+    if not available("bubblewrap"):
+        pytest.skip("bubblewrap does not work here")
+    assert choose_isolation() == "bubblewrap"
+    source = "from os.path import exists\ndef f(names): return list(map(exists, names))"
+    tests = f"assert f(['/proc', {str(tmp_path)!r}, '/usr/bin', '/lib']) == [False, False, False, True]"
+    (outcome,) = check_programs([Program(source, tests, "f")], isolation="bubblewrap")
+    assert outcome.detail == ""
+
+
+def test_details_are_one_printable_line(sandbox: Sandbox) -> None:
+    said = "\x1b[2J\r\n\u202e\x9b1m\u2028 é"
+    shown = r"\x1b[2J\r\n\u202e\x9b1m\u2028 é"
+    assert run(sandbox, f"raise ValueError({said!r})", "f(1)").detail == f"ValueError: {shown}"
+    assert run(sandbox, f"def f(x): return {said!r}", "assert f(1) == 0, f(1)").detail.startswith(
+        f"AssertionError: {shown} (line"
+    )
+    assert run(sandbox, f"def f(x): raise ValueError({said!r})", "f(1)").detail.startswith(f"ValueError: {shown} (line")
+    assert run(sandbox, f"raise type({said!r}, (Exception,), {{}})", "f(1)").detail == f"{shown}: "
+
+
 def test_no_programs() -> None:
     assert check_programs([]) == []
 
@@ -358,9 +412,9 @@ except ValueError as error:
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )
     assert re.fullmatch(
-        r"untrusted programs are not run without isolation, and there is none here \(sandlock: .* not installed; "
-        r"bubblewrap: there is no program 'bwrap'\): install sandlock \(pip install sandlock; Linux 6\.12 or later\) or "
-        r"bubblewrap 0\.8 or later \(apt install bubblewrap\)\n",
+        r"untrusted programs are not run without isolation, and there is none here \(bubblewrap: there is no program 'bwrap'; "
+        r"sandlock: .* not installed\): install bubblewrap 0\.8 or later \(apt install bubblewrap\) or "
+        r"sandlock \(pip install sandlock; Linux 6\.12 or later\)\n",
         result.stdout,
     )
     assert list(tmp_path.iterdir()) == []
@@ -371,7 +425,7 @@ def test_isolation_that_does_not_hold_is_not_used(tmp_path: Path, monkeypatch: p
     fake = tmp_path / "bwrap"
     fake.write_text(
         '#!/bin/sh\necho "{ \\"child-pid\\": $$ }" > /proc/self/fd/$2\n'
-        'while [ "$1 $2" != "--remount-ro /" ]; do shift; done\nshift 2\nexec "$@"\n'
+        'while [ "$1" != "--setenv" ]; do shift; done\nshift 3\nexec "$@"\n'
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -459,13 +513,64 @@ def test_a_user_without_a_passwd_entry_has_sandlock() -> None:
 
 
 @pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (
+            Limits(seconds=100.5),
+            r"limits\.seconds=100\.5 takes 102 seconds of processor time, and the hard limit of this host is 99: "
+            r"lower limits\.seconds, or raise the hard limit \(ulimit -Ht\)",
+        ),
+        (Limits(memory_mb=100), r"limits\.memory_mb=100 takes 104857600 bytes of address space, .* is 99: .* \(ulimit -Hv\)"),
+        (Limits(open_files=100), r"limits\.open_files=100 takes 100 open files, .* is 99: .* \(ulimit -Hn\)"),
+    ],
+)
+def test_limits_above_those_of_the_host(monkeypatch: pytest.MonkeyPatch, limits: Limits, message: str) -> None:
+    kinds = {"seconds": resource.RLIMIT_CPU, "memory_mb": resource.RLIMIT_AS, "open_files": resource.RLIMIT_NOFILE}
+    (lowered,) = [kind for name, kind in kinds.items() if name in message.split("=")[0]]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (0, 99 if kind == lowered else resource.RLIM_INFINITY))
+    with pytest.raises(ValueError, match=message):
+        Sandbox(limits)
+
+
+def test_a_host_with_low_limits(sandbox: Sandbox) -> None:
+    code = (
+        "import resource, sys\nfrom neuromas.sandbox import *\n"
+        "for kind, value in ((resource.RLIMIT_AS, 400 << 20), (resource.RLIMIT_CPU, 40), (resource.RLIMIT_NOFILE, 64)):\n"
+        "    resource.setrlimit(kind, (value, value))\n"
+        "limits = Limits(memory_mb=400, seconds=38, open_files=64)\n"
+        "print(check_programs([Program('def f(x): return 1', 'assert f(1) == 1', 'f')], limits, 1, sys.argv[1])[0].passed)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, sandbox.isolation], capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"
+
+
+def test_a_copy_in_memory_needs_namespaces() -> None:
+    # The kernel gives a process with two threads no user namespace.
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        with pytest.raises(OSError, match="unshare failed: Invalid argument; programs are given a file system in memory"):
+            copy_into_memory()
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Limits(seconds=0), r"limits\.seconds must be at least 0\.1, got 0"),
-        (lambda: Limits(memory_mb=1), r"limits\.memory_mb must be at least 64, got 1"),
-        (lambda: Limits(open_files=1), r"limits\.open_files must be at least 8, got 1"),
-        (lambda: Limits(output_bytes=1), r"limits\.output_bytes must be at least 1024, got 1"),
-        (lambda: Limits(seconds=math.nan), r"limits\.seconds must be at least 0\.1, got nan"),
+        (lambda: Limits(seconds=0), r"limits\.seconds must be a number from 0\.1 to 86400, got 0"),
+        (lambda: Limits(seconds=math.nan), r"limits\.seconds must be a number from 0\.1 to 86400, got nan"),
+        (lambda: Limits(seconds=math.inf), r"limits\.seconds must be a number from 0\.1 to 86400, got inf"),
+        (lambda: Limits(memory_mb=1), r"limits\.memory_mb must be a whole number from 64 to 134217728, got 1"),
+        (
+            lambda: Limits(memory_mb=1 << 44),
+            r"limits\.memory_mb must be a whole number from 64 to .*, got 17592186044416",
+        ),
+        (lambda: Limits(open_files=1), r"limits\.open_files must be a whole number from 8 to 1073741824, got 1"),
+        (lambda: Limits(open_files=9.5), r"limits\.open_files must be a whole number from 8 to .*, got 9\.5"),  # type: ignore
+        (lambda: Limits(output_bytes=1), r"limits\.output_bytes must be a whole number from 1024 to 1099511627776, got 1"),
         (lambda: Sandbox(workers=0), "workers must be at least 1, got 0"),
         (lambda: Program("", "", "a b"), "entry_point and helpers must be Python names, got 'a b'"),
         (lambda: Program("", "", "a", ("b()",)), r"entry_point and helpers must be Python names, got 'b\(\)'"),

@@ -26,7 +26,7 @@ class Siege:
     survivors: list[str]
 
 
-@pytest.fixture(scope="module", params=["sandlock", pytest.param("bubblewrap", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["bubblewrap", pytest.param("sandlock", marks=pytest.mark.slow)])
 def siege(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Siege:
     if not available(request.param):
         pytest.skip(f"{request.param} does not work here")

@@ -20,7 +20,7 @@ reaches another process. What the program can do is answer, and an answer is rea
 lists, dicts, sets. `assert f(x) == 3` compares an `int` made by the judge's own interpreter; an `__eq__` stays where it was
 written. After the last line of the tests the judge gives the secret back, and that is passing.
 
-Two walls stand between program and host (and tests and host): `isolation.py`, sandlock or else bubblewrap, which takes away the
+Two walls stand between program and host (and tests and host): `isolation.py`, bubblewrap or else sandlock, which takes away the
 files, and `confine.py`, an allow-list of system calls and hard limits on resources. The isolation is tried out before it is
 trusted, with a program that tries to get out. If none holds, that is an error: a program is never run on the bare host.
 
@@ -33,6 +33,7 @@ program that knows the tests' inputs by heart passes.
 
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -45,7 +46,7 @@ from functools import cache
 from pathlib import Path
 
 from neuromas.sandbox.isolation import ISOLATIONS, IsolationName, make_isolation
-from neuromas.sandbox.runner import START_FAILED
+from neuromas.sandbox.runner import SPARE_SECONDS, START_FAILED
 from neuromas.sandbox.wire import decode, encode, read_frame, write_frame
 
 __all__ = ["Limits", "Outcome", "Program", "Sandbox", "Status", "check_programs", "choose_isolation"]
@@ -101,10 +102,31 @@ class Limits:
     """Size of all that the program returns to the tests. What it prints goes nowhere."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seconds", 0.1), ("memory_mb", 64), ("open_files", 8), ("output_bytes", 1024)):
+        ranges = {
+            "seconds": (0.1, 86400),
+            "memory_mb": (64, 1 << 27),
+            "open_files": (8, 1 << 30),
+            "output_bytes": (1024, 1 << 40),
+        }
+        for name, (least, most) in ranges.items():
             value = getattr(self, name)
-            if not least <= value:
-                raise ValueError(f"limits.{name} must be at least {least}, got {value!r}")
+            if not least <= value <= most or not (name == "seconds" or isinstance(value, int)):
+                kind = "number" if name == "seconds" else "whole number"
+                raise ValueError(f"limits.{name} must be a {kind} from {least} to {most}, got {value!r}")
+
+    def check_host(self) -> None:
+        """Raise ValueError if a limit is above this host's own hard limit, under which no program could be given it."""
+        for name, value, kind, unit, letter in (
+            ("seconds", int(self.seconds) + SPARE_SECONDS, resource.RLIMIT_CPU, "seconds of processor time", "t"),
+            ("memory_mb", self.memory_mb << 20, resource.RLIMIT_AS, "bytes of address space", "v"),
+            ("open_files", self.open_files, resource.RLIMIT_NOFILE, "open files", "n"),
+        ):
+            hard = resource.getrlimit(kind)[1]
+            if hard != resource.RLIM_INFINITY and value > hard:
+                raise ValueError(
+                    f"limits.{name}={getattr(self, name)} takes {value} {unit}, and the hard limit of this host is {hard}: "
+                    f"lower limits.{name}, or raise the hard limit (ulimit -H{letter})"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +135,8 @@ class Outcome:
 
     status: Status
     detail: str
-    """A few words on why; empty if it passed. Partly the program's own: for people, not to be parsed."""
+    """A few words on why; empty if it passed. Partly the program's own: for people, not to be parsed. It is one line of printable
+    characters; others are spelled out, e.g. `\\x1b`."""
     isolation: IsolationName
     seconds: float
 
@@ -136,6 +159,7 @@ class Sandbox:
         if self._count < 1:
             raise ValueError(f"workers must be at least 1, got {workers!r}")
         self.limits = Limits() if limits is None else limits
+        self.limits.check_host()
         self.isolation: IsolationName = choose_isolation(ISOLATIONS if isolation is None else (isolation,))
         self._lock = threading.Lock()
         self._runners: list[_Runner] = []
@@ -222,8 +246,8 @@ def choose_isolation(names: tuple[IsolationName, ...] = ISOLATIONS) -> Isolation
             return name
         reasons.append(f"{name}: {reason}")
     raise ValueError(
-        f"untrusted programs are not run without isolation, and there is none here ({'; '.join(reasons)}): install sandlock "
-        "(pip install sandlock; Linux 6.12 or later) or bubblewrap 0.8 or later (apt install bubblewrap)"
+        f"untrusted programs are not run without isolation, and there is none here ({'; '.join(reasons)}): install bubblewrap "
+        "0.8 or later (apt install bubblewrap) or sandlock (pip install sandlock; Linux 6.12 or later)"
     )
 
 
@@ -252,6 +276,10 @@ def escapes():
 """
 
 
+_SMALL = Limits(memory_mb=64, open_files=8)
+"""A host whose own limits are low has isolation nevertheless."""
+
+
 def _try_out(name: IsolationName) -> str | None:
     """Return why an isolation is not to be trusted on this machine, None if it is."""
     try:
@@ -264,7 +292,7 @@ def _try_out(name: IsolationName) -> str | None:
         program = Program(f"CANARY = {str(canary)!r}\n{_ESCAPE}", "found = candidate()\nassert found == [], found", "escapes")
         runner = _Runner(name)
         try:
-            outcome = runner.ask(program, Limits())
+            outcome = runner.ask(program, _SMALL)
         except OSError as error:
             return str(error)
         finally:
@@ -305,7 +333,8 @@ class _Runner:
         status, detail, seconds = decode(answer)  # type: ignore[misc]  # the runner's: a tuple of three
         if status == START_FAILED:
             raise OSError(f"no isolated process could be started with {self._isolation}: {detail}")
-        return Outcome(Status(status), detail, self._isolation, seconds)
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in detail)
+        return Outcome(Status(status), shown, self._isolation, seconds)
 
     def hang_up(self) -> None:
         """Make it end with its isolated processes, whatever they are doing; whoever waits for it hears of it at once."""

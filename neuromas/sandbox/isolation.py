@@ -1,7 +1,8 @@
 """The first wall: processes that see the standard library and nothing else of the host.
 
-`sandlock` (Landlock rules and a system call filter in the kernel, no privileges) is the first choice, `bubblewrap` (namespaces)
-the second. There is no third: without one of them nothing runs.
+`bubblewrap` (namespaces, and a copy of the files in memory) is the first choice, `sandlock` (Landlock rules and a system call
+filter in the kernel) the second: it leaves open what `docs/sandbox.md` lists. There is no third: without one of them nothing
+runs.
 """
 
 import contextlib
@@ -12,19 +13,18 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from neuromas.sandbox.files import DEVICES, HERE, copy_into_memory, environment, hidden, interpreter, readable
 
 if TYPE_CHECKING:
     import sandlock
 
 IsolationName = Literal["sandlock", "bubblewrap"]
-ISOLATIONS: tuple[IsolationName, ...] = ("sandlock", "bubblewrap")
+ISOLATIONS: tuple[IsolationName, ...] = ("bubblewrap", "sandlock")
 
 _NOBODY = 65534
 _INFO_SECONDS = 30.0
-_HERE = Path(__file__).resolve().parent
 # The modules below are found without running `neuromas/__init__.py`, which the isolated process need not see.
 _BOOT = """
 import sys
@@ -64,10 +64,11 @@ class Sandlock:
         finally:
             if not has_home:
                 del os.environ["HOME"]
-        self._readable, self._hidden = _readable(), _packages()
         got, needed = sandlock.landlock_abi_version(), sandlock.min_landlock_abi()
         if got < needed:
             raise ValueError(f"the kernel has Landlock version {got}, sandlock needs {needed} (Linux 6.12 or later)")
+        # It compares the paths that links lead to.
+        self._readable, self._hidden = sorted({os.path.realpath(name) for name in readable()}), hidden()
 
     def start(self) -> Process:
         """Start `neuromas.sandbox.judge` in isolation, alone with its two pipes."""
@@ -79,7 +80,7 @@ class Sandlock:
             fs_denied=["/proc", *self._hidden],
             fs_writable=[os.devnull],
             clean_env=True,
-            env=_environment(),
+            env=environment(),
             cwd="/",
             # In a user namespace: whoever starts it, it has no privilege to lift its own limits.
             uid=_NOBODY,
@@ -116,23 +117,27 @@ class Bubblewrap:
         path = shutil.which(program)
         if path is None:
             raise ValueError(f"there is no program {program!r}")
+        self._path = path
+        self._options: list[str] = []
+
+    def start(self) -> Process:
+        """Start `neuromas.sandbox.judge` in isolation, alone with its two pipes. The first start copies what it needs."""
+        if not self._options:
+            self._options = self._make_options(copy_into_memory())
+        return _Bubble(self._path, [*self._options, *_command()])
+
+    def _make_options(self, folder: str) -> list[str]:
         # fmt: off
         options = [
             "--unshare-user", "--unshare-all", "--disable-userns", "--uid", str(_NOBODY), "--gid", str(_NOBODY),
-            "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv", "--chdir", "/",
+            "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv", "--ro-bind", folder, "/", "--chdir", "/",
         ]
         # fmt: on
-        for name in _readable():
-            options += ["--dev-bind" if name.startswith("/dev/") else "--ro-bind", name, name]
-        for name in _packages():
-            options += ["--tmpfs", name, "--remount-ro", name]
-        for name, value in _environment().items():
+        for name in DEVICES:
+            options += ["--dev-bind", name, name]
+        for name, value in environment().items():
             options += ["--setenv", name, value]
-        self._path, self._options = path, [*options, "--remount-ro", "/"]
-
-    def start(self) -> Process:
-        """Start `neuromas.sandbox.judge` in isolation, alone with its two pipes."""
-        return _Bubble(self._path, [*self._options, *_command()])
+        return options
 
 
 class _Bubble:
@@ -204,35 +209,6 @@ def make_isolation(name: IsolationName) -> Isolation:
     return Sandlock() if name == "sandlock" else Bubblewrap()
 
 
-def _python() -> str:
-    # The interpreter itself, not a virtual environment's link to it: third-party packages stay outside.
-    return os.path.realpath(sys.executable)
-
-
 def _command() -> list[str]:
     # No site-packages (-s, -S), nothing written (-B), nothing imported from the working directory (-P).
-    return [_python(), "-s", "-S", "-B", "-P", "-c", _BOOT, str(_HERE)]
-
-
-def _environment() -> dict[str, str]:
-    # The order of sets is the same in every run, so a reward is.
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {"PYTHONHASHSEED": "0", **kept}
-
-
-def _readable() -> list[str]:
-    """Return what Python needs of the host: standard and shared libraries, this folder. No configuration, home or /proc."""
-    names = [
-        _python(),
-        f"{sys.base_prefix}/lib",
-        *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"),
-        str(_HERE),
-        *(os.devnull, "/dev/urandom"),
-    ]
-    return [name for name in dict.fromkeys(names) if Path(name).exists()]
-
-
-def _packages() -> list[str]:
-    """Return the folders of third-party packages in what is readable: they are hidden."""
-    roots = [Path(name) for name in _readable() if Path(name).is_dir()]
-    return sorted(str(path) for root in roots for kind in ("site", "dist") for path in root.glob(f"python*/{kind}-packages"))
+    return [interpreter(), "-s", "-S", "-B", "-P", "-c", _BOOT, str(HERE)]

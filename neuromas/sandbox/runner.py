@@ -19,6 +19,9 @@ from neuromas.sandbox.wire import decode, encode, frame, frame_length, read_fram
 START_FAILED = "start failed"
 """Status of a job for which no isolated process could be started: the only one that says nothing about the program."""
 
+SPARE_SECONDS = 2
+"""Processor time beyond the wall-clock time: a second guard, which stops a program that outlives this process."""
+
 _STATUSES = ("failed", "invalid", "memory", "output", "crashed")
 """What a judge may say of a program besides that it passed."""
 _START_SECONDS = 30.0
@@ -126,8 +129,7 @@ class Runner:
         try:
             judge.await_ready()
             secret = f"secret-{secrets.token_hex(16)}"
-            # The clock of the processor is a second guard: it stops a program that outlives this process.
-            limits = (memory_bytes, int(seconds) + 2, open_files)
+            limits = (memory_bytes, int(seconds) + SPARE_SECONDS, open_files)
             # Only now does time count: a slow start is the machine's.
             deadline = time.monotonic() + seconds
             judge.send(encode((source, tests, names, secret, output_bytes, *limits)), deadline)

@@ -98,7 +98,7 @@ def solve(a, b):
 raise type("passed\\nsecret-" + "0" * 32, (Exception,), {})("passed\\n")
 """,
         INVALID,
-        "^passed\nsecret",
+        r"^passed\\nsecret",
     ),
     Attack(
         "an exception that looks like a verdict",
@@ -107,7 +107,7 @@ def solve(a, b):
     raise type("passed\\nsecret-" + "0" * 32, (Exception,), {})("passed\\n")
 """,
         FAILED,
-        "^ProgramError: passed\nsecret",
+        r"^ProgramError: passed\\nsecret",
     ),
     Attack(
         "reads the questions itself",

@@ -234,4 +234,37 @@ def solve(a, b):
         FAILED,
         REFUSED,
     ),
+    Attack(
+        "words with programs that run at once, notes for those that come",
+        """
+import errno, mmap, resource, time
+
+def huge():
+    try:
+        return call(9, 0, 1 << 21, 3, 0x40022, -1, 0)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise
+        return "none are left"
+
+def solve(a, b):
+    code = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value & ~4095
+    mine = mmap.mmap(-1, 4096)
+    return tried(
+        wake=lambda: call(202, code, 1, 1, 0, 0, 0),
+        wait=lambda: call(202, code, 0, ctypes.c_uint32.from_address(code).value, (ctypes.c_long * 2)(), 0, 0),
+        pipe=os.pipe,
+        faults=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+        resident=lambda: call(27, code, 4096, ctypes.create_string_buffer(1)),
+        sysinfo=lambda: call(99, ctypes.create_string_buffer(256)),
+        drop=lambda: mine.madvise(mmap.MADV_DONTNEED),
+        link=lambda: os.readlink("/proc/self"),
+        descriptor=lambda: os.readlink("/proc/%d/fd/4" % os.getppid()),
+        judge=lambda: time.clock_gettime(~os.getppid() << 3 | 2),
+        huge=huge,
+    )
+""",
+        FAILED,
+        REFUSED,
+    ),
 ]
