@@ -135,8 +135,8 @@ class Outcome:
 
     status: Status
     detail: str
-    """A few words on why; empty if it passed. Partly the program's own: for people, not to be parsed. It is one line of printable
-    characters; others are spelled out, e.g. `\\x1b`."""
+    """A few words on why; empty if it passed. Partly the program's own: for people, not to be parsed. One line of printable
+    characters: others are spelled out, e.g. `\\x1b`."""
     isolation: IsolationName
     seconds: float
 

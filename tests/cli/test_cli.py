@@ -106,7 +106,7 @@ def test_a_code_task_without_a_sandbox_says_so_before_anything_is_loaded(call: C
     tests, run = tmp_path / "tests.jsonl", tmp_path / "run"
     tests.write_text('{"question": "q", "answer": "assert f(1) == 1"}\n')
     message = (
-        r"error: untrusted programs are not run without isolation, .*: install sandlock \(pip install sandlock; .*\) or bubb"
+        r"error: untrusted programs are not run without isolation, .*: install bubblewrap .*\) or sandlock \(pip"
     )
     for task in (["humaneval"], ["humaneval_plus"], ["mbpp"], [f"jsonl:{tests}", "--task.verifier", "python"]):
         # Neither the data nor the backbone is there to be read.
