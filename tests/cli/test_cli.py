@@ -105,9 +105,7 @@ def no_isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 def test_a_code_task_without_a_sandbox_says_so_before_anything_is_loaded(call: Call, tmp_path: Path, trained: Path) -> None:
     tests, run = tmp_path / "tests.jsonl", tmp_path / "run"
     tests.write_text('{"question": "q", "answer": "assert f(1) == 1"}\n')
-    message = (
-        r"error: untrusted programs are not run without isolation, .*: install bubblewrap .*\) or sandlock \(pip"
-    )
+    message = r"error: untrusted programs are not run without isolation, .*: install bubblewrap .*\) or sandlock \(pip"
     for task in (["humaneval"], ["humaneval_plus"], ["mbpp"], [f"jsonl:{tests}", "--task.verifier", "python"]):
         # Neither the data nor the backbone is there to be read.
         flags = [*FLAGS, "--backbone", "none", "--task.data", "none", "--run-dir", run, "--task", *task]
