@@ -6,6 +6,7 @@ import re
 import textwrap
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +16,10 @@ from neuromas.sandbox.benchmarks import humaneval_plus_program, humaneval_progra
 from neuromas.tasks.item_files import Record
 from neuromas.tasks.published import Benchmark
 from neuromas.tasks.task import DatasetTask, Problem
-from neuromas.tasks.verifiers import make_verifier
+from neuromas.tasks.verifiers import Python, defines
 from neuromas.types import Example
 
-PYTHON = make_verifier("python")
+PYTHON = Python()
 
 
 @cache
@@ -34,8 +35,8 @@ class CodeTask(DatasetTask):
     verifier = "python"
     limits = Limits()
 
-    programs: dict[str, Callable[[str], Program]]
-    """What makes a program with its tests of an answer, by the id of the example: filled as examples are read."""
+    programs: dict[str, Callable[[str], Program | None]]
+    """What makes a program with its tests of a text that gives one, by the id of the example: filled as examples are read."""
 
     def check_ready(self) -> None:
         _sandbox(self.limits)
@@ -47,14 +48,16 @@ class CodeTask(DatasetTask):
         return self.rewards([(example, text)])[0]
 
     def rewards(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
-        answers = [self.parse_answer(text) for _, text in pairs]
-        todo = [k for k, answer in enumerate(answers) if answer is not None]
-        rewards = [0.0] * len(pairs)
-        if todo:
-            programs = [self.programs[pairs[k][0].id](answers[k] or "") for k in todo]
-            for k, outcome in zip(todo, _sandbox(self.limits).check(programs), strict=True):
-                rewards[k] = float(outcome.passed)
-        return rewards
+        found = [self.programs[example.id](text) for example, text in pairs]
+        programs = [program for program in found if program is not None]
+        outcomes = iter(_sandbox(self.limits).check(programs) if programs else ())
+        return [0.0 if program is None else float(next(outcomes).passed) for program in found]
+
+
+def with_answer(program: Program, text: str) -> Program | None:
+    """Return the program that a text gives, in the place of another one that has the same tests."""
+    source = PYTHON.read(text, program.entry_point)
+    return None if source is None else replace(program, source=textwrap.dedent(source))
 
 
 class CodeBenchmark(CodeTask, Benchmark):
@@ -67,14 +70,14 @@ class CodeBenchmark(CodeTask, Benchmark):
         data: Path | None = None,
         *,
         train_on_evaluation: bool = False,
-        programs: dict[str, Callable[[str], Program]] | None = None,
+        programs: dict[str, Callable[[str], Program | None]] | None = None,
     ) -> None:
         super().__init__(data, train_on_evaluation=train_on_evaluation)
         self.programs = {} if programs is None else programs
 
     @abstractmethod
-    def program(self, record: Record, answer: str) -> Program:
-        """Put an answer together with the tests of its record."""
+    def program(self, record: Record, text: str) -> Program | None:
+        """Put the program that a text gives together with the tests of its record."""
 
     def example_of(self, record: Record) -> Example:
         example = super().example_of(record)
@@ -107,9 +110,10 @@ class Mbpp(CodeBenchmark):
             raise record.error("expected a list 'test_list' of asserts")
         return Problem(f"{text}\nYour code has to pass tests such as:\n{tests[0]}", code)
 
-    def program(self, record: Record, answer: str) -> Program:
+    def program(self, record: Record, text: str) -> Program | None:
         data = record.data
-        return mbpp_program(answer, data["code"], data["test_list"], data.get("test_setup_code") or "")
+        gold = data["code"]
+        return with_answer(mbpp_program(gold, gold, data["test_list"], data.get("test_setup_code") or ""), text)
 
 
 class HumanEval(CodeBenchmark):
@@ -131,9 +135,19 @@ class HumanEval(CodeBenchmark):
         prompt, solution, _ = record.texts("prompt", "canonical_solution", "entry_point")
         return Problem(f"Complete this Python function:\n{prompt}", solution)
 
-    def program(self, record: Record, answer: str) -> Program:
+    def program(self, record: Record, text: str) -> Program | None:
+        entry_point = record.data["entry_point"]
+        answer = PYTHON.read(text, entry_point)
+        if answer is None:
+            return None
+        first, completion = _completion(answer, entry_point)
+        program = self.completed(record, completion)
+        return replace(program, source=first + program.source)
+
+    def completed(self, record: Record, completion: str) -> Program:
+        """Put what follows the prompt together with prompt and tests."""
         data = record.data
-        return humaneval_program(data["prompt"], _completion(answer, data["entry_point"]), data["test"], data["entry_point"])
+        return humaneval_program(data["prompt"], completion, data["test"], data["entry_point"])
 
 
 class HumanEvalPlus(HumanEval):
@@ -151,24 +165,42 @@ class HumanEvalPlus(HumanEval):
     # On average 750 calls, and as many of the published program beside them.
     limits = Limits(seconds=120, memory_mb=1024, output_bytes=1 << 30)
 
-    def program(self, record: Record, answer: str) -> Program:
+    def completed(self, record: Record, completion: str) -> Program:
         data = record.data
         if "plus_input" in data:
             inputs, tolerance = data["base_input"] + data["plus_input"], data["atol"]
         else:
             inputs, tolerance = _inputs_of(record)
-        completion = _completion(answer, data["entry_point"])
         return humaneval_plus_program(
             data["prompt"], completion, data["canonical_solution"], data["entry_point"], inputs, tolerance
         )
 
 
-def _completion(answer: str, entry_point: str) -> str:
-    """Return what follows the prompt: the whole function once more, or its body alone."""
-    if re.search(rf"^def {entry_point}\b", answer, re.MULTILINE):
-        return f"\n{answer}"
-    first = next(line for line in answer.split("\n") if line.strip())
-    return answer if first[0].isspace() else textwrap.indent(answer, "    ")
+_FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import\b[^\n]*$", re.MULTILINE)
+
+
+def _completion(answer: str, entry_point: str) -> tuple[str, str]:
+    """Return what precedes and what follows the prompt: a whole program, or the body of the prompt's function, indented.
+
+    Which one it is, its lines tell: a program gives the function's name a meaning, and only a body returns. What a program
+    imports from the future has to come first.
+    """
+    whole = textwrap.dedent(answer)
+    if not defines(answer, entry_point) or re.search(r"^return\b", whole, re.MULTILINE):
+        return "", _body(answer)
+    return "\n".join([*_FUTURE.findall(whole), ""]), "\n" + _FUTURE.sub("", whole)
+
+
+def _body(answer: str) -> str:
+    """Return a function's body indented by four spaces, also where its first line has lost its indentation."""
+    lines = [line for line in answer.split("\n") if line.strip()]
+    margins = [line[: len(line) - len(line.lstrip())] for line in lines]
+    if len(lines) > 1 and not margins[0] and all(margins[1:]):
+        least = min(margins[1:], key=len)
+        # All the rest is the block of the first line, or that stood where the least indented of the others do.
+        if not re.search(r":\s*(?:#.*)?$", lines[0]) or margins[1] != least:
+            return _body(least + answer.lstrip())
+    return answer if margins[0] == "    " else textwrap.indent(textwrap.dedent(answer), "    ")
 
 
 def _inputs_of(record: Record) -> tuple[list[Any], float]:

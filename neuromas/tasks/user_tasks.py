@@ -11,7 +11,7 @@ from types import ModuleType
 
 from neuromas.sandbox import Program
 from neuromas.tasks import item_files
-from neuromas.tasks.code import CodeTask
+from neuromas.tasks.code import CodeTask, with_answer
 from neuromas.tasks.item_files import Record
 from neuromas.tasks.task import SPLITS, DatasetTask, Problem, Task, split_of
 from neuromas.tasks.verifiers import Verifier, VerifierName, make_verifier
@@ -109,7 +109,7 @@ class JsonlCodeTask(CodeTask, JsonlTask):
         question, tests = record.texts("question", "answer")
         entry_point = _function_under_test(record, tests)
         example = self.example(Problem(question, tests))
-        self.programs[example.id] = partial(Program, tests=tests, entry_point=entry_point)
+        self.programs[example.id] = partial(with_answer, Program("", tests, entry_point))
         return example
 
 

@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cache
+from textwrap import dedent
 from typing import Literal, get_args
 
 from neuromas.tasks.answers import number_form, option_form, read_exact, read_open, unboxed, words_form
@@ -150,18 +151,51 @@ class Python(Verifier):
     """The answer is a program; whether it is right, its tests say (`neuromas.tasks.code`)."""
 
     answer_format = 'Write the complete function in one "```python" block.'
-    _fence = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+    _function = re.compile(r"^(?:(?:async[ \t]+)?def|class)\b|^\w+[ \t]*=[ \t]*lambda\b", re.MULTILINE)
 
-    def read(self, text: str) -> str | None:
-        blocks = self._fence.findall(text)
-        if len(blocks) > 1 or (not blocks and "```" in text):
+    def read(self, text: str, name: str | None = None) -> str | None:
+        """Return the program: the text, its one block, or of several the one that defines `name` (None: any function)."""
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+        # An editor's marks at the start of a file are no part of it.
+        blocks = [block.lstrip("\ufeff\f") for block in _blocks(text)]
+        if len(blocks) > 1:
+            blocks = [block for block in blocks if (defines(block, name) if name else self._function.search(dedent(block)))]
+        if len(blocks) != 1:
             return None
-        program = blocks[0] if blocks else text.rstrip()
         # Lone surrogates are no text that a file of Python could hold.
-        return program if program.strip() and _encodes(program) else None
+        return blocks[0] if blocks[0].strip() and _encodes(blocks[0]) else None
 
     def check(self, gold: str, text: str) -> bool:
         raise NotImplementedError("programs are checked many at a time, by neuromas.tasks.code")
+
+
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)")
+
+
+def _blocks(text: str) -> list[str]:
+    """Return what stands between fences (the last may be missing) or, where there are none, the text."""
+    blocks: list[list[str]] = []
+    fence, margin = "", ""
+    for line in text.split("\n"):
+        found = _FENCE.fullmatch(line)
+        if not fence and found:
+            margin, fence = found[1], found[2]
+            blocks.append([])
+        elif found and found[2].startswith(fence) and not found[3].strip():
+            fence = ""
+        elif fence:
+            # Within a list, a block is indented as its fence is.
+            blocks[-1].append(line.removeprefix(margin))
+    if not blocks:
+        return [] if "```" in text else [text.rstrip()]
+    return ["".join(f"{line}\n" for line in block) for block in blocks]
+
+
+def defines(program: str, name: str) -> bool:
+    """Say whether a program, which may be indented as a whole, gives a name a meaning: by def, class, assignment, import."""
+    ways = rf"(?:async[ \t]+)?def[ \t]+{name}\b|class[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]+)?=(?!=)"
+    imported = rf"(?:from[ \t]+[\w.]+[ \t]+)?import\b[^#\n]*\b{name}[ \t]*(?:[,;)#]|$)"
+    return re.search(rf"^(?:{ways}|{imported})", dedent(program), re.MULTILINE) is not None
 
 
 def _encodes(text: str) -> bool:

@@ -18,7 +18,7 @@ from neuromas.cli import task_list
 from neuromas.config import TaskConfig, TrainConfig
 from neuromas.sandbox import ISOLATIONS, choose_isolation
 from neuromas.tasks import BENCHMARKS, TASKS, DatasetTask, floor, from_config, get_task, question_id
-from neuromas.tasks.code import HumanEvalPlus, Mbpp
+from neuromas.tasks.code import HumanEval, HumanEvalPlus, Mbpp
 from neuromas.tasks.item_files import Record
 from neuromas.tasks.published import BBH, PHYSICS, SUBJECTS, Benchmark
 from neuromas.tasks.user_tasks import JsonlCodeTask
@@ -122,6 +122,57 @@ def test_gold_programs_pass_and_others_do_not(name: str, step: int) -> None:
         for texts in columns:
             assert task.rewards(list(zip(examples, texts, strict=True))) == [reward] * len(examples)
     assert task.reward(examples[0], examples[0].answer) == 1.0
+
+
+# A function of two numbers that adds them, and the same as its body.
+FORMS = {
+    "assigned": "import operator\nadd = operator.add",
+    "annotated": "from typing import Callable\nadd: Callable = lambda x, y: x + y",
+    "lambda": "add = lambda x, y: x + y",
+    "imported": "from operator import add",
+    "imported as": "from operator import sub, __add__ as add",
+    "decorated": "from functools import cache\n@cache\ndef add(x, y):\n    return x + y",
+    "from the future": "from __future__ import annotations\ndef add(x: Unknown, y):\n    return x + y",
+    "indented as a whole": "    def add(x, y):\n        return x + y",
+    "after a form feed": "\fdef add(x, y):\n    return x + y",
+    "body": "    return x + y",
+    "body without indentation": "if x:\n    return x + y\nreturn y",
+    "body whose first line lost it": "z = x\n    return z + y",
+    "body whose first line lost it, a block": "if x:\n        return x + y\n    return y",
+    "body whose first line lost it, a comment": "# The sum.\n    return x + y",
+    "body whose first line lost it, brackets": "return (x\n            + y)",
+    "body of one block": "if x != 'no':\n    return x + y",
+    "body with tabs": "\tif x:\n\t\treturn x + y\n\treturn y",
+    "body of two spaces": "  return x + y",
+    "body with a function of its own name": "def add(a, b):\n    return a + b\nreturn add(x, y)",
+}
+NOT_READ = (
+    "def add(x, y):\n    return x - y",
+    "def sub(x, y):\n    return x + y",
+    "async def add(x, y):\n    return x + y",
+    "pass",
+)
+INJECTED = "from __future__ import annotations; check = candidate = print\ndef add(x, y):\n    return x - y"
+
+
+@needs_sandbox
+def test_programs_are_read_in_the_forms_that_models_write() -> None:
+    record = {
+        "prompt": 'def add(x: int, y: int):\n    """Add."""\n',
+        "canonical_solution": "    return x + y\n",
+        "entry_point": "add",
+        "test": "def check(candidate):\n    assert candidate(0, 3) == 3\n    assert candidate(2, 3) == 5\n",
+    }
+    task = HumanEval()
+    example = task.example_of(Record("row 1", record))
+    fenced = {
+        name: f"So:\n```python\n{text}\n```\nIt gives:\n```\n5\n```" for name, text in FORMS.items() if "body" not in name
+    }
+    answers = {**FORMS, **{f"{name}, fenced": text for name, text in fenced.items()}}
+    rewards = task.rewards([(example, text) for text in answers.values()])
+    assert [name for name, reward in zip(answers, rewards, strict=True) if reward != 1.0] == []
+    twice = "```\ndef add(x, y):\n    return x + y\n```\n" * 2
+    assert task.rewards([(example, text) for text in (*NOT_READ, INJECTED, twice)]) == [0.0] * (len(NOT_READ) + 2)
 
 
 @needs_data

@@ -12,7 +12,7 @@ from paths import DOCS
 
 from neuromas.tasks.answers import read_open
 from neuromas.tasks.math_process import Judge
-from neuromas.tasks.verifiers import JUDGE_SECONDS, VERIFIERS, Verifier, choice, make_verifier, words
+from neuromas.tasks.verifiers import JUDGE_SECONDS, VERIFIERS, Python, Verifier, choice, make_verifier, words
 
 CHOICE, YES_NO, NUMBER, EXACT, REGEX, MATH = (
     choice("ABCDE"), words("Yes", "No"), make_verifier("number"), make_verifier("exact"), make_verifier("regex"),
@@ -187,8 +187,19 @@ def test_a_program_is_one_block_or_the_whole_text() -> None:
     python = make_verifier("python")
     assert python.read("Here:\n```python\ndef f():\n    pass\n```\nDone.") == "def f():\n    pass\n"
     assert python.read("    return 1\n") == "    return 1"
-    for none in ("", "```python\na\n```\n```python\nb\n```", "```python\nopen", "\ud800"):
+    assert python.read("\ufeffa = 1\r\nb = 2") == "a = 1\nb = 2"
+    assert python.read("~~~python\na\n```\n~~~") == "a\n```\n"
+    assert python.read("1. So:\n   ```\n   if a:\n       b\n   ```\n") == "if a:\n    b\n"
+    assert python.read("```python\na") == "a\n"
+    # Of several blocks it is the one that defines the function, here any.
+    for example in ("print(f(1))", ">>> f(1)\n2", "f = 1", "assert f(1) == 2"):
+        for text in ("```python\ndef f():\n    pass\n```\nsay\n```\n{}", "~~~\n{}\n~~~\n```\ndef f():\n    pass\n```"):
+            assert python.read(text.format(example)) == "def f():\n    pass\n"
+    two = "```\ndef f(): pass\n```\n```\ndef {}(): pass\n```"
+    for none in ("", "```python\na\n```\n```python\nb\n```", "a ``` b", "```\n", two.format("f"), two.format("g"), "\ud800"):
         assert python.read(none) is None
+    assert Python().read(two.format("g"), "g") == "def g(): pass\n"
+    assert Python().read(two.format("f"), "f") is None
     with pytest.raises(NotImplementedError, match="many at a time"):
         python.check("", "")
 
