@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def test_helpers_of_the_prompt_cannot_be_replaced() -> None:
     honest, cheating = check_programs([humaneval(record, record["canonical_solution"]), humaneval(record, cheat)])
     assert honest.passed
     assert not cheating.passed
+
+
+def test_nothing_is_near_infinity_or_no_number() -> None:
+    gold = "    return x if x < 3 else [x, -x, x - x]\n"
+    right = "    return x + 1e-9 if x < 3 else [float('inf'), float('-inf'), float('nan')]\n"
+    wrong = [
+        "    return x + 1e-3\n" + right,
+        *(
+            f"    return x if x < 3 else {answer}\n"
+            for answer in ("[0.0, -x, x - x]", "[x, x, x - x]", "[x, -x, 0.0]", "[x, -x, x]", "x")
+        ),
+    ]
+    inputs = [[1.5], [math.inf]]
+    programs = [humaneval_plus_program("def f(x):\n", answer, gold, "f", inputs, 0) for answer in (gold, right, *wrong)]
+    assert [outcome.passed for outcome in check_programs(programs)] == [True, True, *[False] * len(wrong)]
 
 
 @pytest.mark.slow
