@@ -50,6 +50,8 @@ def run(sandbox: Sandbox, source: str, tests: str, *helpers: str) -> Outcome:
     [
         None, True, False, 0, -1, 255, -128, 1 << 200, -(1 << 200), 0.0, -0.0, 1e-300, math.inf, 1 + 2j, "",
         "a\0é\ud800", b"\0\xff",
+        bytearray(b"ab"), range(7, -1, -2), slice(1, None), [*range(99)], (*range(99), 1 << 63), [True] * 99,
+        (0.5,) * 99, frozenset(range(99)),
         [], [1, [2, (3,)]], (), {1, 2}, frozenset({3}), {}, {"a": [1], (1, 2): {3: None}}, int, [str, type(None)],
     ],
 )  # fmt: skip
@@ -81,11 +83,14 @@ def test_subclasses_are_sent_as_what_they_extend() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "unpack"), (b"N" b"N", "1 bytes after the value"), (b"q\0\0\0\0", "unknown tag"),
+        (b"", "bytes end before the value"), (b"N" b"N", "1 bytes after the value"), (b"q\0\0\0\0", "unknown tag"),
         (b"l\xff\xff\xff\xff", "announced"),
         (b"s\5\0\0\0ab", "announced"), (b"h\0\0\0\0", "where plain data was expected"),
         (b"i\1\0\0", "unpack"), (b"f123", "unpack"),
-        (b"e\1\0\0\0l\0\0\0\0", "unhashable"), (b"s\1\0\0\0\xff", "decode"), (b"y\4\0\0\0eval", "eval"),
+        (b"e\1\0\0\0l\0\0\0\0", "unhashable"),
+        (b"Il\2\0\0\0" + b"1" * 15, "2 numbers"),
+        (b"Iq\0\0\0\0", "q"), (b"rNNN", "integer"),
+        (b"ri\1\0\0\0\0", "bytes end before the value"), (b"s\1\0\0\0\xff", "decode"), (b"y\4\0\0\0eval", "eval"),
     ],
 )  # fmt: skip
 def test_bytes_that_are_no_value_raise(data: bytes, message: str) -> None:
@@ -210,18 +215,34 @@ def test_types_and_exceptions_reach_the_tests(sandbox: Sandbox) -> None:
     source = """
 class Own(ValueError): pass
 def f(kind):
-    if kind == "own": raise Own("mine")
+    if kind == "own": raise Own("mine", 7)
+    if kind == "free": raise type("Free", (Exception,), {})("x")
     if kind == "key": raise KeyError("k")
     if kind == "text": "\\ud800".encode()
+    if kind == "json": import json; json.loads("{")
+    if kind == "end": raise type("Done", (StopIteration,), {})
+    if kind == "object": raise KeyError(object)
     return {"tuple": (1, 2), "true": True, "set": {1}, "none": None}[kind]
 """
     tests = """
 assert type(f("tuple")) is tuple and f("true") is True and isinstance(f("set"), set) and f("none") is None
-for kind, name in (("own", "ProgramError"), ("key", "KeyError"), ("text", "ProgramError"), ("other", "KeyError")):
+for kind, expected, args in (
+    ("own", ValueError, ("mine", 7)), ("key", KeyError, ("k",)), ("other", KeyError, ("other",)),
+    ("text", UnicodeEncodeError, ("utf-8", "\\ud800", 0, 1, "surrogates not allowed")),
+    ("json", ValueError, ("Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",)),
+    ("object", KeyError, ("<class 'object'>",)),
+):
+    try:
+        f(kind)
+    except expected as error:
+        assert type(error) is expected and error.args == args, error.args
+    else:
+        assert False
+for kind in ("free", "end"):
     try:
         f(kind)
     except Exception as error:
-        assert type(error).__name__ == name, error
+        assert type(error).__name__ == "ProgramError" and not isinstance(error, StopIteration), error
     else:
         assert False
 """
@@ -234,6 +255,7 @@ class Node:
     def __init__(self, value): self.value, self.left = value, None
     def __len__(self): return 1 + (0 if self.left is None else len(self.left))
     def __getitem__(self, key): return {"value": self.value}[key]
+    def __repr__(self): return f"Node({self.value})"
 def f(node): return 0 if node is None else node.value + f(node.left)
 def count(n):
     yield from range(n)
@@ -242,12 +264,92 @@ def count(n):
 root = Node(1)
 root.left = Node(2)
 assert f(root) == 3 and root.left.value == 2 and len(root) == 2 and root["value"] == 1
-assert list(count(3)) == [0, 1, 2] and root != Node(1) and root == root
+assert list(count(3)) == [0, 1, 2] and root == root and root != None and f"{root} {[root]}" == "Node(1) [Node(1)]"
+assert root.left is root.left and root.left in [root.left] and root is not root.left
 """
     assert run(sandbox, source, tests, "Node", "count").detail == ""
     assert "NameError" in run(sandbox, source, tests, "Node").detail
     assert "out of the tests' reach" in run(sandbox, source, "f.__code__").detail
-    assert "only plain data can be passed" in run(sandbox, source, "f(lambda: 1)").detail
+
+
+# Each would hold for any object at all, or for any but one, since the tests know nothing of it.
+UNKNOWN = (
+    "same() != Point(1)", "Point(1) != Point(2)", "Point(1) != 5", "not Point(1) == 5", "5 != Point(1)", "[5] != [Point(1)]",
+    "Point(1) not in [Point(2)]", "Point(1) not in {5}", "len({Point(1), Point(2)}) == 2", "not [Point(1)].count(5)",
+    "Point(1)", "{Point(1): 1}.get(5) is None",
+)  # fmt: skip
+
+
+def test_tests_cannot_compare_an_object_of_the_program(sandbox: Sandbox) -> None:
+    source = """
+class Point:
+    def __init__(self, x): self.x = x
+    def __eq__(self, other): return True
+    __hash__ = lambda self: 0
+one = Point(1)
+def f(x): return x
+def same(): return one
+"""
+    # Nor does a handler of the tests see it.
+    tests = [f"f(1)\ntry:\n    assert {test}\nexcept BaseException:\n    pass" for test in UNKNOWN]
+    outcomes = sandbox.check([Program(source, text, "f", ("Point", "same")) for text in tests])
+    assert {(outcome.status, outcome.detail) for outcome in outcomes} == {
+        (Status.FAILED, "the program returned an object of its own where the tests compare plain data")
+    }
+    assert run(sandbox, source, "assert f(1) == 1 and same() == same() and same() is same() in [same()]", "same").detail == ""
+
+
+def test_arguments_that_cannot_be_passed_are_no_exception_of_the_program(sandbox: Sandbox) -> None:
+    source = "def f(x): return x"
+    tests = "try:\n    f(1)\n    f({0})\nexcept (TypeError, ValueError, RecursionError):\n    pass"
+    for argument, message in (
+        (
+            "lambda: 1",
+            "an argument cannot be passed to the program: only plain data can be passed to the program, got 'function'",
+        ),
+        ("__import__('itertools').count()", "an iterator of more than 1048576 items cannot be passed to the program"),
+    ):
+        outcome = run(sandbox, source, tests.format(argument))
+        assert (outcome.status, outcome.detail) == (Status.FAILED, message)
+
+
+def test_ranges_iterators_and_byte_arrays_are_passed_by_value(sandbox: Sandbox) -> None:
+    source = """
+def f(x, y=()):
+    return [type(x).__name__, *x, *y]
+class Part:
+    def __getitem__(self, key): return range(9)[key]
+"""
+    tests = """
+assert f(range(3)) == ["range", 0, 1, 2] and f(bytearray(b"a")) == ["bytearray", 97]
+assert f(iter([1, 2])) == ["list_iterator", 1, 2] and f([], y=map(str, (n for n in [1]))) == ["list", "1"]
+assert f(n for n in f([4])) == ["list_iterator", "list", 4] and Part()[1:9:3] == range(1, 9, 3)
+"""
+    assert run(sandbox, source, tests, "Part").detail == ""
+
+
+def test_an_index_error_ends_no_iteration_of_the_tests(sandbox: Sandbox) -> None:
+    source = """
+def f(x): raise IndexError(x)
+class Short:
+    def __len__(self): return 2
+    def __getitem__(self, n): f(n)
+"""
+    loops = (
+        "class S:\n    __getitem__ = lambda self, n: f(n)\nassert all(x == 5 for x in S())",
+        "assert list(reversed(Short())) == []",
+    )
+    for text, detail in zip(loops, ("ProgramError: IndexError: 0", "IndexError: 1"), strict=True):
+        assert run(sandbox, source, text, "Short").detail.startswith(detail)
+    caught = "try:\n    f(1)\n    assert False\nexcept IndexError as error:\n    assert error.args == (1,)"
+    assert run(sandbox, source, caught).detail == ""
+    assert run(
+        sandbox, "import collections\ndef f(x): return collections.deque(x)", "assert [*reversed(f([1, 2]))] == [2, 1]"
+    ).passed
+
+
+def test_large_answers_fit(sandbox: Sandbox) -> None:
+    assert run(sandbox, "def f(n): return list(range(n))", "assert f(3_000_000)[-1] == 2_999_999").detail == ""
 
 
 def test_arguments_are_copies(sandbox: Sandbox) -> None:

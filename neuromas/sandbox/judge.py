@@ -11,6 +11,7 @@ import builtins
 import os
 import sys
 from _collections_abc import Callable  # what `collections.abc` shows; importing that costs 2 ms
+from itertools import islice
 
 from neuromas.sandbox.confine import confine
 from neuromas.sandbox.wire import TooLongError, decode, encode, read_frame, write_frame
@@ -27,19 +28,24 @@ VERDICT_BYTES = 8 << 10
 """What a verdict takes at most: the status, a line end, and the secret or a few words."""
 
 _COMPLAINT_BYTES = 4 << 10
+_ITERATOR_ITEMS = 1 << 20
+"""What an iterator that the tests pass may hold: all of it is read before the call."""
 _FILES = 256
 """More than the files that a judge has open."""
 
 
 class ProgramError(Exception):
-    """The program raised an exception that is none of Python's own, or one that iteration in the tests would swallow."""
+    """The program raised an exception of its own, or one that iteration in the tests would swallow."""
 
 
 class Program:
     """The worker's end of the channel, seen from the tests."""
 
-    def __init__(self, reading: int, writing: int, verdicts: int, output_bytes: int) -> None:
+    def __init__(self, reading: int, writing: int, verdicts: int, output_bytes: int, swallowed: frozenset[str]) -> None:
+        """`swallowed` are the exceptions that loops in these tests would take for the end of what they iterate over."""
         self._reading, self._writing, self._verdicts, self._room = reading, writing, verdicts, output_bytes
+        self._swallowed = swallowed
+        self._handles: dict[int, Handle] = {}
         self.calls = 0
 
     def load(self, source: str, limits: tuple[int, ...]) -> None:
@@ -52,18 +58,48 @@ class Program:
 
     def ask(self, operation: str, *arguments: object) -> object:
         """Return the worker's answer, or raise what the program raised."""
-        request = encode((operation, *arguments), _number)
+        try:
+            request = encode((operation, *arguments), _number)
+        except Exception as error:
+            # An exception here would be the program's for tests that expect one.
+            self.end("failed", f"an argument cannot be passed to the program: {error}")
         self.calls += operation == "call"
-        answer = self._exchange(request, self._room, lambda data: decode(data, lambda number: Handle(self, number)))
+        answer = self._exchange(request, self._room, lambda data: decode(data, self.handle))
         match answer:
             case ("value", _):
                 return answer[1]
-            case ("raise", str(name), str(message)):
-                raise _error(operation, name, message)
+            case ("raise", str(kind), str(name), str(message), tuple(args)):
+                raise self._error(operation, kind, name, message, args)
             case ("end", str(name), str(message)):
                 return self.end("crashed", f"the program ended itself: {name}: {message}")
             case _:
                 return self.end("failed", "unreadable answer")
+
+    def handle(self, number: int) -> "Handle":
+        """Return the handle of a number: the same whenever the program returns the same object."""
+        if number not in self._handles:
+            self._handles[number] = Handle(self, number)
+        return self._handles[number]
+
+    def _error(self, operation: str, kind: str, name: str, message: str, args: tuple[object, ...]) -> Exception:
+        """Return the exception of Python's own that the program's is, or else a `ProgramError`.
+
+        StopIteration ends whatever loop of the tests it passes (`all(map(f, ...))`), so it is one only where an iterator of the
+        program is asked for its next item.
+        """
+        known = getattr(builtins, kind, None)
+        swallowed = kind in self._swallowed and (operation, kind) != ("next", "StopIteration")
+        own = kind == "Exception" != name
+        if isinstance(known, type) and issubclass(known, Exception) and not swallowed and not own:
+            for given in (args, (message,)):
+                try:
+                    error = known(*given)
+                    if _is_sound(error) and (given is not args or str(error)[:MESSAGE_CHARACTERS] == message):
+                        return error
+                except Exception:
+                    # They want other arguments, or cannot be put in words.
+                    continue
+        return ProgramError(f"{name}: {message}")
 
     def end(self, status: str, detail: str) -> "NoReturn":
         """Give the verdict and end the process, past every `except` and `finally` of the tests."""
@@ -72,7 +108,7 @@ class Program:
         finally:
             os._exit(0)
 
-    def _exchange(self, request: bytes, limit: int, read: Callable[[bytes], object]) -> object:
+    def _exchange(self, request: bytearray, limit: int, read: Callable[[bytearray], object]) -> object:
         """Return what the worker says to a request. What cannot be read to its end ends the process: nobody reads on."""
         whole = False
         try:
@@ -96,7 +132,11 @@ class Program:
 
 
 class Handle:
-    """A function or object of the program. Equal to nothing but itself, neither true nor false: only plain data is compared."""
+    """A function or object of the program; one object has one handle.
+
+    It is itself and it is not None: that is all the tests can know. Any other comparison, and the question whether it is true,
+    ends the judge, since a test that holds for an object that nobody knows proves nothing.
+    """
 
     __slots__ = ("_number", "_program")
 
@@ -105,7 +145,17 @@ class Handle:
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        return self._program.ask("call", self, args, kwargs)
+        iterators = [place for place, value in (*enumerate(args), *kwargs.items()) if _is_iterator(value)]
+        if iterators:
+            args = tuple(self._read(value) if place in iterators else value for place, value in enumerate(args))
+            kwargs = {name: self._read(value) if name in iterators else value for name, value in kwargs.items()}
+        return self._program.ask("call", self, args, kwargs, iterators)
+
+    def _read(self, iterator: object) -> list[object]:
+        items: list[object] = list(islice(iterator, _ITERATOR_ITEMS + 1))  # type: ignore[arg-type]  # an iterator
+        if len(items) > _ITERATOR_ITEMS:
+            self._program.end("failed", f"an iterator of more than {_ITERATOR_ITEMS} items cannot be passed to the program")
+        return items
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -127,8 +177,31 @@ class Handle:
     def __len__(self) -> object:
         return self._program.ask("len", self)
 
-    def __bool__(self) -> "NoReturn":
-        raise TypeError("the program returned an object of its own where the tests need plain data")
+    def __reversed__(self) -> object:
+        # Python's own way would take an IndexError of the program for the end.
+        for place in range(len(self) - 1, -1, -1):  # type: ignore[arg-type]  # Python checks that it is a number
+            yield self[place]
+
+    def __eq__(self, other: object) -> bool:
+        if other is not self and other is not None:
+            self._refuse()
+        return other is self
+
+    def __hash__(self) -> int:
+        return self._refuse()
+
+    def __bool__(self) -> bool:
+        return self._refuse()
+
+    def __str__(self) -> str:
+        return self._program.ask("str", self)  # type: ignore[return-value]  # Python checks that it is text
+
+    def __repr__(self) -> str:
+        return self._program.ask("repr", self)  # type: ignore[return-value]
+
+    def _refuse(self) -> bool:
+        """End the judge: whatever is said here, nobody knows whether it is so."""
+        return self._program.end("failed", "the program returned an object of its own where the tests compare plain data")
 
 
 def main() -> None:
@@ -138,7 +211,9 @@ def main() -> None:
     source, tests, names, secret, output_bytes, *limits = decode(read_frame(jobs))  # type: ignore[misc]  # the runner's: a tuple
     os.close(jobs)
     confine(*limits)
-    program = Program(reading, writing, verdicts, output_bytes)
+    # A class of the tests' own that has __getitem__ is iterated over until that raises.
+    ends = ("IndexError", "KeyError", "LookupError") if "__getitem__" in tests else ()
+    program = Program(reading, writing, verdicts, output_bytes, frozenset(("StopIteration", "StopAsyncIteration", *ends)))
     program.load(source, tuple(limits))
     program.end(*_run_tests(program, tests, names, secret))
 
@@ -173,7 +248,7 @@ def _run_tests(program: Program, tests: str, names: tuple[str, ...], secret: str
     """Return ("passed", secret), or another status and why."""
     try:
         namespace: dict[str, object] = {"__name__": "tests", "__builtins__": builtins}
-        root = Handle(program, 0)
+        root = program.handle(0)
         namespace |= {name: program.ask("name", root, name) for name in names}
         namespace["candidate"] = namespace[names[0]]
         exec(compile(tests, "tests.py", "exec", dont_inherit=True, optimize=0), namespace)
@@ -186,27 +261,22 @@ def _run_tests(program: Program, tests: str, names: tuple[str, ...], secret: str
     return "passed", secret
 
 
+def _is_iterator(value: object) -> bool:
+    return not isinstance(value, Handle) and hasattr(type(value), "__next__")
+
+
 def _number(value: object) -> int:
     if not isinstance(value, Handle):
         raise TypeError(f"only plain data can be passed to the program, got {type(value).__name__!r}")
     return value._number
 
 
-def _error(operation: str, name: str, message: str) -> Exception:
-    """Return the exception of Python's own that has this name, or else a `ProgramError`.
-
-    StopIteration ends whatever loop of the tests it passes (`all(map(f, ...))`), so it is one only where an iterator of the
-    program is asked for its next item.
-    """
-    kind = getattr(builtins, name, None)
-    swallowed = name in ("StopIteration", "StopAsyncIteration") and (operation, name) != ("next", "StopIteration")
-    if isinstance(kind, type) and issubclass(kind, Exception) and not swallowed:
-        try:
-            return kind(message)
-        except TypeError:
-            # UnicodeDecodeError and its like want more than a message.
-            pass
-    return ProgramError(f"{name}: {message}")
+def _is_sound(error: Exception) -> bool:
+    """Say whether an error can be described: where its place lies outside of its text, Python reads there all the same."""
+    if isinstance(error, (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)):
+        _, start, end, _ = error.args[-4:]
+        return 0 <= start < end <= len(error.object)
+    return True
 
 
 def _describe(error: BaseException) -> str:
@@ -230,6 +300,9 @@ def _brief(value: object, room: int, show: Callable[[object], str] = str) -> str
     if isinstance(value, int):
         # Python refuses to print longer ones.
         return show(value) if value.bit_length() < 4 * room else f"<int of {value.bit_length()} bits>"
+    if isinstance(value, Handle):
+        # What it says of itself, the program would have to be asked.
+        return "<object of the program>"
     if not isinstance(value, (list, tuple, set, frozenset, dict)):
         return show(value)
     words: list[str] = []

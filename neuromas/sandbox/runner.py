@@ -60,7 +60,7 @@ class _Judge:
             pass
         raise OSError("the isolated judge did not start")
 
-    def send(self, payload: bytes, deadline: float) -> None:
+    def send(self, payload: bytes | bytearray, deadline: float) -> None:
         data = memoryview(frame(payload))
         while data:
             self._wait(self._to, select.POLLOUT, deadline)

@@ -1,9 +1,9 @@
 """Plain Python data as bytes, and frames of bytes on a pipe.
 
 What crosses between the tests and an untrusted program is built here from `None`, `bool`, `int`, `float`, `complex`, `str`,
-`bytes`, `list`, `tuple`, `set`, `frozenset`, `dict` and the names of these types, and from nothing else: decoding calls no code
-of the sender, so no value can bring an `__eq__`, a `__reduce__` or a class of its own. Anything else crosses as a handle, a
-number that means something to its owner only.
+`bytes`, `bytearray`, `list`, `tuple`, `set`, `frozenset`, `dict`, `range`, `slice` and the names of these types, and from
+nothing else: decoding calls no code of the sender, so no value can bring an `__eq__`, a `__reduce__` or a class of its own.
+Anything else crosses as a handle, a number that means something to its owner only.
 
     encode((1, "a"))  ->  b"t" + 2 + (b"i" + 1 + b"\\x01") + (b"s" + 1 + b"a"), counts as four bytes
 
@@ -17,13 +17,31 @@ from _collections_abc import Callable  # what `collections.abc` shows; importing
 
 _COUNT = struct.Struct("<I")
 _FLOAT = struct.Struct("<d")
-_CONSTANTS: dict[bytes, object] = {b"N": None, b"T": True, b"F": False}
-_SEQUENCES: tuple[tuple[type, bytes], ...] = ((list, b"l"), (tuple, b"t"), (set, b"e"), (frozenset, b"z"))
+_CONSTANTS: dict[str, object] = {"N": None, "T": True, "F": False}
+_SEQUENCES: dict[str, type] = {"l": list, "t": tuple, "e": set, "z": frozenset}
+_SEQUENCE_TAGS = {kind: tag.encode() for tag, kind in _SEQUENCES.items()}
+_TRIPLES: dict[str, type] = {"r": range, "x": slice}
 _TYPES: dict[str, type] = {
-    kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, type(None))
+    kind.__name__: kind
+    for kind in (
+        *(bool, int, float, complex, str, bytes, bytearray, dict, type(None)),
+        *(*_SEQUENCES.values(), *_TRIPLES.values()),
+    )
 }
-_SEQUENCE_TAGS = dict(_SEQUENCES)
-_SEQUENCE_TYPES: dict[bytes, type] = {tag: kind for kind, tag in _SEQUENCES}
+_BLOCKS: dict[str, Callable[[bytes | bytearray], object]] = {
+    "i": lambda data: int.from_bytes(data, "little", signed=True),
+    "s": lambda data: data.decode("utf-8", "surrogatepass"),
+    "b": bytes,
+    "a": bytearray,
+    "y": lambda data: _TYPES[data.decode()],
+}
+"""How the values are read that are a count and as many bytes."""
+
+_PACKED: dict[type, tuple[bytes, str]] = {int: (b"I", "q"), float: (b"D", "d")}
+"""Many numbers of one of these types are eight bytes each, written and read at once, whatever the sequence: tag and format."""
+_PACKED_FORMATS = {tag.decode(): code for tag, code in _PACKED.values()}
+_MANY = 16
+_AT_ONCE = 1 << 14
 
 
 def _no_handle(value: object) -> int:
@@ -34,46 +52,68 @@ def _no_object(number: int) -> object:
     raise ValueError(f"handle {number} where plain data was expected")
 
 
-def encode(value: object, handle: Callable[[object], int] = _no_handle) -> bytes:
+def encode(value: object, handle: Callable[[object], int] = _no_handle) -> bytearray:
     """Return `value` as bytes; `handle` numbers what is not plain data. A subclass of a plain type is sent as that type."""
-    parts: list[bytes] = []
-    _encode(value, parts.append, handle)
-    return b"".join(parts)
+    out = bytearray()
+    _encode(value, out, handle)
+    return out
 
 
-def _encode(value: object, put: Callable[[bytes], None], handle: Callable[[object], int]) -> None:
+def _encode(value: object, out: bytearray, handle: Callable[[object], int]) -> None:
     if value is None or value is True or value is False:
-        put(b"N" if value is None else b"T" if value is True else b"F")
+        out += b"N" if value is None else b"T" if value is True else b"F"
     elif isinstance(value, int):
-        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-        put(b"i" + _COUNT.pack(len(data)) + data)
+        _put(out, b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
     elif isinstance(value, float):
-        put(b"f" + _FLOAT.pack(value))
+        out += b"f" + _FLOAT.pack(value)
     elif isinstance(value, complex):
-        put(b"c" + _FLOAT.pack(value.real) + _FLOAT.pack(value.imag))
+        out += b"c" + _FLOAT.pack(value.real) + _FLOAT.pack(value.imag)
     elif isinstance(value, str):
-        data = value.encode("utf-8", "surrogatepass")
-        put(b"s" + _COUNT.pack(len(data)) + data)
-    elif isinstance(value, bytes):
-        put(b"b" + _COUNT.pack(len(value)) + value)
+        _put(out, b"s", value.encode("utf-8", "surrogatepass"))
+    elif isinstance(value, (bytes, bytearray)):
+        _put(out, b"b" if isinstance(value, bytes) else b"a", value)
     elif isinstance(value, dict):
-        put(b"d" + _COUNT.pack(len(value)))
+        out += b"d" + _COUNT.pack(len(value))
         for key, item in value.items():
-            _encode(key, put, handle)
-            _encode(item, put, handle)
+            _encode(key, out, handle)
+            _encode(item, out, handle)
     elif isinstance(value, (list, tuple, set, frozenset)):
-        tag = _SEQUENCE_TAGS.get(type(value)) or next(tag for kind, tag in _SEQUENCES if isinstance(value, kind))
-        put(tag + _COUNT.pack(len(value)))
-        for item in value:
-            _encode(item, put, handle)
+        tag = _SEQUENCE_TAGS.get(type(value)) or next(tag for kind, tag in _SEQUENCE_TAGS.items() if isinstance(value, kind))
+        if len(value) < _MANY or not _pack(value, tag, out):
+            out += tag + _COUNT.pack(len(value))
+            for item in value:
+                _encode(item, out, handle)
+    elif isinstance(value, (range, slice)):
+        out += b"r" if isinstance(value, range) else b"x"
+        for item in (value.start, value.stop, value.step):
+            _encode(item, out, handle)
     elif isinstance(value, type) and value in _TYPES.values():
-        data = value.__name__.encode()
-        put(b"y" + _COUNT.pack(len(data)) + data)
+        _put(out, b"y", value.__name__.encode())
     else:
-        put(b"h" + _COUNT.pack(handle(value)))
+        out += b"h" + _COUNT.pack(handle(value))
 
 
-def decode(data: bytes, from_handle: Callable[[int], object] = _no_object) -> object:
+def _put(out: bytearray, tag: bytes, data: bytes | bytearray) -> None:
+    out += tag + _COUNT.pack(len(data))
+    out += data
+
+
+def _pack(values: "list[object] | tuple[object, ...] | set[object] | frozenset[object]", tag: bytes, out: bytearray) -> bool:
+    """Append numbers that are all of one type and fit into eight bytes; False for other values."""
+    kinds = set(map(type, values))
+    if len(kinds) > 1 or not kinds <= _PACKED.keys():
+        return False
+    own, code = _PACKED[kinds.pop()]
+    try:
+        data = struct.pack(f"<{len(values)}{code}", *values)
+    except struct.error:
+        return False
+    out += own + tag + _COUNT.pack(len(values))
+    out += data
+    return True
+
+
+def decode(data: bytes | bytearray, from_handle: Callable[[int], object] = _no_object) -> object:
     """Return the value of `encode`'s bytes. Raises on others: ValueError, TypeError, KeyError, struct.error, RecursionError."""
     value, end = _decode(data, 0, from_handle)
     if end != len(data):
@@ -81,46 +121,68 @@ def decode(data: bytes, from_handle: Callable[[int], object] = _no_object) -> ob
     return value
 
 
-def _decode(data: bytes, at: int, from_handle: Callable[[int], object]) -> tuple[object, int]:
-    tag = data[at : at + 1]
+def _decode(data: bytes | bytearray, at: int, from_handle: Callable[[int], object]) -> tuple[object, int]:
+    if at >= len(data):
+        raise ValueError("the bytes end before the value does")
+    tag = chr(data[at])
     at += 1
     if tag in _CONSTANTS:
         return _CONSTANTS[tag], at
-    if tag == b"f":
+    if tag == "f":
         return _FLOAT.unpack_from(data, at)[0], at + 8
-    if tag == b"c":
+    if tag == "c":
         return complex(*struct.unpack_from("<dd", data, at)), at + 16
+    if tag in _TRIPLES:
+        items, at = _decode_items(data, at, 3, from_handle)
+        return _TRIPLES[tag](*items), at
+    if tag in _PACKED_FORMATS:
+        return _unpack(data, at, _PACKED_FORMATS[tag])
     (count,) = _COUNT.unpack_from(data, at)
     at += 4
-    if tag == b"h":
+    if tag == "h":
         return from_handle(count), at
     if count > len(data) - at:
         # Every item takes a byte or more: a count beyond that is a lie, and believing it would only cost time.
         raise ValueError(f"{count} items announced, {len(data) - at} bytes left")
-    if tag == b"i":
-        return int.from_bytes(data[at : at + count], "little", signed=True), at + count
-    if tag == b"s":
-        return data[at : at + count].decode("utf-8", "surrogatepass"), at + count
-    if tag == b"y":
-        return _TYPES[data[at : at + count].decode()], at + count
-    if tag == b"b":
-        return data[at : at + count], at + count
+    if tag in _BLOCKS:
+        return _BLOCKS[tag](data[at : at + count]), at + count
+    if tag == "d":
+        items, at = _decode_items(data, at, 2 * count, from_handle)
+        return dict(zip(items[::2], items[1::2], strict=True)), at
+    if tag not in _SEQUENCES:
+        raise ValueError(f"unknown tag {tag!r}")
+    items, at = _decode_items(data, at, count, from_handle)
+    return items if tag == "l" else _SEQUENCES[tag](items), at
+
+
+def _decode_items(
+    data: bytes | bytearray, at: int, count: int, from_handle: Callable[[int], object]
+) -> tuple[list[object], int]:
     items: list[object] = []
-    for _ in range(2 * count if tag == b"d" else count):
+    for _ in range(count):
         item, at = _decode(data, at, from_handle)
         items.append(item)
-    if tag == b"d":
-        return dict(zip(items[::2], items[1::2], strict=True)), at
-    if tag not in _SEQUENCE_TYPES:
-        raise ValueError(f"unknown tag {tag!r}")
-    return _SEQUENCE_TYPES[tag](items), at
+    return items, at
+
+
+def _unpack(data: bytes | bytearray, at: int, code: str) -> tuple[object, int]:
+    kind = _SEQUENCES[chr(data[at])]
+    (count,) = _COUNT.unpack_from(data, at + 1)
+    at += 5
+    if 8 * count > len(data) - at:
+        raise ValueError(f"{count} numbers announced, {len(data) - at} bytes left")
+    items: list[object] = []
+    for done in range(0, count, _AT_ONCE):
+        # In pieces: a tuple of all of them beside the list would take as much memory again.
+        items.extend(struct.unpack_from(f"<{min(_AT_ONCE, count - done)}{code}", data, at + 8 * done))
+    return items if kind is list else kind(items), at + 8 * count
 
 
 class TooLongError(Exception):
     """A frame announces more bytes than its reader takes."""
 
 
-def read_frame(fd: int, limit: int = 0xFFFFFFFF) -> bytes:
+def read_frame(fd: int, limit: int = 0xFFFFFFFF) -> bytearray:
     """Read one frame from a blocking pipe; EOFError when the other side has closed it, TooLongError before reading too much."""
     count = frame_length(_read_exactly(fd, 4))
     if count > limit:
@@ -128,27 +190,32 @@ def read_frame(fd: int, limit: int = 0xFFFFFFFF) -> bytes:
     return _read_exactly(fd, count)
 
 
-def write_frame(fd: int, payload: bytes) -> None:
-    data = memoryview(frame(payload))
-    while data:
-        data = data[os.write(fd, data) :]
+def write_frame(fd: int, payload: bytes | bytearray) -> None:
+    # In two parts: one would be a copy of a large payload.
+    parts = [memoryview(_COUNT.pack(len(payload))), memoryview(payload)]
+    while parts:
+        done = os.writev(fd, parts)
+        while parts and done >= len(parts[0]):
+            done -= len(parts.pop(0))
+        if parts:
+            parts[0] = parts[0][done:]
 
 
-def frame(payload: bytes) -> bytes:
+def frame(payload: bytes | bytearray) -> bytes:
     return _COUNT.pack(len(payload)) + payload
 
 
-def frame_length(header: bytes) -> int:
+def frame_length(header: bytes | bytearray) -> int:
     """Return the number of bytes that follow a frame's four first bytes."""
     return _COUNT.unpack(header)[0]
 
 
-def _read_exactly(fd: int, count: int) -> bytes:
-    parts: list[bytes] = []
-    while count:
-        part = os.read(fd, min(count, 1 << 20))
-        if not part:
+def _read_exactly(fd: int, count: int) -> bytearray:
+    data = bytearray(count)
+    left = memoryview(data)
+    while left:
+        done = os.readv(fd, [left[: 1 << 20]])
+        if not done:
             raise EOFError("the pipe was closed")
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+        left = left[done:]
+    return data

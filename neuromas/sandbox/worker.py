@@ -14,6 +14,8 @@ LOADED = ""
 """The first frame of a worker if the program was loaded; otherwise it says in words why not."""
 
 MESSAGE_CHARACTERS = 300
+_ARGUMENT_BYTES = 4 << 10
+"""Longest arguments of an exception, as bytes, that are sent beside its message."""
 
 
 class _Own:
@@ -40,25 +42,50 @@ def serve(reading: int, writing: int) -> None:
         write_frame(writing, ": ".join(_describe(error)).encode("utf-8", "replace"))
         return
     write_frame(writing, LOADED.encode())
-    objects: list[object] = [program]
+    objects = _Objects()
+    objects.number(program)
     while True:
         write_frame(writing, _answer(read_frame(reading), objects))
 
 
-def _answer(request: bytes, objects: list[object]) -> bytes:
-    """Do what a request says and return ("value", value), ("raise", type, message) or ("end", type, message) as bytes."""
+class _Objects:
+    """What the tests have handles of. Everything is kept, so that one object has one number for ever, and no other has it."""
 
-    def number(value: object) -> int:
-        objects.append(value.value if type(value) is _Own else value)
-        return len(objects) - 1
+    def __init__(self) -> None:
+        self._kept: list[object] = []
+        self._numbers: dict[int, int] = {}
 
+    def number(self, value: object) -> int:
+        value = value.value if type(value) is _Own else value
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._kept)
+            self._kept.append(value)
+        return self._numbers[id(value)]
+
+    def find(self, number: int) -> object:
+        return self._kept[number]
+
+
+def _answer(request: bytes | bytearray, objects: _Objects) -> bytearray:
+    """Do what a request says and return ("value", value), ("raise", *_complaint(error)) or ("end", type, message) as bytes."""
     try:
-        operation, target, *arguments = decode(request, objects.__getitem__)  # type: ignore[misc]  # the judge's: a tuple
-        return encode(("value", _OPERATIONS[operation](target, *arguments)), number)
+        operation, target, *arguments = decode(request, objects.find)  # type: ignore[misc]  # the judge's: a tuple
+        return encode(("value", _OPERATIONS[operation](target, *arguments)), objects.number)
     except Exception as error:
-        return encode(("raise", *_describe(error)))
+        return encode(("raise", *_complaint(error)))
     except BaseException as error:
         return encode(("end", *_describe(error)))
+
+
+def _complaint(error: Exception) -> tuple[str, str, str, tuple[object, ...]]:
+    """Return the nearest of Python's own exceptions that it is, its own name, its message and, if plain data, its arguments."""
+    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    name, message = _describe(error)
+    try:
+        arguments = error.args if len(encode(error.args)) <= _ARGUMENT_BYTES else (message,)
+    except BaseException:
+        arguments = (message,)
+    return kind, name, message, arguments
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
@@ -74,13 +101,22 @@ def _name(target: object, name: str) -> object:
     return _Own(value) if callable(value) else value
 
 
+def _call(target: Callable[..., object], args: "list[object]", kwargs: dict[str, object], iterators: list[object]) -> object:
+    # What the tests gave an iterator for came as a list: by its place or its name.
+    args = [iter(value) if place in iterators else value for place, value in enumerate(args)]  # type: ignore[call-overload]
+    kwargs = {name: iter(value) if name in iterators else value for name, value in kwargs.items()}  # type: ignore[call-overload]
+    return target(*args, **kwargs)
+
+
 _OPERATIONS: dict[str, Callable[..., object]] = {
     "name": _name,
-    "call": lambda target, args, kwargs: target(*args, **kwargs),
+    "call": _call,
     "get": getattr,
     "set": setattr,
     "item": lambda target, key: target[key],
     "len": len,
     "iter": iter,
     "next": next,
+    "str": str,
+    "repr": repr,
 }

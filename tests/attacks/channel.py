@@ -40,7 +40,19 @@ CHANNEL = [
     forged("text that is no UTF-8", VALUE + r'b"s\1\0\0\0\xff"', UNREADABLE + ": UnicodeDecodeError"),
     forged("a type of another name", VALUE + r'b"y\4\0\0\0eval"', UNREADABLE + ": KeyError"),
     forged("a set of lists", VALUE + r'b"e\1\0\0\0l\0\0\0\0"', UNREADABLE + ": TypeError"),
-    forged("a handle of nothing", VALUE + r'b"h\xff\xff\xff\xff"', "AssertionError: <.*Handle"),
+    forged("numbers beyond the end", VALUE + r'b"Il\xff\xff\xff\x7f12345678"', UNREADABLE + ": ValueError"),
+    forged("numbers in a dict", VALUE + r'b"Id\0\0\0\0"', UNREADABLE + ": KeyError"),
+    forged("a range of texts", VALUE + r'b"rs\0\0\0\0NN"', UNREADABLE + ": TypeError"),
+    forged("slices of slices", VALUE + r'b"x" * 100000', UNREADABLE + ": RecursionError"),
+    forged("an exit as an exception", 'encode(("raise", "SystemExit", "E", "x", ()))', "^ProgramError: E: x"),
+    forged("a group of no exceptions", 'encode(("raise", "ExceptionGroup", "E", "x", ("x", [5])))', "^ProgramError: E: x"),
+    forged(
+        # Python's own description reads at that place, in the judge's memory.
+        "an exception at a place outside of its text",
+        'encode(("raise", "UnicodeDecodeError", "E", "x", ("utf-8", b"a", -(10**15), 1 - 10**15, "x")))',
+        "^ProgramError: E: x",
+    ),
+    forged("a handle of nothing", VALUE + r'b"h\xff\xff\xff\xff"', "an object of its own"),
     forged("a job of its own", 'b"T" + encode(("", ("x",), "x", "s", 1 << 40, 99, 64))', UNREADABLE),
     forged("a verdict with a line end", r'b"passed\nsecret-" + b"0" * 32', UNREADABLE),
     Attack(

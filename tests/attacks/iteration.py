@@ -158,6 +158,74 @@ def solve(a, b):
         STOPPED,
     ),
     Attack(
+        "IndexError where the tests iterate by __getitem__",
+        """
+def solve(a, b):
+    raise IndexError
+""",
+        FAILED,
+        "ProgramError: IndexError",
+        tests="class S:\n    def __getitem__(self, n):\n        return solve(n, 1)\nassert all(x == 5 for x in S())",
+    ),
+    Attack(
+        "subclass of IndexError where the tests iterate by __getitem__",
+        """
+class Done(IndexError, ValueError):
+    pass
+
+def solve(a, b):
+    raise Done
+""",
+        FAILED,
+        "ProgramError: Done",
+        tests="S = type('S', (), {'__getitem__': lambda self, n: solve(n, 1)})\nassert all(x == 5 for x in S())",
+    ),
+    Attack(
+        "IndexError from __getitem__ where the tests go backwards",
+        """
+class Short:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, key):
+        raise IndexError
+
+def solve(a, b):
+    return Short()
+""",
+        FAILED,
+        "IndexError",
+        tests="assert all(x == y for x, y in zip(reversed(solve(2, 3)), [5, 4]))",
+    ),
+    Attack(
+        "StopIteration while the tests make an argument",
+        """
+def solve(a, b):
+    if b == 1:
+        raise StopIteration
+    return sum(a)
+""",
+        FAILED,
+        STOPPED,
+        tests="assert solve(map(lambda n: solve(n, 1), [5]), 0) == 0",
+    ),
+    Attack(
+        "StopIteration from __str__ and __repr__",
+        """
+class Odd:
+    def __str__(self):
+        raise StopIteration
+
+    __repr__ = __str__
+
+def solve(a, b):
+    return Odd()
+""",
+        FAILED,
+        STOPPED,
+        tests=EACH.format("str(solve(n, 1))") + "\n" + EACH.format("repr([solve(n, 1)])"),
+    ),
+    Attack(
         "StopIteration where iter() waits for a value",
         """
 def solve(a, b):
@@ -174,7 +242,7 @@ def solve(a, b):
     frame = sys._getframe()
     while "writing" not in frame.f_locals:
         frame = frame.f_back
-    frame.f_globals["write_frame"](frame.f_locals["writing"], encode(("raise", "StopIteration", "")))
+    frame.f_globals["write_frame"](frame.f_locals["writing"], encode(("raise", "StopIteration", "StopIteration", "", ())))
 
 from_frame = sys._getframe()
 while "encode" not in from_frame.f_globals:
@@ -228,7 +296,7 @@ def solve(a, b):
     return Odd()
 """,
         FAILED,
-        "AssertionError",
+        "an object of its own",
         tests="assert all(map(lambda n: solve(n, 1) in {n + 1} or solve(n, 1) in [n + 1], range(1, 4)))",
     ),
     Attack(

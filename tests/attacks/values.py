@@ -1,6 +1,6 @@
 """Programs that answer with values of their own making."""
 
-from attacks.base import FAILED, OUTPUT, TIMEOUT, Attack
+from attacks.base import FAILED, MEMORY, OUTPUT, TIMEOUT, Attack
 
 VALUES = [
     Attack(
@@ -17,7 +17,93 @@ def solve(a, b):
     return Any()
 """,
         FAILED,
-        "AssertionError: <.*Handle",
+        "an object of its own",
+    ),
+    Attack(
+        "two objects that are equal",
+        """
+class Same:
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 0
+
+def solve(a, b):
+    return Same()
+""",
+        FAILED,
+        "an object of its own",
+        tests="try:\n    assert solve(1, 2) != solve(3, 4)\nexcept BaseException:\n    pass",
+    ),
+    Attack(
+        "one object twice",
+        """
+kept = object()
+
+def solve(a, b):
+    return kept
+""",
+        FAILED,
+        "AssertionError",
+        tests="assert solve(1, 2) is not solve(3, 4)",
+    ),
+    Attack(
+        "object that is in no list, set or dict",
+        """
+def solve(a, b):
+    return [object()]
+""",
+        FAILED,
+        "an object of its own",
+        tests="assert not any(solve(1, 2)[0] in these for these in ([], {}, {3}))",
+    ),
+    Attack(
+        "set of objects",
+        """
+def solve(a, b):
+    return {object(), object()}
+""",
+        FAILED,
+        "an object of its own",
+        tests="assert len(solve(1, 2)) == 2",
+    ),
+    Attack(
+        "objects that print differently",
+        """
+class Same:
+    def __repr__(self):
+        return "same"
+
+def solve(a, b):
+    return Same()
+""",
+        FAILED,
+        "AssertionError",
+        tests="assert str(solve(1, 2)) != str(solve(3, 4))",
+    ),
+    Attack(
+        "range without end",
+        """
+def solve(a, b):
+    return range(10**18)
+""",
+        MEMORY,
+        tests="assert list(solve(1, 2)) == [3]",
+    ),
+    Attack(
+        "slice of an object",
+        """
+class Any:
+    def __eq__(self, other):
+        return True
+
+def solve(a, b):
+    return slice(Any(), Any())
+""",
+        FAILED,
+        "an object of its own",
+        tests="assert solve(1, 2) == slice(1, 2)",
     ),
     Attack(
         "subclass of int equal to everything",
@@ -81,7 +167,7 @@ def solve(a, b):
     return mock.ANY
 """,
         FAILED,
-        "AssertionError: <",
+        "an object of its own",
     ),
     Attack(
         "arithmetic that always comes out right",
@@ -116,7 +202,7 @@ def solve(a, b):
     return Yes()
 """,
         FAILED,
-        "plain data",
+        "an object of its own",
         tests="assert solve(1, 2)",
     ),
     Attack(
@@ -130,7 +216,7 @@ def solve(a, b):
     return Bomb()
 """,
         FAILED,
-        "AssertionError: <.*Handle",
+        "an object of its own",
     ),
     Attack(
         "endless iterator",
@@ -259,8 +345,8 @@ class L(list):
 def solve(a, b):
     return L([5])
 """,
-        FAILED,
-        "unreadable answer",
+        MEMORY,
+        "MemoryError",
     ),
     Attack(
         "text and bytes with an encoding of their own",
