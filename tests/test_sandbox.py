@@ -305,7 +305,7 @@ def test_arguments_that_cannot_be_passed_are_no_exception_of_the_program(sandbox
     for argument, message in (
         (
             "lambda: 1",
-            "an argument cannot be passed to the program: only plain data can be passed to the program, got 'function'",
+            "a call cannot be made: TypeError: only plain data can be passed to the program, got 'function'",
         ),
         ("__import__('itertools').count()", "an iterator of more than 1048576 items cannot be passed to the program"),
     ):
@@ -348,7 +348,9 @@ class Short:
     ).passed
 
 
-def test_large_answers_fit(sandbox: Sandbox) -> None:
+def test_deep_and_large_answers_fit(sandbox: Sandbox) -> None:
+    source = "def f(x):\n    for _ in range(600):\n        x = [x]\n    return x"
+    assert run(sandbox, source, "x = f(1)\nfor _ in range(600):\n    (x,) = x\nassert x == 1").detail == ""
     assert run(sandbox, "def f(n): return list(range(n))", "assert f(3_000_000)[-1] == 2_999_999").detail == ""
 
 

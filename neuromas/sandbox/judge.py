@@ -62,7 +62,7 @@ class Program:
             request = encode((operation, *arguments), _number)
         except Exception as error:
             # An exception here would be the program's for tests that expect one.
-            self.end("failed", f"an argument cannot be passed to the program: {error}")
+            self.end("failed", f"a call cannot be made: {type(error).__name__}: {error}")
         self.calls += operation == "call"
         answer = self._exchange(request, self._room, lambda data: decode(data, self.handle))
         match answer:
@@ -74,6 +74,17 @@ class Program:
                 return self.end("crashed", f"the program ended itself: {name}: {message}")
             case _:
                 return self.end("failed", "unreadable answer")
+
+    def read_iterator(self, iterator: object) -> list[object]:
+        """Return what an iterator of the tests still holds."""
+        items: list[object] = list(islice(iterator, _ITERATOR_ITEMS + 1))  # type: ignore[arg-type]  # an iterator
+        if len(items) > _ITERATOR_ITEMS:
+            self.end("failed", f"an iterator of more than {_ITERATOR_ITEMS} items cannot be passed to the program")
+        return items
+
+    def refuse(self) -> "NoReturn":
+        """End the judge where the tests ask of an object what nobody knows."""
+        self.end("failed", "the program returned an object of its own where the tests compare plain data")
 
     def handle(self, number: int) -> "Handle":
         """Return the handle of a number: the same whenever the program returns the same object."""
@@ -147,15 +158,10 @@ class Handle:
     def __call__(self, *args: object, **kwargs: object) -> object:
         iterators = [place for place, value in (*enumerate(args), *kwargs.items()) if _is_iterator(value)]
         if iterators:
-            args = tuple(self._read(value) if place in iterators else value for place, value in enumerate(args))
-            kwargs = {name: self._read(value) if name in iterators else value for name, value in kwargs.items()}
+            read = self._program.read_iterator
+            args = tuple(read(value) if place in iterators else value for place, value in enumerate(args))
+            kwargs = {name: read(value) if name in iterators else value for name, value in kwargs.items()}
         return self._program.ask("call", self, args, kwargs, iterators)
-
-    def _read(self, iterator: object) -> list[object]:
-        items: list[object] = list(islice(iterator, _ITERATOR_ITEMS + 1))  # type: ignore[arg-type]  # an iterator
-        if len(items) > _ITERATOR_ITEMS:
-            self._program.end("failed", f"an iterator of more than {_ITERATOR_ITEMS} items cannot be passed to the program")
-        return items
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -184,24 +190,20 @@ class Handle:
 
     def __eq__(self, other: object) -> bool:
         if other is not self and other is not None:
-            self._refuse()
+            self._program.refuse()
         return other is self
 
     def __hash__(self) -> int:
-        return self._refuse()
+        return self._program.refuse()
 
     def __bool__(self) -> bool:
-        return self._refuse()
+        return self._program.refuse()
 
     def __str__(self) -> str:
         return self._program.ask("str", self)  # type: ignore[return-value]  # Python checks that it is text
 
     def __repr__(self) -> str:
         return self._program.ask("repr", self)  # type: ignore[return-value]
-
-    def _refuse(self) -> bool:
-        """End the judge: whatever is said here, nobody knows whether it is so."""
-        return self._program.end("failed", "the program returned an object of its own where the tests compare plain data")
 
 
 def main() -> None:

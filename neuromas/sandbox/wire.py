@@ -20,12 +20,12 @@ _FLOAT = struct.Struct("<d")
 _CONSTANTS: dict[str, object] = {"N": None, "T": True, "F": False}
 _SEQUENCES: dict[str, type] = {"l": list, "t": tuple, "e": set, "z": frozenset}
 _SEQUENCE_TAGS = {kind: tag.encode() for tag, kind in _SEQUENCES.items()}
-_TRIPLES: dict[str, type] = {"r": range, "x": slice}
+_TRIPLES = "rx"
 _TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(bool, int, float, complex, str, bytes, bytearray, dict, type(None)),
-        *(*_SEQUENCES.values(), *_TRIPLES.values()),
+        *(*_SEQUENCES.values(), range, slice),
     )
 }
 _BLOCKS: dict[str, Callable[[bytes | bytearray], object]] = {
@@ -35,7 +35,17 @@ _BLOCKS: dict[str, Callable[[bytes | bytearray], object]] = {
     "a": bytearray,
     "y": lambda data: _TYPES[data.decode()],
 }
-"""How the values are read that are a count and as many bytes."""
+"""How the values are made that are a count and as many bytes."""
+_CONTAINERS: dict[str, Callable[[list[object]], object]] = {
+    "l": lambda items: items,
+    "t": tuple,
+    "e": set,
+    "z": frozenset,
+    "d": lambda items: dict(zip(items[::2], items[1::2], strict=True)),
+    "r": lambda items: range(*items),  # type: ignore[arg-type]  # raises if they are no numbers
+    "x": lambda items: slice(*items),
+}
+"""How the values are made that hold others."""
 
 _PACKED: dict[type, tuple[bytes, str]] = {int: (b"I", "q"), float: (b"D", "d")}
 """Many numbers of one of these types are eight bytes each, written and read at once, whatever the sequence: tag and format."""
@@ -132,13 +142,13 @@ def _decode(data: bytes | bytearray, at: int, from_handle: Callable[[int], objec
         return _FLOAT.unpack_from(data, at)[0], at + 8
     if tag == "c":
         return complex(*struct.unpack_from("<dd", data, at)), at + 16
-    if tag in _TRIPLES:
-        items, at = _decode_items(data, at, 3, from_handle)
-        return _TRIPLES[tag](*items), at
     if tag in _PACKED_FORMATS:
         return _unpack(data, at, _PACKED_FORMATS[tag])
-    (count,) = _COUNT.unpack_from(data, at)
-    at += 4
+    if tag in _TRIPLES:
+        count = 3
+    else:
+        (count,) = _COUNT.unpack_from(data, at)
+        at += 4
     if tag == "h":
         return from_handle(count), at
     if count > len(data) - at:
@@ -146,23 +156,13 @@ def _decode(data: bytes | bytearray, at: int, from_handle: Callable[[int], objec
         raise ValueError(f"{count} items announced, {len(data) - at} bytes left")
     if tag in _BLOCKS:
         return _BLOCKS[tag](data[at : at + count]), at + count
-    if tag == "d":
-        items, at = _decode_items(data, at, 2 * count, from_handle)
-        return dict(zip(items[::2], items[1::2], strict=True)), at
-    if tag not in _SEQUENCES:
+    if tag not in _CONTAINERS:
         raise ValueError(f"unknown tag {tag!r}")
-    items, at = _decode_items(data, at, count, from_handle)
-    return items if tag == "l" else _SEQUENCES[tag](items), at
-
-
-def _decode_items(
-    data: bytes | bytearray, at: int, count: int, from_handle: Callable[[int], object]
-) -> tuple[list[object], int]:
     items: list[object] = []
-    for _ in range(count):
+    for _ in range(2 * count if tag == "d" else count):
         item, at = _decode(data, at, from_handle)
         items.append(item)
-    return items, at
+    return _CONTAINERS[tag](items), at
 
 
 def _unpack(data: bytes | bytearray, at: int, code: str) -> tuple[object, int]:

@@ -82,7 +82,9 @@ def _complaint(error: Exception) -> tuple[str, str, str, tuple[object, ...]]:
     kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
     name, message = _describe(error)
     try:
-        arguments = error.args if len(encode(error.args)) <= _ARGUMENT_BYTES else (message,)
+        arguments = error.args
+        if len(encode(arguments)) > _ARGUMENT_BYTES:
+            arguments = (message,)
     except BaseException:
         arguments = (message,)
     return kind, name, message, arguments
