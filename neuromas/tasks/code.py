@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from neuromas.sandbox import Limits, Program, Sandbox
-from neuromas.sandbox.benchmarks import humaneval_plus_program, humaneval_program, mbpp_program
+from neuromas.sandbox.human_eval import humaneval_plus_program, humaneval_program, mbpp_program
 from neuromas.tasks.item_files import Record
 from neuromas.tasks.published import Benchmark
 from neuromas.tasks.task import DatasetTask, Problem

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from attacks import HONEST, TESTS
+from paths import ROOT
 from sandboxes import adopt_orphans, available, children, newcomers
 
 from neuromas.sandbox import Limits, Outcome, Program, Sandbox, Status, check_programs, choose_isolation
-from neuromas.sandbox.benchmarks import mbpp_program
 from neuromas.sandbox.confine import syscall_filter
 from neuromas.sandbox.files import copy_into_memory
+from neuromas.sandbox.human_eval import mbpp_program
 from neuromas.sandbox.isolation import ISOLATIONS, Bubblewrap
 from neuromas.sandbox.wire import TooLongError, decode, encode, read_frame
 
@@ -511,7 +512,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from attacks import ATTACKS, HELP, HONEST, TESTS, Attack
+from paths import DOCS
 from sandboxes import adopt_orphans, available, children, newcomers
 
 from neuromas.sandbox import Limits, Outcome, Program, Sandbox, Status
@@ -105,7 +106,7 @@ def test_attacks_leave_the_host_and_the_sandbox_as_they_were(siege: Siege) -> No
 
 
 def test_page_lists_every_attack() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "sandbox.md").read_text()
+    page = (DOCS / "sandbox.md").read_text()
     assert len(ATTACKS) >= 30
     assert [attack.name for attack in ATTACKS if f"| {attack.name} |" not in page] == []
     assert re.findall(r"\*\*(\d+) attacks\*\*", page) == [str(len(ATTACKS))]

@@ -3,17 +3,15 @@
 import gzip
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import DATA
 from sandboxes import available
 
 from neuromas.sandbox import Limits, Program, check_programs
-from neuromas.sandbox.benchmarks import humaneval_plus_program, humaneval_program, mbpp_program
+from neuromas.sandbox.human_eval import humaneval_plus_program, humaneval_program, mbpp_program
 from neuromas.sandbox.isolation import ISOLATIONS, IsolationName
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 if not any(map(available, ISOLATIONS)):
     pytest.skip("no isolation on this machine", allow_module_level=True)
