@@ -16,9 +16,12 @@ from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
 from neuromas.model.backbone import Backbone
 from neuromas.rollout.network import Network
 from neuromas.tasks.task import Task
-from neuromas.training.loop import Setup, Trainer
+from neuromas.training.loop import train_step
+from neuromas.training.plan import Plan
 from neuromas.training.questions import Questions
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import Setup
+from neuromas.training.trainer import Trainer
 from neuromas.types import Completion, Example, Group, Prompt, Request, Rollout, Sample
 
 
@@ -117,7 +120,8 @@ def make_trainer(spec: dict[str, Any], steps: Sequence[Sequence[str]]) -> Traine
     )  # fmt: skip
     run = RunDirectory.create(config)
     run.initialise()
-    return Trainer(Setup(config, Questions(TextTask(steps), [], {}), load(spec, device)), run)
+    plan = Plan(config, config.topology.build(), (), Questions(TextTask(steps), [], {}))
+    return Trainer(Setup(plan, load(spec, device)), run)
 
 
 class UpdateWork:
@@ -141,11 +145,11 @@ class UpdateWork:
         return [tuple(rollouts[i : i + self.group]) for i in range(0, len(rollouts), self.group)]
 
     def run(self) -> int:
-        self.trainer._update(0, self._groups(), self.advantages)
+        self.trainer.update(self._groups(), self.advantages)
         return sum(len(row.written) for row in self.rows)
 
     def check(self) -> dict[str, Any]:
-        metrics = self.trainer._update(0, self._groups(), self.advantages)
+        metrics = self.trainer.update(self._groups(), self.advantages)
         norms = [metrics[f"grad_norm/node/{node}/max"] for node in self.trainer.bank.nodes]
         return {"loss": metrics["loss/mean"], "grad_norms": norms}
 
@@ -163,7 +167,7 @@ class StepWork:
         self.trainer = make_trainer(spec, steps)
 
     def run(self) -> int:
-        metrics = self.trainer.train_step(self.trainer.step)
+        metrics = train_step(self.trainer)
         return int(metrics["sampled_tokens/sum"])
 
     def check(self) -> dict[str, Any]:

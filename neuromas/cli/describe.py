@@ -21,12 +21,12 @@ from neuromas.tasks import Task, from_config
 from neuromas.tasks.user_tasks import OWN_CODE
 from neuromas.training.config_file import to_json
 from neuromas.training.evaluate import Evaluation
-from neuromas.training.loop import require_training_memory
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import require_training_memory
 from neuromas.types import Rollout
 
 
-def plan(config: TrainConfig, remark: str = "") -> str:
+def describe_plan(config: TrainConfig, remark: str = "") -> str:
     """Return what a run of this config would be, as text: the drawing, the budget, a remark on the task, all settings.
 
     Raises ValueError if its adapters would not fit into memory.

@@ -82,5 +82,5 @@ def run(args: Sequence[str]) -> None:
     config = grown_config(parent, entry, steps=parsed.steps, **changes)
     if parsed.dry_run:
         print_plan(config)
-        return
-    train_and_report(config, RunDirectory.find(config, resume=False), parent=parent)
+    else:
+        train_and_report(config, parent=parent)

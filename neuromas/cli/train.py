@@ -12,7 +12,8 @@ from neuromas.bundled import find_backbone
 from neuromas.cli.flags import parse_flags
 from neuromas.config import TrainConfig
 from neuromas.training.config_file import load_toml
-from neuromas.training.questions import Questions, check_code
+from neuromas.training.plan import resolve
+from neuromas.training.questions import check_code
 from neuromas.training.run_directory import RunDirectory
 
 
@@ -44,35 +45,33 @@ def run(args: Sequence[str]) -> None:
         run, named = RunDirectory.open(run_path), parsed.config.task.name
         parsed = parse_flags(TrainArguments, rest, "train", default=TrainArguments(config=run.config))
         check_code(run, parsed.allow_code or named == run.config.task.name)
-    config = parsed.config.check()
     if parsed.dry_run:
-        print_plan(config)
-        return
-    train_and_report(config, RunDirectory.find(config, resume=parsed.resume), resume=parsed.resume)
+        print_plan(parsed.config)
+    else:
+        train_and_report(parsed.config, resume=parsed.resume)
 
 
 def print_plan(config: TrainConfig) -> None:
     """Print what a run would be, after whatever would refuse it but its folder."""
     find_backbone(config.backbone)
-    questions = Questions.of(config)
-    from neuromas.cli.describe import plan  # loads torch, which a wrong flag need not wait for
+    plan = resolve(config)
+    from neuromas.cli.describe import describe_plan  # loads torch, which a wrong flag need not wait for
 
-    print(plan(config, questions.task.remark))
+    print(describe_plan(config, plan.questions.task.remark))
 
 
-def train_and_report(
-    config: TrainConfig, run: RunDirectory, *, resume: bool = False, parent: RunDirectory | None = None
-) -> None:
+def train_and_report(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None) -> None:
     """Train a run, print its scores and draw its curve; exit with 130 if the user stops it."""
+    run = RunDirectory.find(config, resume=resume)
     find_backbone(config.backbone)
-    questions = Questions.of(config)
+    plan = resolve(config)
     # What is wrong so far is told without waiting for torch, which these load.
     from neuromas.cli.plot import plot_run
     from neuromas.training.loop import train
     from neuromas.training.signals import Interrupted
 
     try:
-        scores = train(config, resume=resume, parent=parent, questions=questions)
+        scores = train(plan, run, parent=parent)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         if parent:

@@ -30,7 +30,8 @@ from neuromas.model.backbone import Backbone, config_of
 from neuromas.model.sizes import sizes
 from neuromas.system.terminal import one_line
 from neuromas.tasks import from_config
-from neuromas.training.questions import Questions, data_checksum, evaluation_sets
+from neuromas.training.plan import resolve
+from neuromas.training.questions import data_checksum, evaluation_sets
 
 PAPER_BACKBONE = "Qwen/Qwen3-0.6B"
 
@@ -93,7 +94,7 @@ def check_questions(grid: Grid) -> None:
     needed = {(spec.config.task.name, find_method(spec.method).trained): spec.config for spec in grid.cells}
     for (_, trained), config in needed.items():
         if trained:
-            Questions.of(config)
+            resolve(config)
         else:
             task = from_config(config.task)
             task.check_ready()

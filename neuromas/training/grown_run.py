@@ -37,7 +37,7 @@ def grown_config(parent: RunDirectory, entry: GrowthConfig, *, steps: int | None
         suffix = "-".join(map(str, widths_of(config.growths()[-1].grown)))
         config = dataclasses.replace(config, run_dir=parent.path.with_name(f"{parent.path.name}-to-{suffix}"))
     check_descends(parent, config)
-    return config.check()
+    return config
 
 
 def check_descends(parent: RunDirectory, config: TrainConfig) -> None:

@@ -14,28 +14,28 @@ from neuromas.training.evaluate import Evaluation, evaluate
 from neuromas.types import Example, Group
 
 
-class Stages:
-    """Takes a network through the growths of a run."""
+class GrowthSchedule:
+    """Takes a network through all growths of a run."""
 
     def __init__(self, network: Network, growths: Sequence[Growth]) -> None:
-        self.network, self.growths = network, tuple(growths)
+        self.network, self.all = network, tuple(growths)
         self.taken = 0
 
     @property
     def last(self) -> Growth | None:
         """The growth that was taken on last."""
-        return self.growths[self.taken - 1] if self.taken else None
+        return self.all[self.taken - 1] if self.taken else None
 
     def restore(self, step: int) -> None:
         """Make the network what it is after `step` steps; its new adapters are to be loaded."""
-        while self.taken < len(self.growths) and self.growths[self.taken].at_step < step:
-            self.network.grow(self.growths[self.taken])
+        while self.taken < len(self.all) and self.all[self.taken].at_step < step:
+            self.network.grow(self.all[self.taken])
             self.taken += 1
             self.open(step)
 
     def due(self, step: int) -> Growth | None:
         """Return the growth with which this step begins, if any."""
-        following = self.growths[self.taken] if self.taken < len(self.growths) else None
+        following = self.all[self.taken] if self.taken < len(self.all) else None
         return following if following and following.at_step <= step else None
 
     def open(self, step: int) -> None:

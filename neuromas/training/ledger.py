@@ -98,8 +98,8 @@ class Pace:
         wanted = min(max(step_tokens + self.owed, step_tokens / 2), 2 * step_tokens)
         return min(max(1, round(wanted / (self.tokens_per_call * calls_per_question))), MOST * first)
 
-    def settle(self, step_tokens: int, groups: Sequence[Group]) -> None:
-        """Note what a step has spent."""
+    def update(self, step_tokens: int, groups: Sequence[Group]) -> None:
+        """Count what a step has spent."""
         spent = spending(groups)
         # Without a budget nothing is owed: a run that grows from this one may have one.
         self.owed += step_tokens - spent.sampled_tokens if step_tokens else 0

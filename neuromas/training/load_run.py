@@ -7,10 +7,10 @@ from pathlib import Path
 from neuromas.rollout.network import Network
 from neuromas.tasks import Task
 from neuromas.training import checkpoint
-from neuromas.training.growth_schedule import Stages
-from neuromas.training.loop import build_network
+from neuromas.training.growth_schedule import GrowthSchedule
 from neuromas.training.questions import open_run
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import build_network
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def load_network(run: RunDirectory, *, untrained: bool = False) -> tuple[Network
     network = build_network(dataclasses.replace(run.config, device="auto"))
     if untrained:
         return network, 0
-    Stages(network, run.config.growths()).restore(run.step)
+    GrowthSchedule(network, run.config.growths()).restore(run.step)
     state = checkpoint.load(run, network.adapters)
     assert state is not None
     run.check_backbone(network.backbone.checksum(), state.backbone_checksum)

@@ -28,7 +28,6 @@ class Questions:
     @classmethod
     def of(cls, config: TrainConfig) -> "Questions":
         """Read or generate them; ValueError names the flag that is wrong."""
-        config.check()
         task = from_config(config.task)
         try:
             task.check_ready()

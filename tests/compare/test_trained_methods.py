@@ -23,9 +23,12 @@ from neuromas.model.sizes import sizes
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.tasks import Navigate, get_task
 from neuromas.training.load_run import load_run
-from neuromas.training.loop import Trainer, set_up
+from neuromas.training.loop import train_step
+from neuromas.training.plan import resolve
 from neuromas.training.reinforce import advantages
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import set_up
+from neuromas.training.trainer import Trainer
 from neuromas.types import Example, Request
 
 EXAMPLE = Example("a", "Question a?", "Yes", Navigate.answer_format)
@@ -168,8 +171,8 @@ def test_a_bonus_for_form_is_learned_from_and_not_reported_as_reward(spec: CellS
     for name, config in {"plain": plain, "shaped": shaped}.items():
         run = RunDirectory.create(replace(config, run_dir=tmp_path / name, num_steps=1))
         run.initialise()
-        trainer = Trainer(set_up(run.config), run)
-        metrics = trainer.train_step(0)
+        trainer = Trainer(set_up(resolve(run.config)), run)
+        metrics = train_step(trainer)
         seen[name] = (metrics["reward/mean"], metrics["signal/frac"], trainer.running_mean)
     # The same rollouts: the reward that is logged is the terminal one, what is learned from is more.
     assert seen["plain"][0] == seen["shaped"][0]
@@ -186,11 +189,11 @@ def test_the_parameters_of_the_paper_from_its_configuration_alone() -> None:
 
 def test_a_stopped_cell_goes_on_as_if_it_had_not_been(spec: CellSpec, cell: Cell, tmp_path: Path) -> None:
     config = replace(trained("neuromas_3").change(spec.config), run_dir=tmp_path / "run")
-    run, setup = RunDirectory.create(config), set_up(config)
-    run.initialise(setup.questions.task.held_out, setup.questions.checksums())
+    run, setup = RunDirectory.create(config), set_up(resolve(config))
+    run.initialise(setup.plan.questions.task.held_out, setup.plan.questions.checksums())
     trainer = Trainer(setup, run)
-    for step in range(2):
-        trainer.train_step(step)
+    for _step in range(2):
+        train_step(trainer)
     trainer.save()
     assert METHODS["neuromas_3"].run(spec, tmp_path) == replace(
         cell("neuromas_3"), settings={**cell("neuromas_3").settings, "run_dir": str(tmp_path / "run")}
@@ -324,11 +327,11 @@ def test_a_tree_has_as_many_leaves_as_rollouts(spec: CellSpec) -> None:
 
 def test_one_adapter_serves_all_nodes_and_is_stored_and_loaded(spec: CellSpec, tmp_path: Path) -> None:
     config = replace(trained("shared_adapter").change(spec.config), run_dir=tmp_path / "run")
-    run, setup = RunDirectory.create(config), set_up(config)
-    run.initialise(setup.questions.task.held_out, setup.questions.checksums())
+    run, setup = RunDirectory.create(config), set_up(resolve(config))
+    run.initialise(setup.plan.questions.task.held_out, setup.plan.questions.checksums())
     trainer = Trainer(setup, run)
     randomise(trainer.bank)
-    metrics = trainer.train_step(0)
+    metrics = train_step(trainer)
     trainer.save()
     assert [trainer.network.policy.routing.adapter_of(node) for node in (1, 2, 3)] == [0, 0, 0]
     # What was sampled is what the learner recomputes: both read through the one adapter.

@@ -38,7 +38,7 @@ from neuromas.model.rms_norm import replace_norms
 from neuromas.tasks import get_task
 from neuromas.training import reinforce
 from neuromas.training.checkpoint import RunDirectory
-from neuromas.training.loop import build_network
+from neuromas.training.setup import build_network
 from neuromas.types import Completion, Example, Group
 
 LOGPROB_BOUND = 1e-5

@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 from models import make_model, save_model
+from paths import ROOT
 from products import listed
+from runs import train_run
 from torch import Tensor
 
 from neuromas import Backbone, Network, Topology
@@ -29,12 +31,16 @@ from neuromas.config import AdapterConfig, GrowthConfig, TopologyConfig, TrainCo
 from neuromas.training import checkpoint
 from neuromas.training.config_file import load_toml
 from neuromas.training.grown_run import check_descends, grown_config
+from neuromas.training.learning_rate import learning_rate
 from neuromas.training.ledger import Ledger, Pace
 from neuromas.training.load_run import load_run
-from neuromas.training.loop import Trainer, learning_rate, set_up, train
+from neuromas.training.loop import train_step
+from neuromas.training.plan import resolve
 from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import set_up
 from neuromas.training.signals import Stop
+from neuromas.training.trainer import Trainer
 
 FIVE = GrowthConfig(at_step=2, widths=(2, 2, 1), start=("4:copy:1",), opening="annealed", open_steps=2)
 SEVEN = GrowthConfig(at_step=4, widths=(2, 2, 2, 1), warmup_new=1)
@@ -57,8 +63,8 @@ def make_config(speaker: Path, run_dir: Path, **changes: Any) -> TrainConfig:
 
 def start(config: TrainConfig, *, resume: bool = False) -> Trainer:
     run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
-    setup = set_up(config)
-    run.initialise(setup.questions.task.held_out, setup.questions.checksums())
+    setup = set_up(resolve(config))
+    run.initialise(setup.plan.questions.task.held_out, setup.plan.questions.checksums())
     return Trainer(setup, run)
 
 
@@ -94,7 +100,7 @@ def assert_same_run(run: Path, alone: Path) -> None:
 def alone(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the whole schedule that nobody disturbs, with a budget of tokens for a step."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(make_config(speaker, run, step_tokens=100))
+    train_run(make_config(speaker, run, step_tokens=100))
     return run
 
 
@@ -107,11 +113,11 @@ def test_a_closed_growth_trains_as_its_parent_would(speaker: Path, tmp_path: Pat
     grown = start(make_config(speaker, tmp_path / "grown", growth=(FIVE,)))
     parent = start(make_config(speaker, tmp_path / "parent", growth=()))
     before, metrics, computed = {}, [], []
-    for step in range(3):
+    for _step in range(3):
         before, metrics, computed = state_of(grown, 0), [], []
         for trainer in (grown, parent):
             with listed() as products:
-                metrics.append(trainer.train_step(step))
+                metrics.append(train_step(trainer))
             computed.append(products)
         assert metrics[0]["reward/mean"] == metrics[1]["reward/mean"]
         assert computed[0] == computed[1]
@@ -128,11 +134,11 @@ def test_a_closed_growth_trains_as_its_parent_would(speaker: Path, tmp_path: Pat
 def test_old_nodes_keep_adapters_and_moments_and_new_ones_start_fresh(speaker: Path, tmp_path: Path) -> None:
     entry = dataclasses.replace(FIVE, opening="immediate", warmup_new=1)
     trainer = start(make_config(speaker, tmp_path / "run", growth=(entry,), examples_per_step=16))
-    for step in range(2):
-        trainer.train_step(step)
+    for _step in range(2):
+        train_step(trainer)
     old = state_of(trainer, 0)
     copied = {name: tensor[0] for name, tensor in old.items() if name.endswith(("lora_A", "lora_B"))}
-    (growth,) = trainer.stages.growths
+    (growth,) = trainer.growths.all
     trainer._grow(growth)
     assert is_equal(state_of(trainer, 0), old)
     assert trainer.optimizer.state[next(iter(trainer.bank.parameters(1).values()))] == {}
@@ -140,11 +146,11 @@ def test_old_nodes_keep_adapters_and_moments_and_new_ones_start_fresh(speaker: P
         assert torch.equal(trainer.bank.parameters(1)[f"{name}_1"][0], tensor)
     # Warm-up: new nodes alone learn.
     fresh = state_of(trainer, 1)
-    metrics = trainer.train_step(2)
+    metrics = train_step(trainer)
     assert metrics["signal/frac"] > 0
     assert is_equal(state_of(trainer, 0), old)
     assert not is_equal({name: state_of(trainer, 1)[name] for name in fresh}, fresh)
-    trainer.train_step(3)
+    train_step(trainer)
     steps = [{int(t) for name, t in state_of(trainer, g).items() if name.endswith(".step")} for g in (0, 1)]
     assert steps == [{3}, {2}]
 
@@ -183,15 +189,15 @@ def test_resume_across_a_growth_is_bit_exact(speaker: Path, alone: Path, tmp_pat
     broken = start(config)
     with Progress(6) as progress:
         broken.evaluate_once("before", progress, Stop())
-    for done in range(step):
-        broken.train_step(done)
+    for _done in range(step):
+        train_step(broken)
     broken.save()
-    broken.train_step(step)
+    train_step(broken)
     # What answers questions meanwhile is the network of the checkpoint.
     loaded = load_run(config.run_path)
     nodes, probability = {2: (3, 1.0), 3: (5, 0.5), 4: (5, 1.0), 5: (7, 1.0)}[step]
     assert (len(loaded.network.topology.nodes), loaded.network.open_probability) == (nodes, probability)
-    train(config, resume=True)
+    train_run(config, resume=True)
     assert_same_run(config.run_path, alone)
 
 
@@ -220,20 +226,20 @@ def test_killed_in_a_growth_a_run_is_before_it(
     with monkeypatch.context() as monkeypatch:
         monkeypatch.setattr(Trainer, "_grow", grow_and_die)
         with pytest.raises(Killed):
-            train(config)
+            train_run(config)
     folder = RunDirectory.open(config.run_path)
     assert folder.step == 2 * number
     nodes = {int(path.name) for path in (folder.checkpoints()[-1] / "adapters").iterdir()}
     assert nodes == set(range(1, 2 * number + 2))
-    train(config, resume=True)
+    train_run(config, resume=True)
     assert_same_run(config.run_path, alone)
 
 
 DEADLINE = 120.0
 PROGRAM = """
 import sys; from pathlib import Path; from neuromas.training.config_file import load_toml
-from neuromas.training.loop import train
-train(load_toml(Path(sys.argv[1])).check())
+from runs import train_run
+train_run(load_toml(Path(sys.argv[1])))
 """
 
 
@@ -248,7 +254,11 @@ def test_killed_from_outside_a_growing_run_resumes_to_the_same(speaker: Path, al
     )
     config = load_toml(toml)
     assert config == make_config(speaker, run, step_tokens=100)
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(toml)], env=dict(os.environ), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(toml)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        stderr=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + DEADLINE
         while not (run / "growth.json").exists():
@@ -259,7 +269,7 @@ def test_killed_from_outside_a_growing_run_resumes_to_the_same(speaker: Path, al
     finally:
         process.send_signal(signal.SIGKILL)
     process.wait()
-    train(config, resume=True)
+    train_run(config, resume=True)
     assert_same_run(run, alone)
 
 
@@ -274,7 +284,7 @@ def digest(folder: Path) -> dict[str, str]:
 def three(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three nodes. Copy it before changing anything in it."""
     run = tmp_path_factory.mktemp("three") / "run"
-    train(make_config(speaker, run, growth=(), num_steps=2))
+    train_run(make_config(speaker, run, growth=(), num_steps=2))
     return run
 
 
@@ -341,11 +351,11 @@ def test_a_grown_run_equals_the_schedule_in_one_run(speaker: Path, three: Path, 
     """Same adapters, same moments: the only thing between them is a copy of a checkpoint."""
     entry = dataclasses.replace(FIVE, opening="immediate", restart_lr=True)
     at_once = start(make_config(speaker, tmp_path / "at-once", num_steps=4, growth=(entry,)))
-    for step in range(4):
-        at_once.train_step(step)
+    for _step in range(4):
+        train_step(at_once)
     parent = RunDirectory.open(three)
     config = grown_config(parent, dataclasses.replace(FIVE, opening="immediate"), steps=2, run_dir=tmp_path / "child")
-    train(config, parent=parent)
+    train_run(config, parent=parent)
     child = start(config, resume=True)
     # The learning rate of the first two steps: a warm-up of 5 that the end cut off, in both.
     assert is_equal(state_of(child), state_of(at_once))
@@ -354,8 +364,8 @@ def test_a_grown_run_equals_the_schedule_in_one_run(speaker: Path, three: Path, 
 
 def test_show_of_a_network_half_open(call: Call, speaker: Path, tmp_path: Path) -> None:
     trainer = start(make_config(speaker, tmp_path / "run", growth=(FIVE,)))
-    for step in range(3):
-        trainer.train_step(step)
+    for _step in range(3):
+        train_step(trainer)
     trainer.save()
     status, out, _ = call("show", tmp_path / "run")
     assert status == 0
@@ -376,9 +386,9 @@ def test_killed_while_it_is_made_a_child_is_no_run_and_is_made_again(
         with monkeypatch.context() as patch:
             patch.setattr(RunDirectory, name, kill)
             with pytest.raises(Killed):
-                train(config, parent=parent)
+                train_run(config, parent=parent)
         assert not (tmp_path / "child/config.json").exists()
-    train(config, parent=parent)
+    train_run(config, parent=parent)
     assert RunDirectory.open(tmp_path / "child").step == 4
 
 
@@ -423,12 +433,12 @@ def test_only_a_finished_run_on_its_own_backbone_grows(call: Call, speaker: Path
     save_model(make_model("qwen3", says=("Yes", "No")), folder)
     config = make_config(folder, run, growth=(), num_steps=2)
     trainer = start(config)
-    trainer.train_step(0)
+    train_step(trainer)
     trainer.save()
     status, _, err = call("grow", run, "--to", 2, 2, 1)
     assert status == 2
     assert f"run {run} has done 1 of 2 steps; finish it with neuromas train --resume --run-dir {run} first" in err
-    trainer.train_step(1)
+    train_step(trainer)
     trainer.save()
     save_model(make_model("qwen3", says=("Yes", ".")), folder)
     status, _, err = call("grow", run, "--to", 2, 2, 1)
@@ -446,7 +456,7 @@ def test_a_config_that_leaves_the_parent_out_is_no_child(three: Path, speaker: P
 
 def test_a_checkpoint_of_other_nodes_than_the_config_says_is_refused(speaker: Path, tmp_path: Path) -> None:
     trainer = start(make_config(speaker, tmp_path / "run", growth=()))
-    trainer.train_step(0)
+    train_step(trainer)
     trainer.save()
     backbone = Backbone.load(str(speaker), device="cpu")
     other = Network(Topology.layered([2, 1, 1]), backbone, adapter=AdapterConfig(rank=2)).adapters
@@ -476,11 +486,11 @@ def test_a_schedule_that_cannot_be(growth: tuple[GrowthConfig, ...], message: st
 
 def test_a_growth_that_will_not_fit_is_said_before_the_run(speaker: Path, tmp_path: Path) -> None:
     entry = GrowthConfig(at_step=3, widths=(4, 4, 1))
-    set_up(make_config(speaker, tmp_path / "run", max_new_tokens=64, growth=()))
+    set_up(resolve(make_config(speaker, tmp_path / "run", max_new_tokens=64, growth=())))
     with pytest.raises(
         ValueError, match=r"4 messages to a node and --max-new-tokens 64 need up to \d+ tokens, the backbone reads 512"
     ):
-        set_up(make_config(speaker, tmp_path / "run", max_new_tokens=64, growth=(entry,)))
+        set_up(resolve(make_config(speaker, tmp_path / "run", max_new_tokens=64, growth=(entry,))))
 
 
 def test_growth_in_toml(tmp_path: Path) -> None:
@@ -532,8 +542,8 @@ def test_networks_of_unlike_size_sample_equally_many_tokens(speaker: Path, tmp_p
         examples_per_step=8,
     )  # fmt: skip
     trainer = start(config)
-    for step in range(steps):
-        trainer.train_step(step)
+    for _step in range(steps):
+        train_step(trainer)
     records = logged(config.run_path)
     # One question more or less is at most 4 rollouts of 3 tokens a node.
     assert trainer.ledger.sampled_tokens == pytest.approx(steps * budget, abs=2 * 4 * 3 * sum(widths))

@@ -26,6 +26,7 @@ from models import (
     save_model,
     suffix_logprobs,
 )
+from runs import train_run
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -36,9 +37,13 @@ from neuromas.config import AdapterConfig, TaskConfig, TopologyConfig, TrainConf
 from neuromas.rollout.engine import uniforms
 from neuromas.tasks import get_task
 from neuromas.training import checkpoint, reinforce
+from neuromas.training.learning_rate import learning_rate
 from neuromas.training.load_run import load_run
-from neuromas.training.loop import Trainer, learning_rate, set_up, train
+from neuromas.training.loop import train_step
+from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import set_up
+from neuromas.training.trainer import Trainer
 from neuromas.types import Completion, Prompt, Sample
 
 NUM_STEPS = 16
@@ -66,7 +71,7 @@ def make_config(backbone: Path, run_dir: Path, **changes: Any) -> TrainConfig:
 
 def start(config: TrainConfig, *, resume: bool = False) -> Trainer:
     run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
-    setup = set_up(config)
+    setup = set_up(resolve(config))
     run.initialise()
     return Trainer(setup, run)
 
@@ -144,7 +149,7 @@ def test_one_node_is_single_model_reinforce(folders: dict[str, Path], tmp_path: 
     tokenizer = AutoTokenizer.from_pretrained(folders["qwen3"])
     before = {name: tensor.clone() for name, tensor in state_of(trainer).items()}
     for step in range(3):
-        metrics = trainer.train_step(step)
+        metrics = train_step(trainer)
         assert metrics["signal/frac"] > 0
         assert plain_reinforce_step(model, tokenizer, optimizer, config, step) == metrics["reward/mean"]
     for name, parameter in trainer.bank.parameters().items():
@@ -160,29 +165,29 @@ def test_a_step_without_a_right_answer_moves_nothing_and_can_be_resumed(tmp_path
     folder = save_model(make_model("qwen3"), tmp_path / "noise")
     trainer = start(make_config(folder, tmp_path / "run"))
     before = {name: parameter.detach().clone() for name, parameter in trainer.bank.parameters().items()}
-    metrics = trainer.train_step(0)
+    metrics = train_step(trainer)
     assert (metrics["reward/mean"], metrics["signal/frac"]) == (0.0, 0.0)
     assert_bit_equal(dict(trainer.bank.parameters()), before)
     trainer.save()
     resumed = start(make_config(folder, tmp_path / "run"), resume=True)
     assert resumed.step == 1
     assert_bit_equal(state_of(resumed), before)
-    resumed.train_step(1)
+    train_step(resumed)
 
 
 def test_momentum_alone_moves_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = start(make_config(folders["qwen3"], tmp_path / "run", examples_per_step=16))
-    assert trainer.train_step(0)["signal/frac"] > 0
+    assert train_step(trainer)["signal/frac"] > 0
     # A task that nobody can solve: every group's rewards are equal.
     trainer.task.parse_answer = lambda text: None
     before = {name: tensor.clone() for name, tensor in state_of(trainer).items()}
-    assert trainer.train_step(1)["signal/frac"] == 0
+    assert train_step(trainer)["signal/frac"] == 0
     assert_bit_equal(state_of(trainer), before)
 
 
 def test_a_step_leaves_the_backbone_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = start(make_config(folders["qwen3"], tmp_path / "run"))
-    trainer.train_step(0)
+    train_step(trainer)
     assert trainer.backbone.checksum() == load_backbone(folders["qwen3"]).checksum()
 
 
@@ -193,7 +198,7 @@ def test_training_that_diverges_stops_with_the_last_good_checkpoint(folders: dic
         r"(the last good checkpoint is step-00000\d|there is no good checkpoint)\. Start again, in another --run-dir, "
     )
     with pytest.raises(ValueError, match=message):
-        train(config)
+        train_run(config)
     run = RunDirectory.open(config.run_path)
     # Those that are left write finite numbers.
     if run.checkpoints():
@@ -217,7 +222,7 @@ def test_a_gradient_that_is_no_number_moves_nothing(
     monkeypatch.setattr(reinforce, "loss", late)
     message = r"step 3: the loss is \S+, the largest gradient norm \S+\. .*; the last good checkpoint is step-000002\. Start"
     with pytest.raises(ValueError, match=message):
-        train(config)
+        train_run(config)
     assert [folder.name for folder in RunDirectory.open(config.run_path).checkpoints()] == ["step-000001", "step-000002"]
     assert len(RunDirectory.open(config.run_path).metrics()) == 2
 
@@ -232,7 +237,7 @@ def test_micro_batches_make_the_same_step(folders: dict[str, Path], tmp_path: Pa
             folders["gemma3"], tmp_path / f"run{tokens}", adapter=AdapterConfig(scope=scope), tokens_per_micro_batch=tokens
         )
         trainer = start(config)
-        trainer.train_step(0)
+        train_step(trainer)
         moments.append({name: value for name, value in state_of(trainer).items() if name.endswith("exp_avg")})
     for name, moment in moments[1].items():
         torch.testing.assert_close(moments[0][name], moment, rtol=0, atol=max(1e-5 * moment.abs().max().item(), 1e-9))
@@ -275,18 +280,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     folders: dict[str, Path], tmp_path: Path, centring: str
 ) -> None:
     alone = start(make_config(folders["qwen3"], tmp_path / "alone", centring=centring))
-    for step in range(4):
-        alone.train_step(step)
+    for _step in range(4):
+        train_step(alone)
     broken = start(make_config(folders["qwen3"], tmp_path / "broken", centring=centring))
-    for step in range(2):
-        broken.train_step(step)
+    for _step in range(2):
+        train_step(broken)
     broken.save()
     # A third step is logged and lost: no checkpoint holds it.
-    broken.train_step(2)
+    train_step(broken)
     resumed = start(make_config(folders["qwen3"], tmp_path / "broken", centring=centring), resume=True)
     assert (resumed.step, resumed.bank.version) == (2, 2)
-    for step in range(2, 4):
-        resumed.train_step(step)
+    for _step in range(2, 4):
+        train_step(resumed)
     assert any(tensor.any() for name, tensor in state_of(alone).items() if name.endswith("lora_B"))
     assert_bit_equal(state_of(resumed), state_of(alone))
     assert resumed.ledger == alone.ledger
@@ -418,7 +423,7 @@ def test_reward_goes_up(folders: dict[str, Path], tmp_path: Path) -> None:
         folders["qwen3"], tmp_path / "run", num_steps=14, examples_per_step=8, lr=0.005, max_new_tokens=2, warmup_steps=0
     )  # fmt: skip
     trainer = start(config)
-    metrics = [trainer.train_step(step) for step in range(config.num_steps)]
+    metrics = [train_step(trainer) for step in range(config.num_steps)]
     first, last = ([m["reward/mean"] for m in part] for part in (metrics[:3], metrics[-5:]))
     # Measured: 0.15 and 0.58.
     assert sum(last) / 5 > sum(first) / 3 + 0.2
@@ -436,7 +441,7 @@ def test_a_budget_of_tokens_ends_training_and_the_learning_rate_falls_along_it(
     trainer = start(config)
     spent, rates = [0], []
     while not trainer.finished:
-        rates.append(trainer.train_step(trainer.step)["lr/value"])
+        rates.append(train_step(trainer)["lr/value"])
         spent.append(trainer.ledger.sampled_tokens)
         if trainer.step == 2:
             trainer.save()
@@ -447,16 +452,16 @@ def test_a_budget_of_tokens_ends_training_and_the_learning_rate_falls_along_it(
     assert learning_rate(config, 99, 75) == pytest.approx(config.lr * 0.55)
     resumed = start(config, resume=True)
     while not resumed.finished:
-        resumed.train_step(resumed.step)
+        train_step(resumed)
     assert resumed.step == trainer.step
     assert_bit_equal(state_of(resumed), state_of(trainer))
 
 
 def test_the_ledger_counts_steps_that_had_a_gradient(folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = start(make_config(folders["qwen3"], tmp_path / "run", examples_per_step=16))
-    trainer.train_step(0)
+    train_step(trainer)
     trainer.task.parse_answer = lambda text: None
-    trainer.train_step(1)
+    train_step(trainer)
     assert (trainer.ledger.steps, trainer.ledger.optimizer_steps, trainer.ledger.questions) == (2, 1, 32)
 
 
@@ -468,7 +473,7 @@ def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[st
     at: dict[int, dict[str, Tensor]] = {}
     for step in range(4):
         accuracy = next(seen)
-        trainer.train_step(step)
+        train_step(trainer)
         at[step + 1] = {name: tensor.detach().clone() for name, tensor in trainer.bank.parameters().items()}
         if step == 2:
             trainer.save()
@@ -484,16 +489,16 @@ def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, P
     config = make_config(folders["qwen3"], tmp_path / "run", num_steps=3, eval_every=1, validation_size=4)
     trainer = start(config)
     trainer.task.rewards = lambda pairs: [float(trainer.step) / 4] * len(pairs)
-    trainer.train_step(0)
+    train_step(trainer)
     trainer.save()
-    trainer.train_step(1)
+    train_step(trainer)
     assert trainer.best_accuracy == 0.5
     resumed = start(config, resume=True)
     # The run stands at step 1: what was best at step 2 has not happened, and what was best before counts again.
     assert (resumed.step, resumed.best_accuracy) == (1, 0.25)
     assert [folder.name for folder in (config.run_path / "checkpoints").glob("best-*")] == ["best-000001"]
     resumed.task.rewards = lambda pairs: [float(resumed.step) / 4] * len(pairs)
-    resumed.train_step(1)
+    train_step(resumed)
     assert resumed.best_accuracy == 0.5
     resumed.save()
     assert [folder.name for folder in (config.run_path / "checkpoints").glob("best-*")] == ["best-000002"]

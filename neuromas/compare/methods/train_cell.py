@@ -11,9 +11,11 @@ from neuromas.config import TrainConfig
 from neuromas.rollout.network import Network
 from neuromas.tasks import Task, from_config
 from neuromas.training import checkpoint
-from neuromas.training.loop import build_network, trainer_of
+from neuromas.training.loop import train_to_end, trainer_of
+from neuromas.training.plan import resolve
 from neuromas.training.questions import evaluation_sets
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import build_network
 from neuromas.types import Example
 
 
@@ -53,8 +55,9 @@ def run_trained(name: str, config: TrainConfig, spec: CellSpec, folder: Path, *,
     raises.
     """
     config = replace(config, run_dir=folder / "run")
-    with trainer_of(config, resume=True) as (trainer, progress, stop):
-        trainer.train_to_end(progress, stop)
+    plan = resolve(config)
+    with trainer_of(plan, RunDirectory.find(config, resume=True)) as (trainer, progress, stop):
+        train_to_end(trainer, progress, stop)
 
         def answer() -> dict[str, tuple[Answer, ...]]:
             return answer_sets(

@@ -1,0 +1,25 @@
+"""A config, resolved once: everything that it describes but weights. Loads no torch, so that a mistake is told at once."""
+
+from dataclasses import dataclass
+
+from neuromas.config import TrainConfig
+from neuromas.graph.growth import Growth
+from neuromas.graph.topology import Topology
+from neuromas.training.questions import Questions
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is to do."""
+
+    config: TrainConfig
+    topology: Topology
+    """Of the network as it starts."""
+    growths: tuple[Growth, ...]
+    questions: Questions
+
+
+def resolve(config: TrainConfig) -> Plan:
+    """Check a config and return what it describes; ValueError names the flag that is wrong."""
+    config.check()
+    return Plan(config, config.topology.build(), config.growths(), Questions.of(config))

@@ -1,0 +1,66 @@
+"""From a plan to a network that is ready to train; what does not fit is said before any training."""
+
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from neuromas.config import TrainConfig
+from neuromas.graph.topology import Topology
+from neuromas.model.adapters import require_memory
+from neuromas.model.backbone import Backbone
+from neuromas.rollout.network import Network
+from neuromas.rollout.torch_engine import MAX_ROWS
+from neuromas.tasks import from_config
+from neuromas.training.plan import Plan
+
+ROLLOUT_BYTES = 3000
+"""What a completion of few words takes in memory, at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A plan, and the network that it starts with."""
+
+    plan: Plan
+    network: Network
+
+
+def set_up(plan: Plan) -> Setup:
+    """Build the network of a plan; ValueError names the flag that is wrong."""
+    network = build_network(plan.config, plan.topology)
+    # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
+    later = [growth.grown for growth in plan.growths]
+    questions = plan.questions
+    network.check_lengths([*questions.training, *chain(*questions.evaluation_sets.values())], *later)
+    check_memory(plan.config, network, max(len(shape.nodes) for shape in (network.topology, *later)))
+    return Setup(plan, network)
+
+
+def build_network(config: TrainConfig, topology: Topology | None = None) -> Network:
+    """Return the network of a config as it starts."""
+    backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
+    return Network(
+        topology or config.topology.build(), backbone, adapter=config.adapter, max_new_tokens=config.max_new_tokens,
+        seed=config.seed, read=from_config(config.task).parse_answer if config.topology.vote else None,
+    )  # fmt: skip
+
+
+def check_memory(config: TrainConfig, network: Network, nodes: int) -> None:
+    """Raise ValueError if training would need more memory than there is: before it, not in the midst of it."""
+    bank, rollouts = network.adapters, config.examples_per_step * config.group_size
+    trainable = (1 if config.adapter.shared else nodes) * bank.rank * bank.parameters_per_rank
+    device = network.backbone.device
+    require_training_memory(trainable, bank.rank, nodes, device)
+    columns = config.max_new_tokens * min(rollouts * nodes, MAX_ROWS)
+    require_memory(
+        f"keys and values of texts of --max-new-tokens {config.max_new_tokens}", columns * network.backbone.token_bytes, device
+    )
+    what = f"--examples-per-step {config.examples_per_step} x --group-size {config.group_size} rollouts of {nodes} nodes"
+    require_memory(what, rollouts * nodes * ROLLOUT_BYTES, torch.device("cpu"))
+
+
+def require_training_memory(trainable: int, rank: int, nodes: int, device: torch.device) -> None:
+    """Raise ValueError if adapters with all that training keeps of them do not fit into memory."""
+    # In float32: a weight, its gradient, and AdamW's two moments of it.
+    require_memory(f"{trainable:,} trainable parameters (rank {rank}, {nodes} nodes)", 16 * trainable, device)

@@ -1,0 +1,272 @@
+"""A run in progress: what each step of the loop does, and what is kept between steps."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neuromas.graph.growth import Growth, describe
+from neuromas.rollout.network import Diverged
+from neuromas.training import checkpoint, reinforce
+from neuromas.training.evaluate import Evaluation, evaluate
+from neuromas.training.growth_schedule import GrowthSchedule, changed_answers
+from neuromas.training.learning_rate import learning_rate
+from neuromas.training.ledger import Ledger, Pace
+from neuromas.training.metrics import rollout_metrics, well_formed
+from neuromas.training.progress import Progress
+from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import Setup
+from neuromas.training.signals import Stop
+from neuromas.types import Example, Group
+
+
+class Trainer:
+    """A run in progress: one optimizer over the adapters of all nodes."""
+
+    def __init__(self, setup: Setup, run: RunDirectory) -> None:
+        plan = setup.plan
+        self.config, self.network, self.run = plan.config, setup.network, run
+        self.task, self.sets = plan.questions.task, plan.questions.evaluation_sets
+        self.bank, self.backbone = setup.network.adapters, setup.network.backbone
+        self.tell: Callable[[str], None] = lambda text: None
+        self.checksum = self.backbone.checksum()
+        self.growths = GrowthSchedule(setup.network, plan.growths)
+        self.growths.restore(run.step)
+        self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=plan.config.lr, weight_decay=0.0)
+        state = checkpoint.load(run, self.bank, self.optimizer)
+        if state:
+            run.check_backbone(self.checksum, state.backbone_checksum)
+        self.step = state.step if state else 0
+        self.running_mean = state.running_mean if state else 0.0
+        self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
+        self.pace = state.pace if state else Pace()
+        self.sampled_from = -1
+        """The step whose adapters have written finite numbers last."""
+        run.forget_after(self.step)
+        self.validates = self.config.eval_every > 0 and self.task.has("validation")
+        if self.validates:
+            self.validation = self.task.examples("validation", self.config.validation_size)
+            scored = {example.id for examples in self.sets.values() for example in examples}
+            # What is scored chooses nothing.
+            self.chooses = not any(example.id in scored for example in self.validation)
+        best = run.best()
+        self.best_accuracy = best[1]["validation_accuracy"] if best else -1.0
+
+    def diverged(self, when: str, error: Diverged) -> ValueError:
+        """Return what to say of a run whose numbers are no longer finite; no checkpoint that cannot answer stays."""
+        is_bad = self.sampled_from != self.step != self.run.first_step
+        left = self.run.drop_checkpoint(self.step) if is_bad else self.run.checkpoints()
+        kept = f"the last good checkpoint is {left[-1].name}" if left else "there is no good checkpoint"
+        return ValueError(
+            f"--run-dir {self.run.path}: {when}: {error}. Training has diverged and is stopped; {kept}. Start again, in "
+            "another --run-dir, with a lower --lr"
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has spent its steps, or its tokens where it counts those."""
+        if self.config.train_tokens:
+            return self.ledger.sampled_tokens >= self.config.train_tokens
+        return self.step >= self.config.num_steps
+
+    # What a step is made of, in order (loop.py).
+
+    def grow_if_due(self, step: int) -> None:
+        """Take on the growths with which this step begins, and open the network as far as it is in it."""
+        while growth := self.growths.due(step):
+            self._grow(growth)
+        self.growths.open(step)
+
+    def draw_questions(self, step: int) -> list[Example]:
+        """Return the questions of a step; with a budget of tokens as many as it allows."""
+        config = self.config
+        if not config.step_tokens:
+            drawn = self.task.training_batch(config.seed, step, config.examples_per_step)
+            return drawn[: self._affordable()] if config.train_tokens else drawn
+        calls = self.growths.expected_calls() * config.group_size
+        count = self.pace.questions(config.step_tokens, config.examples_per_step, calls)
+        # Always as many are drawn: what a step draws is then a function of the step alone.
+        return self.task.training_batch(config.seed, step, config.drawn_per_step)[:count]
+
+    def roll_out(self, examples: list[Example], step: int) -> list[Group]:
+        """Pass each question through the network `group_size` times."""
+        config = self.config
+        groups = self.network.rollout(
+            examples, config.group_size, seed=(config.seed, step), temperature=config.temperature, branches=config.branches
+        )  # fmt: skip
+        self.sampled_from = step
+        self.pace.update(config.step_tokens, groups)
+        return groups
+
+    def rewards(self, groups: list[Group]) -> Float[Tensor, "P G"]:
+        """Return the terminal reward of every rollout: whether its answer is right."""
+        rewards = self.task.rewards([(r.example, r.answer) for group in groups for r in group])
+        return torch.tensor(rewards).view(len(groups), self.config.group_size)
+
+    def advantages(self, rewards_PG: Float[Tensor, "P G"], groups: list[Group]) -> dict[int, Float[Tensor, "P G"]]:
+        """Return the advantages of each node's texts; in a tree, rollouts have those of early layers in common."""
+        config, topology = self.config, self.network.topology
+        if config.format_bonus:
+            form = [well_formed(self.task, r) for group in groups for r in group]
+            rewards_PG = rewards_PG + config.format_bonus * torch.tensor(form).view_as(rewards_PG)
+        found = {
+            node: reinforce.advantages(
+                rewards_PG, config.centring, alike=config.branches ** (topology.depth - topology.layer(node)),
+                running_mean=self.running_mean, normalize=config.normalize,
+            )
+            for node in topology.nodes
+        }  # fmt: skip
+        self.running_mean += (rewards_PG.mean().item() - self.running_mean) * (0.1 if self.step else 1.0)
+        return found
+
+    def update(self, groups: list[Group], advantages: dict[int, Tensor]) -> dict[str, float]:
+        """Do one joint update of all nodes, and count it."""
+        config, policy, bank = self.config, self.network.policy, self.bank
+        batch = reinforce.build_batch(
+            groups, advantages, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature
+        )  # fmt: skip
+        loss_sum = gap = 0.0
+        for micro_batch in batch.split(config.tokens_per_micro_batch, self.backbone.device):
+            logprobs_K = policy.logprobs(micro_batch.rows)
+            loss = reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts)
+            loss.backward()
+            loss_sum += loss.item()
+            gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
+        bank.drop_gradients(self.growths.learning(self.step, groups))
+        grad_norms = bank.clip_grad_norms(config.max_grad_norm)
+        if not math.isfinite(sum((loss_sum, gap, *grad_norms.values()))):
+            raise Diverged(f"the loss is {loss_sum:g}, the largest gradient norm {max(grad_norms.values(), default=0.0):g}")
+        lr = learning_rate(config, self.step, self.ledger.sampled_tokens)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        bank.version += 1
+        self.ledger.record(groups, updated=any(grad_norms.values()))
+        norms = {f"grad_norm/node/{node}/max": norm for node, norm in grad_norms.items()}
+        return {"loss/mean": loss_sum, "logprob_gap/max": gap, "lr/value": lr, **norms}
+
+    def finish_step(self, groups: list[Group], rewards_PG: Tensor, metrics: dict[str, float]) -> dict[str, float]:
+        """Validate if that is due, and log the step with all its rollouts; return all its metrics."""
+        step = self.step
+        self.step = step + 1
+        self.growths.open(self.step)
+        if self.validates and (self.step % self.config.eval_every == 0 or self.finished):
+            metrics |= self._validate()
+        self.run.log_metrics(step, metrics)
+        self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
+        return metrics
+
+    def save_if_due(self, *, asked: bool = False) -> None:
+        """Save every `save_every` steps, at the end, and when the user has asked to stop."""
+        if asked or self.step % self.config.save_every == 0 or self.finished:
+            self.save()
+
+    # What those need.
+
+    def _affordable(self) -> int:
+        """Return how many questions the tokens that are left are about good for, one at least: the last step asks fewer."""
+        if not self.pace.tokens_per_call:
+            return self.config.examples_per_step
+        tokens = self.pace.tokens_per_call * self.growths.expected_calls() * self.config.group_size
+        return max(1, round((self.config.train_tokens - self.ledger.sampled_tokens) / tokens))
+
+    def describe_step(self, groups: list[Group], rewards_PG: Tensor, advantages: dict[int, Tensor]) -> dict[str, float]:
+        """Return the metrics of a step's rollouts."""
+        metrics = rollout_metrics(self.task, groups, rewards_PG, advantages[self.network.topology.output_node])
+        metrics["questions/sum"] = float(len(groups))
+        if self.config.growth:
+            examples, seed = [group[0].example for group in groups], (self.config.seed, self.step)
+            grown = [self.network.topology_of(example, seed) == self.network.topology for example in examples]
+            metrics["open_groups/frac"] = sum(grown) / len(grown)
+            metrics["open_probability/value"] = self.network.open_probability
+        return metrics
+
+    def _grow(self, growth: Growth) -> None:
+        """Take on a growth: old adapters and their optimizer state are not touched. What was done is told and stored."""
+        record = growth.record()
+        measured = growth.opening == "immediate" and self.task.has("validation")
+        examples = self.task.examples("validation", self.config.validation_size) if measured else []
+        before = evaluate(self.network, self.task, examples) if measured else None
+        if parameters := self.network.grow(growth):
+            self.optimizer.add_param_group({"params": parameters})
+        self.growths.taken += 1
+        self.growths.open(growth.at_step)
+        self.ledger.begin_phase(self.bank.trainable_parameters)
+        if before:
+            record["changed_answers"] = changed_answers(before, self.network, self.task, examples)
+        records = (self.run.read_json("growth.json", list) or [])[: self.growths.taken - 1]
+        self.run.write_json("growth.json", [*records, record])
+        self.tell(describe(record))
+
+    def _validate(self) -> dict[str, float]:
+        seen, _ = evaluate(self.network, self.task, self.validation)
+        # The best of a run that grows is the best of what it has grown to.
+        whole = self.growths.taken == len(self.growths.all) and self.network.open_probability == 1
+        if whole and self.chooses and seen.accuracy > self.best_accuracy:
+            self.best_accuracy = seen.accuracy
+            self.save(validation_accuracy=seen.accuracy)
+        values = {
+            "accuracy/mean": seen.accuracy,
+            "low/value": seen.low,
+            "high/value": seen.high,
+            "floor/value": seen.floor,
+        }
+        return {f"validation/{name}": value for name, value in values.items()}
+
+    def evaluate_once(self, when: str, progress: Progress, stop: Stop) -> dict[str, Evaluation]:
+        """Score every evaluation set and store it; a resumed run reads what it has already measured."""
+        stored = {moment: self.run.scores(moment) for moment in ("before", "after")}
+        results: dict[str, Evaluation] = {}
+        for name, examples in self.sets.items():
+            if name in stored[when]:
+                results[name] = Evaluation.from_json(stored[when][name], str(self.run.path / "evaluation.json"))
+                continue
+            # A run that has grown begins where its parent ended.
+            if when == "before" and self.step != self.run.first_step:
+                continue
+            progress.note(f"scoring {when} training on {name}: {len(examples)} questions")
+            try:
+                results[name], groups = evaluate(
+                    self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training")
+                )  # fmt: skip
+            except Diverged as error:
+                raise self.diverged(f"scoring {when} training", error) from error
+            self.run.log_rollouts(self.step, _records(groups, split=name))
+            stored[when][name] = results[name].to_json()
+            self.run.write_json("evaluation.json", stored)
+            progress.note(f"{when} training, {name}: {results[name]}")
+        return results
+
+    def save(self, *, validation_accuracy: float | None = None) -> None:
+        state = checkpoint.State(
+            self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology, validation_accuracy
+        )
+        checkpoint.save(self.run, self.bank, self.optimizer, state)
+
+    def check_frozen(self) -> None:
+        """Raise RuntimeError if a weight of the backbone is not what it was."""
+        if (found := self.backbone.checksum()) != self.checksum:
+            raise RuntimeError(f"training changed the frozen backbone: checksum {self.checksum} became {found}")
+
+
+def _records(groups: list[Group], rewards: list[list[float]] | None = None, split: str = "train") -> list[dict[str, Any]]:
+    """Return rollouts as JSON-ready records: who said what to whom, the answer, the reward."""
+    return [
+        {
+            "split": split,
+            "example": rollout.example.id,
+            "question": rollout.example.question,
+            "gold": rollout.example.answer,
+            "rollout": rollout.index,
+            "texts": {c.node: c.sample.text for c in rollout.completions},
+            "faults": [[m.sender, m.recipient, m.status.value] for c in rollout.completions for m in c.messages
+                       if m.status.value != "ok"],
+            **({"reward": rewards[i][j]} if rewards else {}),
+        }
+        for i, group in enumerate(groups)
+        for j, rollout in enumerate(group)
+    ]  # fmt: skip
