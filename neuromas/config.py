@@ -118,30 +118,30 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrowthConfig:
-    """One growth in the course of a run: an entry `[[growth]]` of a TOML file, with `widths`, `connect` or both, or `edges`."""
+    """One growth in the course of a run: an entry `[[growth]]` of a TOML file, or the flags of `neuromas grow`."""
 
-    at_step: int = 0
-    """Optimizer steps done before it."""
-    widths: tuple[int, ...] = ()
-    """Nodes per layer afterwards. Empty: as before."""
+    at_step: Annotated[int, tyro.conf.Suppress] = 0
+    """Training steps done before it."""
+    widths: Annotated[tuple[int, ...], tyro.conf.arg(name="to")] = ()
+    """Nodes per layer afterwards, ending in 1, e.g. 2 2 1. Empty: as before."""
     new_layers: tuple[int, ...] = ()
-    """Which layers of `widths` are new. Empty: the last ones before the output layer that need be."""
+    """Which layers of these widths are new. Empty: the last ones before the output layer that need be."""
     connect: tuple[tuple[int, int], ...] = ()
-    """Edges to add between nodes, new ones included."""
+    """Edges to add between nodes, e.g. 1 3; they may name new nodes."""
     edges: tuple[tuple[int, int], ...] = ()
-    """All edges afterwards, in place of `widths` and `connect`; old nodes keep their ids."""
+    """All edges afterwards, in place of widths and --connect; old nodes keep their ids."""
     start: tuple[str, ...] = ("zero",)
     """Adapters of new nodes: zero or copy:NODE for all, NEW:zero or NEW:copy:NODE for one."""
     noise: float = 0.0
     """Normal noise on copies, as a share of the copied tensor's root mean square."""
     opening: Opening = "immediate"
-    """`immediate`: every group runs through the grown network at once (the paper's). `annealed`: with a probability that rises
-    from 0, at which the network is still its parent, to 1."""
+    """`immediate`: every question runs through the grown network at once (the paper's). `annealed`: with a probability that
+    rises from 0, at which the network is still its parent, to 1."""
     open_steps: int = 10
     """Steps over which an annealed opening rises."""
     warmup_new: int = 0
     """Steps in which new nodes alone learn."""
-    restart_lr: bool = False
+    restart_lr: Annotated[bool, tyro.conf.Suppress] = False
     """Begin a new warm-up and cosine of the learning rate here, to the next such growth or the end."""
 
     def build(self, parent: Topology, *, skip: bool) -> Growth:

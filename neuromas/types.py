@@ -1,13 +1,39 @@
-"""Records that flow through the program, and the legend of shapes.
+"""Records that flow through the program, the legend of shapes, and the glossary.
 
-Shape letters, as suffixes of array names and as jaxtyping axes:
+Shape letters, as suffixes of array names and as jaxtyping axes; a letter means the same in every module:
 
-    P  examples in a step          B  rows (completions) in a batch
-    G  rollouts per example        T  tokens of a stream: rows one behind the other
-    N  nodes                       K  sampled tokens of a batch
-    Q  distinct prefixes           V  vocabulary
+    P  examples in a step            T  tokens of a stream: rows one after the other
+    G  rollouts per example          K  tokens of a stream that are kept, e.g. the sampled ones
+    N  nodes                         V  vocabulary
+    Q  distinct prefixes             C  hidden size (channels)
+    B  rows (completions)            I  input features of a linear layer
+    S  slots of the KV cache         O  output features of a linear layer
+    L  columns of the KV cache       H  attention heads of queries
+    R  rank of an adapter            J  attention heads of keys and values
+                                     D  size of a head
 
 `rewards_PG` is one reward per example and rollout, `logprobs_K` one log-probability per sampled token.
+
+Glossary, in the order in which data flows:
+
+    topology     a layered directed acyclic graph of nodes; its edges carry messages; its depth is the number of layers
+    node         a place in the topology, with an id that never changes; the output node's text is the answer
+    backbone     the frozen language model that all nodes share
+    adapter      a node's LoRA update of the backbone; the bank of adapters holds those of all nodes
+    policy       backbone and adapters: what is sampled and trained
+    prompt       what a node reads: the shared prefix (question first), then its own suffix (id, layer, inbox, recipients)
+    completion   what a node writes, parsed into one message for each recipient
+    inbox        the messages that a node has received
+    rollout      one pass of the whole network over one example; a group is all rollouts of one example
+    reward       whether a rollout's answer is right; one terminal number for all nodes
+    centring     what is subtracted from rewards to make advantages (*baseline* means a comparison method only)
+    engine       what samples completions; torch samples in process
+    growth       nodes, layers or edges that a trained network gets; closed, it computes what its parent computes; open, it
+                 takes part; a cohort is the nodes that joined together
+    ledger       what training has spent: calls, tokens, rollouts, steps
+    floor        accuracy of the best constant answer on the same examples
+    run          a folder with config, checkpoints, metrics and rollouts
+    cell         one method on one task with one seed in a comparison; a trial is a cell that only chooses settings
 """
 
 from dataclasses import dataclass

@@ -1,15 +1,15 @@
 """`neuromas grow`: add nodes, layers or edges to a finished run's network and train on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from neuromas.cli.flags import parse_flags
 from neuromas.cli.train import print_plan, train_and_report
 from neuromas.config import GrowthConfig
-from neuromas.graph.growth import Opening
 from neuromas.training.grown_run import grown_config
 from neuromas.training.questions import check_code
 from neuromas.training.run_directory import RunDirectory
@@ -25,25 +25,7 @@ class GrowArguments:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run to grow."""
-    to: tuple[int, ...] = ()
-    """Nodes per layer afterwards, ending in 1, e.g. 2 2 1."""
-    new_layers: tuple[int, ...] = ()
-    """Which layers of --to are new. Empty: the last ones before the output layer that need be."""
-    connect: tuple[tuple[int, int], ...] = ()
-    """Edges to add, e.g. 1 3; they may name new nodes."""
-    edges: tuple[tuple[int, int], ...] = ()
-    """All edges afterwards, in place of --to and --connect; old nodes keep their ids."""
-    start: tuple[str, ...] = ("zero",)
-    """Adapters of new nodes: zero or copy:NODE for all, NEW:zero or NEW:copy:NODE for one."""
-    noise: float = 0.0
-    """Normal noise on copies, as a share of the copied tensor's root mean square."""
-    opening: Opening = "immediate"
-    """`immediate`: every question runs through the grown network at once (the paper's). `annealed`: with a probability that
-    rises from 0, at which the network is still its parent, to 1."""
-    open_steps: int = 10
-    """Steps over which an annealed opening rises."""
-    warmup_new: int = 0
-    """Steps in which new nodes alone learn."""
+    growth: Annotated[GrowthConfig, tyro.conf.arg(name="")] = field(default_factory=GrowthConfig)
     steps: int | None = None
     """Steps to train on. None: as many as the old run had."""
     lr: float | None = None
@@ -64,14 +46,11 @@ class GrowArguments:
 
 def run(args: Sequence[str]) -> None:
     parsed = parse_flags(GrowArguments, args, "grow")
-    if not (parsed.to or parsed.connect or parsed.edges):
+    entry = parsed.growth
+    if not (entry.widths or entry.connect or entry.edges):
         raise ValueError("grow needs --to, --connect or --edges: what to grow to, e.g. --to 2 2 1")
-    if any(width < 1 for width in parsed.to or ()):
-        raise ValueError(f"--to must be positive widths, e.g. 2 2 1, got {' '.join(map(str, parsed.to))}")
-    entry = GrowthConfig(
-        widths=parsed.to, new_layers=parsed.new_layers, connect=parsed.connect, edges=parsed.edges, start=parsed.start,
-        noise=parsed.noise, opening=parsed.opening, open_steps=parsed.open_steps, warmup_new=parsed.warmup_new,
-    )  # fmt: skip
+    if any(width < 1 for width in entry.widths):
+        raise ValueError(f"--to must be positive widths, e.g. 2 2 1, got {' '.join(map(str, entry.widths))}")
     parent = RunDirectory.open(parsed.run)
     check_code(parent, parsed.allow_code)
     changes = {
