@@ -52,7 +52,7 @@ class TopologyConfig:
     """Let the last layer be wide: each of its nodes answers, and the majority of what the task can read is the answer, ties
     to the first."""
     roles: tuple[str, ...] = ()
-    """A sentence for each node, in the order of ids, that it reads behind its id and layer. Empty: nodes have no roles."""
+    """A sentence for each node, in the order of ids, that it reads after its id and layer. Empty: nodes have no roles."""
 
     def build(self) -> Topology:
         """Return the topology; ValueError says what makes it no network."""
@@ -227,15 +227,15 @@ class TrainConfig:
     eval_size: int = 500
     """Held-out generated problems that the network answers before and after training."""
     eval_every: int = 20
-    """Steps between looks at the validation problems; 0 never looks."""
+    """Validate every so many steps; 0 never validates."""
     validation_size: int = 100
-    """Problems of such a look."""
+    """Problems of a validation."""
     save_every: int = 10
     """Steps between checkpoints."""
     run_dir: Path | None = None
     """Folder of the run. None: runs/TASK-WIDTHS-seedSEED; another backbone than the bundled one is named before the seed."""
     seed: int = 0
-    """Decides the adapters' start, the training problems and every draw."""
+    """Decides the adapters' start, the training problems and every sample."""
 
     def check(self) -> "TrainConfig":
         """Return the config if it makes sense; ValueError names the flag that does not."""

@@ -26,7 +26,7 @@ def widths_of(topology: Topology) -> list[int]:
 
 
 def widen(topology: Topology, layer: int, count: int = 1, *, skip: bool = False) -> Topology:
-    """Add nodes to a layer before the output layer, each connected to all nodes of the layers beside it.
+    """Add nodes to a layer before the output layer, each connected to all nodes of the layers before and after it.
 
     `skip` connects them to all nodes of all other layers. Raises ValueError for a layer that is not there.
     """
@@ -45,8 +45,8 @@ def widen(topology: Topology, layer: int, count: int = 1, *, skip: bool = False)
 def deepen(topology: Topology, layer: int, width: int = 1, *, skip: bool = False) -> Topology:
     """Insert a layer, which becomes layer `layer`, before the output layer or before any other.
 
-    It reads all nodes of the layer before it and writes to all of the layer behind it; edges between those two give way to
-    the paths through it. `skip` connects it to all layers and leaves every edge. Raises ValueError for a place behind the
+    It reads all nodes of the layer before it and writes to all of the layer after it; paths through it replace the edges
+    between those two. `skip` connects it to all layers and leaves every edge. Raises ValueError for a layer after the
     output.
     """
     if not 1 <= layer <= topology.depth:
@@ -54,9 +54,9 @@ def deepen(topology: Topology, layer: int, width: int = 1, *, skip: bool = False
     new = _free_ids(topology, width)
     at = dict(topology.layers)
     before = {node for node in at if at[node] < layer and (skip or at[node] == layer - 1)}
-    behind = {node for node in at if at[node] >= layer and (skip or at[node] == layer)}
-    edges = {(a, b) for a, b in topology.edges if skip or not (a in before and b in behind)}
-    edges |= {(node, fresh) for node in before for fresh in new} | {(fresh, node) for node in behind for fresh in new}
+    after = {node for node in at if at[node] >= layer and (skip or at[node] == layer)}
+    edges = {(a, b) for a, b in topology.edges if skip or not (a in before and b in after)}
+    edges |= {(node, fresh) for node in before for fresh in new} | {(fresh, node) for node in after for fresh in new}
     return Topology.from_edges(edges)
 
 
@@ -136,7 +136,7 @@ def check(parent: Topology, grown: Topology) -> None:
     if grown.output_node != parent.output_node:
         raise ValueError(f"growth must keep the output node {parent.output_node}, got {grown.output_node}; write to it instead")
     if idle := [n for n in grown.nodes if n != grown.output_node and not grown.recipients(n)]:
-        raise ValueError(f"growth leaves node {idle[0]} an orphan: it writes to nobody; give it a recipient")
+        raise ValueError(f"growth leaves node {idle[0]} an orphan: it writes to no node; give it a recipient")
     for sender, recipient in parent.edges:
         if (sender, recipient) not in grown.edges and not _leads(grown, sender, recipient, set(parent.nodes)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: adapters, the optimizer's moments, the ledger, and where the run stands."""
+"""What a checkpoint holds: adapters, the optimizer's moments, the ledger, and how far the run is."""
 
 import json
 from dataclasses import asdict, dataclass, field

@@ -12,7 +12,7 @@ from neuromas.system.schema import from_dict, require
 
 MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
 """Settings that a resumed run may change: they leave every step as it was. Of `task.file` it is the items that have to be the
-same, which the run directory looks at."""
+same, which the run directory checks."""
 
 
 def load_toml(path: Path) -> TrainConfig:

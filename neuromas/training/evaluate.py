@@ -1,4 +1,4 @@
-"""Scores that never stand alone: accuracy with n, interval, floor, parse rate, and what an answer cost."""
+"""Scores that are never shown alone: accuracy with n, interval, floor, parse rate, and what an answer cost."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -108,7 +108,7 @@ def evaluate(
     seed: int = 0,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[Evaluation, list[Group]]:
-    """Answer each example once, greedily by default; return the score and the rollouts behind it.
+    """Answer each example once, greedily by default; return the score and the rollouts that it is from.
 
     Examples pass through in parts, so that memory does not grow with their number; `between` is called before each part.
     """

@@ -8,7 +8,7 @@ from neuromas.training.config_file import differences
 from neuromas.training.run_directory import RunDirectory
 
 FREE = ("num_steps", "growth", "lr", "warmup_steps", "final_lr", "step_tokens", "eval_size", "eval_every", "validation_size")
-"""Settings that a run may have otherwise than the run that it grows from, beside those of every resumed run."""
+"""Settings in which a run may differ from the run that it grows from, besides those of every resumed run."""
 
 
 def grown_config(parent: RunDirectory, entry: GrowthConfig, *, steps: int | None = None, **changes: object) -> TrainConfig:

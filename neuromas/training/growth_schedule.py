@@ -1,4 +1,4 @@
-"""The growths of a run as it goes: which are taken on, how far the last is open, what a run that is grown hands on.
+"""The growths of a run over time: which of them the network has, and with which probability the last one is open.
 
 What a network is at a step is a function of the config and the step: a growth happens at the beginning of the step `at_step`,
 in memory, from adapters that a checkpoint holds. So a killed run is before it or after it, and a resumed one grows again, bit
@@ -39,7 +39,7 @@ class GrowthSchedule:
         return following if following and following.at_step <= step else None
 
     def open(self, step: int) -> None:
-        """Open the network as far as it is in this step."""
+        """Set the probability that the last growth is open to that of this step."""
         if self.last:
             self.network.open_probability = self.last.open_probability(step)
 
@@ -59,7 +59,7 @@ class GrowthSchedule:
 def changed_answers(
     before: tuple[Evaluation, Sequence[Group]], network: Network, task: Task, examples: Sequence[Example]
 ) -> dict[str, float]:
-    """Return the share of greedy answers that an opened network gives otherwise than its parent did on these examples."""
+    """Return the share of greedy answers on these examples that differ between an opened network and its parent."""
     score, groups = evaluate(network, task, examples)
 
     def answers(found: Sequence[Group]) -> list[str | None]:

@@ -1,4 +1,4 @@
-"""The interval of an accuracy, and how many independent questions it stands on."""
+"""The interval of an accuracy, and how many independent questions it is from."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ LEVEL = 0.95
 
 
 def wilson(right: float | int, n: float | int, *, level: float = LEVEL, freedom: float = math.inf) -> tuple[float, float]:
-    """Return the interval of a share (Wilson 1927), with Student's t in the place of the normal where `freedom` is finite."""
+    """Return the interval of a share (Wilson 1927), with Student's t instead of the normal where `freedom` is finite."""
     z2 = float(stats.t.ppf(0.5 + level / 2, freedom)) ** 2
     share = right / n
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
@@ -19,7 +19,7 @@ def wilson(right: float | int, n: float | int, *, level: float = LEVEL, freedom:
 
 
 def independent(counts: Sequence[int]) -> float:
-    """Return how many independent questions a set is worth in which question i stands counts[i] times (Kish 1965).
+    """Return how many independent questions a set is worth in which question i occurs counts[i] times (Kish 1965).
 
     >>> independent([1, 1, 2])  # (1 + 1 + 2)^2 / (1 + 1 + 4)
     2.6666666666666665

@@ -10,7 +10,7 @@ from neuromas.types import Group
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts of a run's training. Evaluation is not in it: it is reported per answer, beside each score."""
+    """Counts of a run's training. Evaluation is not in it: it is reported per answer, with each score."""
 
     trainable_parameters: int
     """Of the network as it is last, which is its largest."""

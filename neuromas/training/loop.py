@@ -63,7 +63,7 @@ def train(plan: Plan, run: RunDirectory, *, parent: RunDirectory | None = None) 
 def trainer_of(
     plan: Plan, run: RunDirectory, *, parent: RunDirectory | None = None
 ) -> Iterator[tuple[Trainer, Progress, Stop]]:
-    """Give the trainer of a run, set up and where it stands, while its folder is locked; raises as `train`."""
+    """Yield the trainer of a run at its newest checkpoint, while the run directory is locked; raises as `train`."""
     config, task, checksums = plan.config, plan.questions.task, plan.questions.checksums()
     if parent:
         check_descends(parent, config)

@@ -86,7 +86,7 @@ def open_run(
 
 
 def check_code(run: RunDirectory, allow_code: bool) -> None:
-    """Raise ValueError if a run's task is code of its own and nobody has allowed that: a run may come from anywhere."""
+    """Raise ValueError if a run's task is code of its own and that was not allowed: a run may come from anywhere."""
     if run.config.task.name.startswith(OWN_CODE) and not allow_code:
         raise ValueError(
             f"the task of run {run.path} is a Python file, {run.config.task.name}, which this would execute; look at the file, "

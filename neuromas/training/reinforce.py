@@ -107,7 +107,7 @@ class Batch:
     def _tensors(self, part: Sequence[tuple[Completion, float]], device: torch.device) -> MicroBatch:
         nodes = [self.routing.adapter_of(completion.node) for completion, _ in part]
         keys = [self._key(completion) for completion, _ in part]
-        distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        distinct = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         samples = [completion.sample for completion, _ in part]
         suffixes = Packed.of([(*completion.prompt.suffix_ids, *completion.sample.token_ids) for completion, _ in part], device)
         asked_B = torch.tensor([len(completion.prompt.suffix_ids) for completion, _ in part], device=device)
@@ -140,10 +140,10 @@ def build_batch(
     """
     chosen: list[tuple[Completion, float]] = []
     weights = {node: advantages_PG.tolist() for node, advantages_PG in advantages.items()}
-    for place, group in enumerate(groups):
-        for index, rollout in enumerate(group):
+    for p, group in enumerate(groups):
+        for g, rollout in enumerate(group):
             for completion in rollout.completions:
-                advantage = weights[completion.node][place][index]
+                advantage = weights[completion.node][p][g]
                 written_by = completion.sample.adapter_version
                 if written_by != adapter_version:
                     raise ValueError(

@@ -184,7 +184,9 @@ class RunDirectory:
             raise ValueError(f"{path} is no run: expected {missing} in it, {error.strerror}") from error
         topology = config.topology.build()
         if parse_json(path / "topology.json", drawn, dict) != topology.to_json():
-            raise ValueError(f"{path / 'topology.json'} is not the topology of config.json beside it; restore them both")
+            raise ValueError(
+                f"{path / 'topology.json'} is not the topology of config.json in the same folder; restore them both"
+            )
         return cls(path, config, topology)
 
     @classmethod
@@ -221,7 +223,7 @@ class RunDirectory:
     def best(self) -> tuple[Path, dict[str, Any]] | None:
         """Return the checkpoint of the best validation so far as `newest` does, None if there is none.
 
-        What a killed run saved behind its newest checkpoint does not count: it comes again.
+        What a killed run saved after its newest checkpoint does not count: it is done again.
         """
         found = self._bests(self.step)
         return (found[-1], _verified_state(found[-1], older=None)) if found else None
@@ -244,7 +246,7 @@ class RunDirectory:
     def save(self, step: int, head: Mapping[str, Any], files: Mapping[str, bytes], *, best: bool = False) -> None:
         """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses.
 
-        `head` goes to state.json, beside the checksums of the files. A `best` one stands beside the others.
+        `head` goes to state.json, with the checksums of the files. A `best` one is kept besides the others.
         """
         final = self.path / "checkpoints" / f"{'best' if best else 'step'}-{step:06d}"
         listing = {name: [len(data), checksum_of(data)] for name, data in files.items()}
@@ -255,7 +257,7 @@ class RunDirectory:
                 if (self.path / name).exists():
                     sync(self.path / name)
             if best:
-                shutil.rmtree(final, ignore_errors=True)  # of a run that was killed behind it, and goes on
+                shutil.rmtree(final, ignore_errors=True)  # of a run that was killed after it, and goes on
             write_folder(final, {**files, "state.json": state, "checksum": checksum_of(state).encode()})
         except OSError as error:
             shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
@@ -267,7 +269,7 @@ class RunDirectory:
             ) from error
         if best:
             return
-        # The best before the best is kept until the run cannot fall back behind the newer one.
+        # The best before this one is kept until the run can no longer fall back to before the newer one.
         for other in self._bests(step)[:-1]:
             shutil.rmtree(other, ignore_errors=True)
         self._link_adapters(final)
@@ -297,7 +299,7 @@ class RunDirectory:
             warnings.warn(f"{link} cannot be linked to {newest / 'adapters'}: {error.strerror}", stacklevel=2)
 
     def forget_after(self, step: int) -> None:
-        """Drop what a killed run logged, or saved as best, behind its last checkpoint, and rollouts of unfinished scores."""
+        """Drop what a killed run logged, or saved as best, after its last checkpoint, and rollouts of unfinished scores."""
         past = set(self._bests(step))
         for folder in (self.path / "checkpoints").glob("best-*"):
             if folder not in past:

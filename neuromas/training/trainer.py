@@ -75,20 +75,20 @@ class Trainer:
     # What a step is made of, in order (loop.py).
 
     def grow_if_due(self, step: int) -> None:
-        """Take on the growths with which this step begins, and open the network as far as it is in it."""
+        """Grow the network if this step begins with a growth, and set the probability that the growth is open."""
         while growth := self.growths.due(step):
             self._grow(growth)
         self.growths.open(step)
 
     def draw_questions(self, step: int) -> list[Example]:
-        """Return the questions of a step; with a budget of tokens as many as it allows."""
+        """Return the questions of a step; with a budget of tokens, the number that fits it."""
         config = self.config
         if not config.step_tokens:
             drawn = self.task.training_batch(config.seed, step, config.examples_per_step)
             return drawn[: self._affordable()] if config.train_tokens else drawn
         calls = self.growths.expected_calls() * config.group_size
         count = self.pace.questions(config.step_tokens, config.examples_per_step, calls)
-        # Always as many are drawn: what a step draws is then a function of the step alone.
+        # The same number is drawn always: the questions of a step are then a function of the step alone.
         return self.task.training_batch(config.seed, step, config.drawn_per_step)[:count]
 
     def roll_out(self, examples: list[Example], step: int) -> list[Group]:

@@ -128,7 +128,7 @@ DIAMOND = Topology.from_edges(edges("12 13 24 34"))
         (lambda: check(CHAIN, Topology.from_edges(edges("23 14 43"))), r"it removes 1->2 and puts no new nodes between them$"),
         (
             lambda: check(CHAIN, Topology(((1, 1), (2, 2), (3, 3), (4, 2)), edges("12 14 23"))),
-            r"^growth leaves node 4 an orphan: it writes to nobody; give it a recipient$",
+            r"^growth leaves node 4 an orphan: it writes to no node; give it a recipient$",
         ),
         (lambda: check(CHAIN, CHAIN), r"^growth changes nothing: the network has widths \[1, 1, 1\] and these edges already$"),
     ],
