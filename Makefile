@@ -29,6 +29,7 @@ test: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest -m processes
 
 # What MKL takes on processors that it does not know, and what an older one has. Threads that wait leave the processor to others.
 test-kernels: install-dev

@@ -164,12 +164,14 @@ def sample_in_turn(model: PeftModel, completions: Sequence[Completion]) -> int:
     return tokens
 
 
+@pytest.mark.processes
 def test_the_update_beats_a_loop_over_nodes(policy: Policy, peft: PeftModel, completions: list[Completion]) -> None:
     ours, theirs = shared_update(policy, completions), looped_update(peft, completions)
     assert ours == pytest.approx(theirs, rel=1e-4)
     check("update", lambda: shared_update(policy, completions), lambda: looped_update(peft, completions))
 
 
+@pytest.mark.processes
 def test_rollouts_beat_a_loop_over_nodes(policy: Policy, peft: PeftModel, completions: list[Completion]) -> None:
     assert sample_together(policy, completions) == sample_in_turn(peft, completions) == len(completions) * NEW
     check("rollout", lambda: sample_together(policy, completions), lambda: sample_in_turn(peft, completions))

@@ -409,6 +409,7 @@ num_steps = 1
 """
 
 
+@pytest.mark.processes
 def test_workers_of_a_comparison_that_was_killed_end_and_leave_the_folder(tmp_path: Path) -> None:
     out, grid = tmp_path / "out", tmp_path / "grid.toml"
     grid.write_text(GRID.format(rivals=RIVALS))

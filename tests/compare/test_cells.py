@@ -190,6 +190,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fol
     return captured.out, captured.err
 
 
+@pytest.mark.processes
 def test_the_command_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -226,6 +227,7 @@ def test_the_command_goes_on_where_it_was(
     assert re.search(r"cell \S+ is damaged \(.*\); it is made again", err)
 
 
+@pytest.mark.processes
 def test_a_comparison_that_is_ended_ends_its_processes_and_stores_no_failure(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text(GRID.replace(":Fine", ":Waits").replace(f', "class:{RIVALS}:Killed"', ""))
     out = tmp_path / "out"

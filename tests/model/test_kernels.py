@@ -164,6 +164,7 @@ def test_threads_of_one_process_may_all_call_a_loop() -> None:
     assert all(torch.equal(one, expected) for one in found)
 
 
+@pytest.mark.processes
 def test_loops_leave_torchs_threads_alone_and_take_as_many() -> None:
     code = (
         "import torch; torch.set_num_threads(1); from neuromas.model import kernels; import numba\n"
@@ -185,6 +186,7 @@ def test_a_token_without_a_share_is_never_drawn(vocabulary: int) -> None:
         assert (logprobs > -20).all()
 
 
+@pytest.mark.processes
 def test_loops_work_where_nothing_can_be_kept() -> None:
     code = (
         "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"

@@ -243,6 +243,7 @@ train_run(load_toml(Path(sys.argv[1])))
 """
 
 
+@pytest.mark.processes
 def test_killed_from_outside_a_growing_run_resumes_to_the_same(speaker: Path, alone: Path, tmp_path: Path) -> None:
     run, toml = tmp_path / "run", tmp_path / "run.toml"
     toml.write_text(

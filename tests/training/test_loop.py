@@ -351,6 +351,7 @@ def assert_same_run(run: Path, alone: Path) -> None:
     assert sum(record["grad_norm/node/1/max"] > 0 for record in logs[0]) > NUM_STEPS // 2
 
 
+@pytest.mark.processes
 def test_killed_at_any_moment_a_run_resumes_to_the_same_adapters(
     folders: dict[str, Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +370,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_adapters(
     assert_same_run(run, alone)
 
 
+@pytest.mark.processes
 def test_ctrl_c_saves_and_the_run_goes_on(
     folders: dict[str, Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
