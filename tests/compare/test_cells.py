@@ -275,7 +275,7 @@ def test_the_dry_run_counts_tokens_where_these_are_the_budget(
     monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(preset), "--dry-run"])
     cli.main()
     out = capsys.readouterr().out
-    assert len(re.findall(r"^neuromas_\w+ +yes +15 +[\d,]+ +of [\d,]+ tokens +\d+$", out, re.MULTILINE)) == 6
+    assert len(re.findall(r"^neuromas_\w+ +yes +10 +[\d,]+ +of [\d,]+ tokens +\d+$", out, re.MULTILINE)) == 4
     assert "neuromas_7_grown - neuromas_7: matched in training steps, sampled tokens in training (to within" in out
 
 
