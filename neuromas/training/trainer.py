@@ -1,6 +1,5 @@
 """A run in progress: what each step of the loop does, and what is kept between steps."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from neuromas.rollout.network import Diverged
 from neuromas.training import checkpoint, reinforce
 from neuromas.training.evaluate import Evaluation, evaluate
 from neuromas.training.growth_schedule import GrowthSchedule, changed_answers
+from neuromas.training.learner import TorchLearner
 from neuromas.training.learning_rate import learning_rate
 from neuromas.training.ledger import Ledger, Pace
 from neuromas.training.metrics import rollout_metrics, well_formed
@@ -24,7 +24,7 @@ from neuromas.types import Example, Group
 
 
 class Trainer:
-    """A run in progress: one optimizer over the adapters of all nodes."""
+    """A run in progress: a network, its learner, and what is kept between steps."""
 
     def __init__(self, setup: Setup, run: RunDirectory) -> None:
         plan = setup.plan
@@ -35,8 +35,8 @@ class Trainer:
         self.checksum = self.backbone.checksum()
         self.growths = GrowthSchedule(setup.network, plan.growths)
         self.growths.restore(run.step)
-        self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=plan.config.lr, weight_decay=0.0)
-        state = checkpoint.load(run, self.bank, self.optimizer)
+        self.learner = TorchLearner(setup.network.policy, plan.config)
+        state = checkpoint.load(run, self.bank, self.learner.optimizer)
         if state:
             run.check_backbone(self.checksum, state.backbone_checksum)
         self.step = state.step if state else 0
@@ -124,30 +124,11 @@ class Trainer:
 
     def update(self, groups: list[Group], advantages: dict[int, Tensor]) -> dict[str, float]:
         """Do one joint update of all nodes, and count it."""
-        config, policy, bank = self.config, self.network.policy, self.bank
-        batch = reinforce.build_batch(
-            groups, advantages, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature
-        )  # fmt: skip
-        loss_sum = gap = 0.0
-        for micro_batch in batch.split(config.tokens_per_micro_batch, self.backbone.device):
-            logprobs_K = policy.logprobs(micro_batch.rows)
-            loss = reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts)
-            loss.backward()
-            loss_sum += loss.item()
-            gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
-        bank.drop_gradients(self.growths.learning(self.step, groups))
-        grad_norms = bank.clip_grad_norms(config.max_grad_norm)
-        if not math.isfinite(sum((loss_sum, gap, *grad_norms.values()))):
-            raise Diverged(f"the loss is {loss_sum:g}, the largest gradient norm {max(grad_norms.values(), default=0.0):g}")
-        lr = learning_rate(config, self.step, self.ledger.sampled_tokens)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        bank.version += 1
-        self.ledger.record(groups, updated=any(grad_norms.values()))
-        norms = {f"grad_norm/node/{node}/max": norm for node, norm in grad_norms.items()}
-        return {"loss/mean": loss_sum, "logprob_gap/max": gap, "lr/value": lr, **norms}
+        lr = learning_rate(self.config, self.step, self.ledger.sampled_tokens)
+        update = self.learner.update(groups, advantages, learning=self.growths.learning(self.step, groups), lr=lr)
+        self.ledger.record(groups, updated=any(update.grad_norms.values()))
+        norms = {f"grad_norm/node/{node}/max": norm for node, norm in update.grad_norms.items()}
+        return {"loss/mean": update.loss, "logprob_gap/max": update.logprob_gap, "lr/value": lr, **norms}
 
     def finish_step(self, groups: list[Group], rewards_PG: Tensor, metrics: dict[str, float]) -> dict[str, float]:
         """Validate if that is due, and log the step with all its rollouts; return all its metrics."""
@@ -192,7 +173,7 @@ class Trainer:
         examples = self.task.examples("validation", self.config.validation_size) if measured else []
         before = evaluate(self.network, self.task, examples) if measured else None
         if parameters := self.network.grow(growth):
-            self.optimizer.add_param_group({"params": parameters})
+            self.learner.add(parameters)
         self.growths.taken += 1
         self.growths.open(growth.at_step)
         self.ledger.begin_phase(self.bank.trainable_parameters)
@@ -245,7 +226,7 @@ class Trainer:
         state = checkpoint.State(
             self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology, validation_accuracy
         )
-        checkpoint.save(self.run, self.bank, self.optimizer, state)
+        checkpoint.save(self.run, self.bank, self.learner.optimizer, state)
 
     def check_frozen(self) -> None:
         """Raise RuntimeError if a weight of the backbone is not what it was."""

@@ -1,0 +1,80 @@
+"""Who learns: the gradient of a step's rollouts, and one optimizer step over the adapters of all nodes.
+
+`TorchLearner` learns in process, on the weights that the torch engine samples with. A service that keeps adapters of its own
+stands beside it as another `Learner`, as its sampler stands beside the torch engine as another `Engine`.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+from neuromas.config import TrainConfig
+from neuromas.model.policy import Policy
+from neuromas.rollout.network import Diverged
+from neuromas.training import reinforce
+from neuromas.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an update was."""
+
+    loss: float
+    logprob_gap: float
+    """Largest difference between a token's log-probability as sampled and as recomputed by the learner."""
+    grad_norms: dict[int, float]
+    """Norm of each node's gradient before clipping."""
+
+
+class Learner(Protocol):
+    """Updates the adapters that sampled."""
+
+    def update(
+        self, groups: Sequence[Group], advantages: Mapping[int, Float[Tensor, "P G"]], *, learning: Collection[int], lr: float
+    ) -> Update:
+        """Do one joint update of the nodes in `learning`; Diverged if a number is not finite, before anything is changed."""
+        ...
+
+
+class TorchLearner:
+    """AdamW over the adapters of a policy."""
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        assert policy.adapters is not None
+        self.policy, self.config, self.bank = policy, config, policy.adapters
+        self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=config.lr, weight_decay=0.0)
+
+    def add(self, parameters: Sequence[Parameter]) -> None:
+        """Take up parameters of new nodes; optimizer state of the others is not touched."""
+        self.optimizer.add_param_group({"params": list(parameters)})
+
+    def update(
+        self, groups: Sequence[Group], advantages: Mapping[int, Float[Tensor, "P G"]], *, learning: Collection[int], lr: float
+    ) -> Update:
+        policy, config = self.policy, self.config
+        batch = reinforce.build_batch(
+            groups, advantages, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature
+        )  # fmt: skip
+        loss_sum = gap = 0.0
+        for micro_batch in batch.split(config.tokens_per_micro_batch, policy.backbone.device):
+            logprobs_K = policy.logprobs(micro_batch.rows)
+            loss = reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts)
+            loss.backward()
+            loss_sum += loss.item()
+            gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
+        self.bank.drop_gradients(learning)
+        grad_norms = self.bank.clip_grad_norms(config.max_grad_norm)
+        if not math.isfinite(sum((loss_sum, gap, *grad_norms.values()))):
+            raise Diverged(f"the loss is {loss_sum:g}, the largest gradient norm {max(grad_norms.values(), default=0.0):g}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bank.version += 1
+        return Update(loss_sum, gap, grad_norms)
