@@ -10,6 +10,7 @@ Texts are drawn as paths, so a picture looks the same on every machine.
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from neuromas.rollout.network import Network
 from neuromas.system.terminal import printable
 from neuromas.tasks import Task
 from neuromas.training.load_run import load_run
@@ -47,6 +49,19 @@ THEMES = {
 }
 
 
+def ask(network: Network, example: Example) -> Rollout:
+    return network.ask(example.question, answer_format=example.answer_format)
+
+
+def first_corrected(examples: Sequence[Example], before: Network, after: Network, task: Task) -> int:
+    """Return the number of the first question that is wrong before training and right after it; ValueError if none is."""
+    for number, example in enumerate(examples):
+        rewards = [task.reward(example, ask(network, example).answer) for network in (before, after)]
+        if rewards == [0, 1]:
+            return number
+    raise ValueError(f"none of the first {len(examples)} test questions is wrong before training and right after it")
+
+
 def edge_texts(rollout: Rollout) -> list[str]:
     """Return the text on every edge of a chain, the output node's answer last; ValueError for other networks."""
     nodes = [completion.node for completion in rollout.completions]
@@ -66,22 +81,26 @@ class Picture:
         self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
         self.axes.axis("off")
 
-    def text(self, x: float, y: float, text: str, color: str, **style: str) -> None:
+    def text(
+        self, x: float, y: float, text: str, color: str, *, font: str = "DejaVu Sans Mono", weight: str = "normal"
+    ) -> None:
         """Write one line whose middle is at height y."""
-        style = {"family": "DejaVu Sans Mono", "va": "center_baseline"} | style
-        self.axes.text(x, y, text.replace("$", r"\$"), color=color, fontsize=FONT_SIZE, **style)
+        text = text.replace("$", r"\$")
+        self.axes.text(x, y, text, color=color, family=font, weight=weight, fontsize=FONT_SIZE, va="center_baseline")
 
     def box(self, x: float, y: float, width: float, height: float, edge: str | None = None) -> None:
-        color = {"facecolor": self.theme.box, "edgecolor": edge or self.theme.box}
-        self.axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=5", **color))
+        style = "round,pad=0,rounding_size=5"
+        color = self.theme.box
+        self.axes.add_patch(FancyBboxPatch((x, y), width, height, style, facecolor=color, edgecolor=edge or color))
 
     def arrow(self, x: float, top: float, bottom: float) -> None:
-        style = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.3}
-        self.axes.add_patch(FancyArrowPatch((x, top), (x, bottom), color=self.theme.faint, **style))
+        arrow = FancyArrowPatch((x, top), (x, bottom), arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0)
+        arrow.set(color=self.theme.faint, linewidth=1.3)
+        self.axes.add_patch(arrow)
 
-    def rollout(self, x: float, y: float, texts: list[list[str]], heights: list[float]) -> float:
+    def chain(self, x: float, y: float, nodes: list[int], texts: list[list[str]], heights: list[float]) -> float:
         """Draw a chain with the lines of text on its edges; return the height at which its answer belongs."""
-        for node, (lines, height) in enumerate(zip(texts, heights, strict=True), start=1):
+        for node, lines, height in zip(nodes, texts, heights, strict=True):
             self.box(x, y, COLUMN, NODE_HEIGHT)
             self.text(x + 10, y + NODE_HEIGHT / 2, f"node {node}", self.theme.text, weight="bold")
             y += NODE_HEIGHT
@@ -101,13 +120,13 @@ def draw(example: Example, rollouts: dict[str, Rollout], task: Task, theme: Them
     top = MARGIN + LINE * (len(question) + 1) + 10
     start = top + LINE + 6
     picture = Picture(start + sum(heights) + (len(heights) + 1) * NODE_HEIGHT + MARGIN, theme)
-    picture.text(MARGIN, MARGIN + LINE / 2, "question, read by every node", theme.faint, family="DejaVu Sans")
+    picture.text(MARGIN, MARGIN + LINE / 2, "question, read by every node", theme.faint, font="DejaVu Sans")
     for number, line in enumerate(question, start=1):
         picture.text(MARGIN, MARGIN + (number + 0.5) * LINE, line, theme.text)
     for column, (title, rollout) in enumerate(rollouts.items()):
         x = MARGIN + column * (COLUMN + GUTTER)
-        picture.text(x, top + LINE / 2, title, theme.text, family="DejaVu Sans", weight="bold")
-        y = picture.rollout(x, start, texts[column], heights)
+        picture.text(x, top + LINE / 2, title, theme.text, font="DejaVu Sans", weight="bold")
+        y = picture.chain(x, start, [completion.node for completion in rollout.completions], texts[column], heights)
         right = task.reward(example, rollout.answer) == 1
         color = theme.right if right else theme.wrong
         verdict = f"{task.parse_answer(rollout.answer)}: " + ("right" if right else f"wrong, the answer is {example.answer}")
@@ -132,19 +151,16 @@ def main() -> None:
     args = parser.parse_args()
     before, after = load_run(args.run, untrained=True), load_run(args.run)
     examples = after.task.examples("test", MOST_QUESTIONS)
-    for number in range(len(examples)) if args.question is None else [args.question]:
-        example = examples[number]
-        untrained, trained = (run.network.ask(example.question, answer_format=example.answer_format) for run in (before, after))
-        rewards = [after.task.reward(example, rollout.answer) for rollout in (untrained, trained)]
-        if args.question is not None or rewards == [0, 1]:
-            break
-    else:
-        raise ValueError(f"none of the first {len(examples)} test questions is wrong before training and right after it")
+    number = args.question
+    if number is None:
+        number = first_corrected(examples, before.network, after.network, after.task)
+    untrained, trained = (ask(run.network, examples[number]) for run in (before, after))
     rollouts = {"before training": untrained, f"after {after.step} training steps": trained}
     mpl.rcParams["svg.hashsalt"] = "neuromas"  # else each run of this program names the parts of the picture anew
     for name, theme in THEMES.items():
         path = args.out.with_name(f"{args.out.name}-{name}.svg")
-        draw(example, rollouts, after.task, theme).savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+        figure = draw(examples[number], rollouts, after.task, theme)
+        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
         print(f"{path}: test question {number}")
 
 
