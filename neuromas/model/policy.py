@@ -101,7 +101,7 @@ class Policy:
 
     def sampling(self) -> AbstractContextManager[None]:
         """Prepare the adapters once for all that is computed inside, without gradients and without a change of adapters."""
-        return self.adapters.keep_merged() if self.adapters else nullcontext()
+        return self.adapters.prepared() if self.adapters else nullcontext()
 
     def prefill(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> Prefixes:
         """Compute keys and values of shared prefixes: with the given adapters (scope `all`), or bare (`suffix`)."""

@@ -258,14 +258,14 @@ def test_a_closed_growth_computes_what_its_parent_computes(
 ) -> None:
     """Products of the same shapes in the same order, so that bits are equal whatever kernels a processor has.
 
-    Rows of all nodes decode together; whole weights are kept, up to the bytes of one node's, or never.
+    Rows of all nodes decode together; merged weights are kept up to the bytes of one node's, or never.
     """
     backbone = load_backbone(folders["qwen3"])
     adapter = AdapterConfig(rank=2, target_modules=("q_proj", "v_proj", "down_proj"), scope=scope)
     parent = Topology.layered(path[0])
     network = Network(parent, backbone, adapter=adapter, max_new_tokens=8)
     stir(network, *parent.nodes)
-    monkeypatch.setattr(neuromas.model.adapters, "KEPT_AT_MOST", network.adapters._linear_bytes if kept else 0)
+    monkeypatch.setattr(neuromas.model.adapters, "MERGED_AT_MOST", network.adapters._linear_bytes if kept else 0)
     for widths in path[1:]:
         before = network.topology
         growth = growth_of(before, plan(before, widths), opening="annealed", open_steps=2)
@@ -357,4 +357,4 @@ def test_a_network_grows_only_from_itself_and_when_it_is_open(tiny_backbone: Bac
     with pytest.raises(ValueError, match=r"^this growth is of another network: its parent has other nodes or edges$"):
         network.grow(growth)
     network.grow(further)
-    assert network.adapters.generations == [(1, 2, 3), (4, 5), (6, 7)]
+    assert network.adapters.cohorts == [(1, 2, 3), (4, 5), (6, 7)]

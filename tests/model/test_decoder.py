@@ -137,7 +137,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own_forward(kind: str) -> 
 
 
 def grown(kind: str) -> Policy:
-    """Nodes of two generations, with adapters that do something."""
+    """Return a policy with nodes of two cohorts, whose adapters do something."""
     policy = Policy(load(kind), (1,), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0)
     bank = policy.adapters
     assert bank is not None
@@ -183,11 +183,11 @@ def test_a_models_own_forward_needs_no_logits_where_its_head_is_plain(plain_head
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("whole_from", [0, 10**9])
-def test_whole_weights_give_the_gradients_of_adapters_beside_them(
-    kind: str, whole_from: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("merge_from", [0, 10**9])
+def test_merged_weights_give_the_gradients_of_separate_adapters(
+    kind: str, merge_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neuromas.model.lora, "_WHOLE_FROM", whole_from)
+    monkeypatch.setattr(neuromas.model.lora, "_MERGE_FROM", merge_from)
     policy = policy_on(load(kind, torch.float64))
     batch = batch_of(policy)
     ours = learned(policy, batch)
@@ -196,18 +196,18 @@ def test_whole_weights_give_the_gradients_of_adapters_beside_them(
 
 @pytest.mark.parametrize("targets", [EVERY_MODULE, ("v_proj", "gate_proj"), None])
 @pytest.mark.parametrize("kind", [*FAMILIES, "biases"])
-@pytest.mark.parametrize("way", ["kept whole", "masked", "long stretches", "the model's own"])
+@pytest.mark.parametrize("way", ["merged weights", "stacked adapters", "long segments", "the model's own"])
 def test_every_way_of_sampling_gives_what_is_learned(
     kind: str, way: str, targets: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 1e-5 of a log-probability, as the engine's other tests ask; rows of two nodes lie among each other.
+    """Log-probabilities agree within 1e-5, as in the engine's other tests; the rows of the two nodes alternate.
 
     Without targets, the second node has joined later.
     """
-    monkeypatch.setattr(neuromas.model.lora, "SHORT_STRETCH", 1)
-    if way != "kept whole":
-        monkeypatch.setattr(neuromas.model.adapters, "KEPT_AT_MOST", 0)
-    monkeypatch.setattr(neuromas.model.lora, "LONG_STRETCH", 1 if way == "long stretches" else 10**6)
+    monkeypatch.setattr(neuromas.model.lora, "LONG_SEGMENT_IF_MERGED", 1)
+    if way != "merged weights":
+        monkeypatch.setattr(neuromas.model.adapters, "MERGED_AT_MOST", 0)
+    monkeypatch.setattr(neuromas.model.lora, "LONG_SEGMENT", 1 if way == "long segments" else 10**6)
     policy = grown(kind) if targets is None else policy_on(load(kind), targets=targets)
     bank = policy.adapters
     assert bank is not None
@@ -222,7 +222,7 @@ def test_every_way_of_sampling_gives_what_is_learned(
 
     requests = [(key, Request(1 + key % 2, prompt, (0, key))) for key, prompt in enumerate(prompts)]
     TorchEngine(policy, max_rows=6).generate(requests, keep, temperature=1.0, max_new_tokens=6)
-    assert bank.routing.whole is None, "whole weights go when sampling ends"
+    assert bank.state.merged is None, "merged weights are dropped when sampling ends"
     rows = sorted(found.values(), key=lambda completion: completion.node)
     (micro,) = Batch(tuple((row, 1.0) for row in rows), 1, policy.routing, 1.0).split(10**6, policy.backbone.device)
     with torch.no_grad():
@@ -308,15 +308,15 @@ def test_a_model_that_does_something_else_keeps_its_own_forward(change: Callable
     assert not Backbone(model, AutoTokenizer.from_pretrained(TOKENIZER), "qwen3").has_own_decoder
 
 
-def test_bfloat16_stays_beside_its_adapters() -> None:
-    """Whole weights in bfloat16 would lose an update that is small beside them."""
+def test_bfloat16_weights_are_not_merged() -> None:
+    """Merged weights in bfloat16 would lose an update that is small against them."""
     backbone = load("qwen3", torch.bfloat16)
     policy = policy_on(backbone)
     bank = policy.adapters
     assert bank is not None
     assert backbone.has_own_decoder
     assert isinstance(backbone.model.base_model.norm, RMSNorm)
-    with bank.keep_merged():
-        assert bank.routing.whole is None
+    with bank.prepared():
+        assert bank.state.merged is None
     assert not neuromas.model.lora._is_long(10**9, torch.zeros(2, 2, dtype=torch.bfloat16))
     assert neuromas.model.lora._is_long(10**9, torch.zeros(2, 2))

@@ -68,10 +68,10 @@ def start(config: TrainConfig, *, resume: bool = False) -> Trainer:
     return Trainer(setup, run)
 
 
-def state_of(trainer: Trainer, generation: int | None = None) -> dict[str, Tensor]:
+def state_of(trainer: Trainer, cohort: int | None = None) -> dict[str, Tensor]:
     """Return copies of adapters and of the optimizer's moments and steps, by name."""
     state: dict[str, Tensor] = {}
-    for name, parameter in trainer.bank.parameters(generation).items():
+    for name, parameter in trainer.bank.parameters(cohort).items():
         state[name] = parameter.detach().clone()
         state |= {f"{name}.{key}": value.clone() for key, value in trainer.learner.optimizer.state[parameter].items()}
     return state
