@@ -34,7 +34,7 @@ _PLACEHOLDER = "PLACEHOLDER"
 
 
 class Backbone:
-    """One frozen causal language model with its tokenizer. Nothing changes it: policies share its weights."""
+    """One frozen causal language model with its tokenizer. Policies share its weights, and nothing changes them."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, prompt_date: str = PROMPT_DATE
@@ -49,15 +49,15 @@ class Backbone:
         """Tokens before and after a user's message, up to where the answer starts."""
         self.ops = ops_for(model.dtype, model.device)
         self.has_own_decoder = Decoder.fits(model)
-        """Whether our own decoder computes it, and not the layers that transformers has."""
+        """Whether our own decoder computes the model, and not its layers in transformers."""
         self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
 
     def layers(self, model: PreTrainedModel, adapters: AdapterBank | None) -> Layers:
-        """Return how a module tree of this model, with these adapters on it, computes tokens."""
+        """Return the layers that compute a module tree of this model with these adapters."""
         return Decoder(model, adapters) if self.has_own_decoder else TransformersLayers(model, adapters)
 
     def new_module_tree(self) -> PreTrainedModel:
-        """Return the model's modules anew, for adapters to be put on; they hold the very same weights."""
+        """Return a copy of the model's modules, for adapters to wrap; it holds the same weight tensors."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
@@ -65,14 +65,14 @@ class Backbone:
     def load(
         cls, name: str = "bundled", *, dtype: str = "float32", device: str = "auto", prompt_date: str = PROMPT_DATE
     ) -> "Backbone":
-        """Load `bundled`, a local folder, or a model of the Hugging Face hub (from its cache where it is there).
+        """Load `bundled`, a local folder, or a model of the Hugging Face hub, from its cache if it is there.
 
-        A chat template that asks for today's date is told `prompt_date` (YYYY-MM-DD).
+        A chat template that asks for today's date gets `prompt_date` (YYYY-MM-DD).
 
         Raises ValueError that says what is wrong with the folder or the id.
         """
         source, device = find_backbone(name), resolve_device(device)
-        # What goes wrong is said below, in one line.
+        # Errors are reported below, in one line.
         disable_progress_bar()
         set_verbosity_error()
         try:
@@ -82,7 +82,7 @@ class Backbone:
                 trust_remote_code=False,
             )  # fmt: skip
             model, report = loaded
-            # Left alone, transformers fills what is missing with random numbers and goes on.
+            # Otherwise transformers would fill missing weights with random numbers and go on.
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"its files lack {len(missing)} weights, e.g. {missing[0]}")
             backbone = cls(model.to(device), tokenizer, name, prompt_date)
@@ -95,9 +95,9 @@ class Backbone:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Compare one text read at once with the same text read in two parts; ValueError if they differ.
+        """Raise ValueError if the logits of a text in one forward differ from those of the text in two parts.
 
-        Models differ in what they keep of a text: layers that do more than attend to keys and values cannot be cached here.
+        Models with a state other than keys and values cannot be cached here.
         """
         header, footer = self.chat_frame
         ids = (*header, *self.encode("Probe: 1 2 3"), *footer)
@@ -110,20 +110,20 @@ class Backbone:
         cut = ids.shape[1] // 2
         head, tail = (Packed.of([part], self.device) for part in (ids[0, :cut].tolist(), ids[0, cut:].tolist()))
         first, layers = PrefixAttention(head), self.layers(self.model, None)
-        layers.fill(head.ids_T, head.column_T, None, first)
+        layers.prefill(head.ids_T, head.column_T, None, first)
         attention = SuffixAttention(tail, first.prefixes, tail.row_T[:1])
         parts = layers.logits(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
         if slides(self.model) and attention.windows == {None}:
-            # The text may be shorter than the window, which is then not tried by comparing.
+            # The text could be shorter than the window, and comparing logits would then not test it.
             raise ValueError(f"its kind of sliding window ({self.model.config.model_type}) is not supported")
-        # On average: in bfloat16 single logits may be far apart, and a model that is read wrongly is so in all of them.
+        # The mean is compared: in bfloat16 single logits may differ a lot, but with a wrong forward all logits do.
         tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.1
         if not (whole - parts).abs().mean() <= tolerance * whole.std():
             raise ValueError(f"its kind of attention ({self.model.config.model_type}) is not supported")
 
     @classmethod
     def tiny(cls, seed: int = 0) -> "Backbone":
-        """Return a random Qwen3 of two layers with the bundled tokenizer: shows the mechanics, not the skill."""
+        """Return a random Qwen3 of two layers with the bundled tokenizer: it shows the mechanics, not the skill."""
         tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -136,10 +136,10 @@ class Backbone:
 
     @functools.cached_property
     def max_tokens(self) -> int | None:
-        """The longest text that the model reads, None where its config names none.
+        """Return the length of the longest text that the model reads, or None if its config names none.
 
-        Where rotary angles depend on the length of the text, it is the length from which on they change: keys that were kept
-        before would be of other angles than those behind.
+        If rotary angles depend on the length of the text, it is the length from which on they change: cached keys would have
+        other angles than the keys after them.
         """
         config = self.model.config.get_text_config()
         found = [getattr(config, "max_position_embeddings", None)]
@@ -151,7 +151,7 @@ class Backbone:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the keys and values of one token in all layers, 0 where the config does not say."""
+        """Return the bytes of the keys and values of one token in all layers, or 0 if the config does not say."""
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
         size = getattr(config, "head_dim", None) or config.hidden_size // max(1, config.num_attention_heads)
@@ -162,7 +162,7 @@ class Backbone:
         return self.model.device
 
     def checksum(self) -> str:
-        """Hash every weight: equal before and after training."""
+        """Return a hash of all weights; it is equal before and after training."""
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.model.state_dict(keep_vars=True).items()):
             digest.update(name.encode())
@@ -170,30 +170,30 @@ class Backbone:
         return digest.hexdigest()
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a part of a message."""
+        """Return the token ids of a part of a message."""
         return self._encode_text(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return text without special tokens."""
+        """Return the text of token ids, without special tokens."""
         decoded = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(decoded, str)
         return decoded
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
-        # Control tokens written out in a question or a message stay plain text: nobody can end a turn from inside it.
+        # Control tokens written out in a question or a message stay plain text, so that it cannot end its turn.
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(encoded["input_ids"])
 
 
 def resolve_device(device: str) -> str:
-    """Return `cuda` or `cpu`; ValueError where cuda is asked for and not there."""
+    """Return `cuda` or `cpu`; raise ValueError if cuda is asked for and not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no NVIDIA GPU found; use --device cpu")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def config_of(name: str) -> Any:
-    """Return a backbone's transformers config without its weights; ValueError as `Backbone.load`."""
+    """Return a backbone's transformers config without its weights; raise ValueError as `Backbone.load` does."""
     source = find_backbone(name)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -202,7 +202,7 @@ def config_of(name: str) -> Any:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return every token that ends a text: the model's own and the tokenizer's, which may differ in chat models."""
+    """Return every token that ends a text: the model's and the tokenizer's, which may differ in chat models."""
     own = getattr(model.generation_config, "eos_token_id", None)
     named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     ids = {token for token in named if isinstance(token, int)}
@@ -236,10 +236,10 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase, prompt_date: str) -> tuple[t
 
 
 def _dated(template: str, day: datetime) -> str:
-    """Return a chat template whose clock, `strftime_now`, stands still.
+    """Return a chat template whose clock, `strftime_now`, always gives this day.
 
-    A run that is resumed or evaluated on another day would read other prompts than it was trained on. The clock is a macro, as
-    transformers hands templates no functions.
+    Otherwise a run that is resumed or evaluated on another day would have other prompts than it was trained on. The clock is a
+    macro, because transformers passes no functions to templates.
     """
     if "strftime_now" not in template:
         return template
@@ -248,5 +248,5 @@ def _dated(template: str, day: datetime) -> str:
         for letter in "aAbBcdfHIjmMpSuUwWxXyYGV"
         for directive in (f"%-{letter}", f"%{letter}")
     )
-    # The line break is the one that Jinja drops behind a block: the template itself still begins a line.
+    # Jinja drops this line break after the block, so that the template itself still begins a line.
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"

@@ -1,12 +1,10 @@
-"""A backbone's layers on a stream of tokens, with as few operations as they take.
+"""Our own decoder: computes the layers of common models on a stream of tokens, with as few operations as possible.
 
 Many open models have one kind of layer (Llama and SmolLM2, Mistral, Qwen 2 and 3, Gemma 3): norm, attention with rotary
-positions (Su et al. 2021, arXiv 2104.09864), norm, gated feed-forward (Shazeer 2020, arXiv 2002.05202), each added to what came
-in. Those are computed here: modules that read the same tokens are one product, the last layer treats only the tokens that
-somebody asks for, and gradients are written out where torch would pass over memory more often. Any other model keeps its own
-forward.
-
-Shapes beyond the legend: H size of a hidden state, C columns of a product, X heads of queries and keys, D size of a head.
+positions (Su et al. 2021, arXiv 2104.09864), norm, gated feed-forward (Shazeer 2020, arXiv 2002.05202), with residual
+connections. This module computes those: modules with the same input are one product, the last layer computes only the tokens
+whose logits are needed, and operations have their own backward where autograd would pass over memory more often. Any other
+model keeps its own forward.
 """
 
 from collections.abc import Sequence
@@ -28,13 +26,13 @@ from neuromas.model.packing import Attention, Packed
 from neuromas.model.rms_norm import RMSNorm
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-"""Whose sources are as described. Others may be made of the same modules and differ in what a short text does not show."""
+"""Model types whose source is as described. Other types may have the same modules and yet differ on long texts."""
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _AROUND_MLP = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping")
-"""Settings by which models change logits or scores; small ones may not show it."""
+"""Settings by which models change logits or scores; their effect on a short text may be too small to notice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,50 +44,50 @@ class _Layer:
     gate_up: LinearGroup
     down: LinearGroup
     before_attention: RMSNorm
-    behind_attention: RMSNorm | None
+    after_attention: RMSNorm | None
     before_mlp: RMSNorm
-    behind_mlp: RMSNorm | None
+    after_mlp: RMSNorm | None
     heads: tuple[int, int]
-    """Of queries, and of keys."""
-    head_scale_XD: Tensor | None
-    """Weights of the norms of queries and keys."""
+    """Number of query heads, and of key heads."""
+    head_scale: Tensor | None
+    """Weights of the norms of queries and keys, (H + J, D)."""
     head_eps: float
     scale: float
     window: int | None
     kind: str
-    """Which of the model's rotary frequencies it uses."""
+    """The kind of layer, by which the model's rotary frequencies may differ."""
     activation: str
     ops: TorchOps
 
-    def query_keys_values(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return self._heads(self.qkv, normal_TH, angles, *self.heads)
+    def query_keys_values(self, normed_TC: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self._heads(self.qkv, normed_TC, angles, *self.heads)
 
-    def query(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        return self._heads(self.q, normal_TH, angles, self.heads[0], 0)[0]
+    def query(self, normed_TC: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        return self._heads(self.q, normed_TC, angles, self.heads[0], 0)[0]
 
-    def keys_values(self, normal_TH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._heads(self.kv, normal_TH, angles, 0, self.heads[1])[1:]
+    def keys_values(self, normed_TC: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._heads(self.kv, normed_TC, angles, 0, self.heads[1])[1:]
 
     def _heads(
-        self, linear: LinearGroup, normal_TH: Tensor, angles: tuple[Tensor, Tensor], queries: int, keys: int
+        self, linear: LinearGroup, normed_TC: Tensor, angles: tuple[Tensor, Tensor], queries: int, keys: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        of_keys = slice(0 if queries else self.heads[0], sum(self.heads) if keys else self.heads[0])
-        scale_XD = None if self.head_scale_XD is None else self.head_scale_XD[of_keys]
-        return self.ops.heads(linear(normal_TH), *angles, queries, keys, scale_XD, self.head_eps)
+        selected = slice(0 if queries else self.heads[0], sum(self.heads) if keys else self.heads[0])
+        head_scale = None if self.head_scale is None else self.head_scale[selected]
+        return self.ops.heads(linear(normed_TC), *angles, queries, keys, head_scale, self.head_eps)
 
-    def rest(self, hidden_TH: Tensor, read_TXD: Tensor) -> Tensor:
-        """Add what tokens have read to them, then what the feed-forward makes of them."""
-        hidden_TH = _added(hidden_TH, self.out, read_TXD.flatten(1), self.behind_attention)
-        gated_TC = self.ops.gate(self.gate_up(self.before_mlp(hidden_TH)), self.activation)
-        return _added(hidden_TH, self.down, gated_TC, self.behind_mlp)
+    def rest(self, hidden_TC: Tensor, attended_THD: Tensor) -> Tensor:
+        """Return the layer's output, given its input and its attention heads' output."""
+        hidden_TC = _added(hidden_TC, self.out, attended_THD.flatten(1), self.after_attention)
+        gated_TI = self.ops.gate(self.gate_up(self.before_mlp(hidden_TC)), self.activation)
+        return _added(hidden_TC, self.down, gated_TI, self.after_mlp)
 
 
-def _added(hidden_TH: Tensor, linear: LinearGroup, x_TI: Tensor, norm: RMSNorm | None) -> Tensor:
-    return linear(x_TI, hidden_TH) if norm is None else hidden_TH + norm(linear(x_TI))
+def _added(hidden_TC: Tensor, linear: LinearGroup, x_TI: Tensor, norm: RMSNorm | None) -> Tensor:
+    return linear(x_TI, hidden_TC) if norm is None else hidden_TC + norm(linear(x_TI))
 
 
 class Decoder:
-    """The layers of a model with the adapters on it; `fits` says whether a model is of the kind described."""
+    """Computes the layers of a model with adapters; `fits` says whether a model is of the kind described."""
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterBank | None) -> None:
         base: Any = model.base_model
@@ -105,20 +103,20 @@ class Decoder:
     @classmethod
     @torch.no_grad()
     def fits(cls, model: PreTrainedModel) -> bool:
-        """Say whether a model is of the kind described: made of these parts, and with our logits on random tokens."""
+        """Say whether a model is of the kind described: it has these modules, and our logits equal its own on random tokens."""
         if not _has_our_parts(model):
             return False
         decoder = cls(model, None)
         generator = torch.Generator().manual_seed(0)
         window = max(layer.window or 0 for layer in decoder._layers)
         if slides(model) and not window:
-            # A text may be shorter than the window, which is then not tried by comparing.
+            # The text could be shorter than the window, and comparing logits would then not test it.
             return False
         ids = torch.randint(0, decoder._embedding.num_embeddings, (32 + min(window, 128),), generator=generator)
         packed = Packed.of([ids.tolist()], model.device)
         theirs = model(input_ids=packed.ids_T[None], use_cache=False).logits[0].float()
         ours = decoder.logits(packed.ids_T, packed.column_T, None, PrefixAttention(packed), packed.column_T)
-        # On average: in bfloat16 single logits may be far apart, and a model that is read wrongly is so in most of them.
+        # The mean is compared: in bfloat16 single logits may differ a lot, but with a wrong forward most logits do.
         tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.1
         return bool((ours - theirs).abs().mean() <= tolerance * theirs.std())
 
@@ -129,68 +127,68 @@ class Decoder:
         nodes_T: Int[Tensor, " T"] | None,
         attention: Attention,
         keep_K: Int[Tensor, " K"],
-    ) -> Float[Tensor, "K H"]:
-        """Return what the head reads, of the tokens at the given places of the stream; they are in order."""
+    ) -> Float[Tensor, "K C"]:
+        """Return the final hidden states, which the head takes, of the tokens at the given indices of the stream, in order."""
         last, keep = self._layers[-1], None if keep_K.shape[0] == ids_T.shape[0] else keep_K
         with self._routed(nodes_T):
-            hidden_TH, normal_TH, angles = self._to_last_layer(ids_T, positions_T, attention)
+            hidden_TC, normed_TC, angles = self._to_last_layer(ids_T, positions_T, attention)
             if keep is None:
-                query, keys, values = last.query_keys_values(normal_TH, angles)
-                return self._finish(hidden_TH, query, keys, values, attention, None)
-            keys, values = last.keys_values(normal_TH, angles)
-        hidden_TH, normal_TH = hidden_TH.index_select(0, keep), normal_TH.index_select(0, keep)
+                query, keys, values = last.query_keys_values(normed_TC, angles)
+                return self._finish(hidden_TC, query, keys, values, attention, None)
+            keys, values = last.keys_values(normed_TC, angles)
+        hidden_TC, normed_TC = hidden_TC.index_select(0, keep), normed_TC.index_select(0, keep)
         with self._routed(None if nodes_T is None else nodes_T[keep]):
-            query = last.query(normal_TH, (angles[0][keep], angles[1][keep]))
-            return self._finish(hidden_TH, query, keys, values, attention, keep)
+            query = last.query(normed_TC, (angles[0][keep], angles[1][keep]))
+            return self._finish(hidden_TC, query, keys, values, attention, keep)
 
     def _finish(
-        self, hidden_KH: Tensor, query: Tensor, keys: Tensor, values: Tensor, attention: Attention, keep_K: Tensor | None
+        self, hidden_KC: Tensor, query: Tensor, keys: Tensor, values: Tensor, attention: Attention, keep_K: Tensor | None
     ) -> Tensor:
         last, number = self._layers[-1], len(self._layers) - 1
-        read_KXD = attention.attend(number, query, keys, values, scale=last.scale, window=last.window, keep_K=keep_K)
-        return self._norm(last.rest(hidden_KH, read_KXD))
+        attended_KHD = attention.attend(number, query, keys, values, scale=last.scale, window=last.window, keep_K=keep_K)
+        return self._norm(last.rest(hidden_KC, attended_KHD))
 
     def logits(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor
     ) -> Float[Tensor, "K V"]:
-        """Return float32 logits of the tokens at the given places."""
+        """Return float32 logits of the tokens at the given indices."""
         return self.head(self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)).float()
 
     def logprobs(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
         chosen_K: Int[Tensor, " K"], temperature: float,
     ) -> Float[Tensor, " K"]:  # fmt: skip
-        """Return the log-probability of one token each behind the given places."""
-        hidden_KH = self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)
-        return chosen_logprobs(hidden_KH, self.head, chosen_K, temperature)
+        """Return the log-probability of one chosen token after each of the given indices."""
+        hidden_KC = self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)
+        return chosen_logprobs(hidden_KC, self.head, chosen_K, temperature)
 
-    def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
-        """Compute no more than what others read of these tokens."""
+    def prefill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
+        """Compute the keys and values of these tokens in all layers, and no more."""
         with self._routed(nodes_T):
-            _, normal_TH, angles = self._to_last_layer(ids_T, positions_T, attention)
-            attention.leave(*self._layers[-1].keys_values(normal_TH, angles))
+            _, normed_TC, angles = self._to_last_layer(ids_T, positions_T, attention)
+            attention.store(*self._layers[-1].keys_values(normed_TC, angles))
 
     def _to_last_layer(
         self, ids_T: Tensor, positions_T: Tensor, attention: Attention
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Return hidden states before the last layer, the same normed as it does, and the angles of its kind."""
-        hidden_TH = self._embedding(ids_T)
-        dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+        """Return the last layer's input, the same after its first norm, and the cosines and sines of its rotary positions."""
+        hidden_TC = self._embedding(ids_T)
+        dtype = torch.promote_types(hidden_TC.dtype, torch.float32)
         angles = {kind: _angles(positions_T, *frequencies, dtype) for kind, frequencies in self._frequencies.items()}
         for number, layer in enumerate(self._layers[:-1]):
-            streams = layer.query_keys_values(layer.before_attention(hidden_TH), angles[layer.kind])
-            read_TXD = attention.attend(number, *streams, scale=layer.scale, window=layer.window)
-            hidden_TH = layer.rest(hidden_TH, read_TXD)
+            streams = layer.query_keys_values(layer.before_attention(hidden_TC), angles[layer.kind])
+            attended_THD = attention.attend(number, *streams, scale=layer.scale, window=layer.window)
+            hidden_TC = layer.rest(hidden_TC, attended_THD)
         last = self._layers[-1]
-        return hidden_TH, last.before_attention(hidden_TH), angles[last.kind]
+        return hidden_TC, last.before_attention(hidden_TC), angles[last.kind]
 
     def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
         return self._adapters.routed(nodes_T) if self._adapters else nullcontext()
 
 
-def _angles(positions_T: Tensor, frequencies_D: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines, (T, D), and sines, (T, D/2), of the angles that a head's pairs are turned by."""
-    angles = positions_T[:, None] * frequencies_D
+def _angles(positions_T: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosines, (T, D), and sines, (T, D / 2), of the angles that a head's pairs are rotated by."""
+    angles = positions_T[:, None] * frequencies
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     if scaling != 1:
         cos, sin = cos * scaling, sin * scaling
@@ -217,11 +215,11 @@ def _layer(layer: Any, config: Any, ops: TorchOps) -> _Layer:
         gate_up=LinearGroup([mlp.gate_proj, mlp.up_proj]),
         down=LinearGroup([mlp.down_proj]),
         before_attention=layer.input_layernorm,
-        behind_attention=layer.post_attention_layernorm if around else None,
+        after_attention=layer.post_attention_layernorm if around else None,
         before_mlp=layer.pre_feedforward_layernorm if around else layer.post_attention_layernorm,
-        behind_mlp=layer.post_feedforward_layernorm if around else None,
+        after_mlp=layer.post_feedforward_layernorm if around else None,
         heads=heads,
-        head_scale_XD=torch.cat(scales) if scales else None,
+        head_scale=torch.cat(scales) if scales else None,
         head_eps=norms[0].eps if norms else 0.0,
         scale=float(attention.scaling),
         window=getattr(attention, "sliding_window", None),
@@ -232,7 +230,7 @@ def _layer(layer: Any, config: Any, ops: TorchOps) -> _Layer:
 
 
 def slides(model: PreTrainedModel) -> bool:
-    """Say whether any layer sees a window only. Without a list of kinds all layers slide."""
+    """Say whether any layer has a sliding window. Without a list of kinds all layers have it."""
     kinds = getattr(model.config, "layer_types", None)
     return bool(getattr(model.config, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
 
@@ -242,7 +240,7 @@ def _activation(config: Any) -> str:
 
 
 def _has_our_parts(model: PreTrainedModel) -> bool:
-    """Say whether a model is made of the modules that `_layer` looks for, and of no other."""
+    """Say whether a model has the modules that `_layer` looks for, and no others."""
     base: Any = model.base_model
     config = model.config.get_text_config()
     if config.model_type not in _FAMILIES:
@@ -253,7 +251,7 @@ def _has_our_parts(model: PreTrainedModel) -> bool:
         return False
     kinds = getattr(base.rotary_emb, "rope_type", "")
     if any(kind in ("dynamic", "longrope") for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
-        # Their angles depend on how long the text is.
+        # Their rotary angles depend on the length of the text.
         return False
     return isinstance(model.get_output_embeddings(), nn.Linear) and all(_is_our_layer(layer, config) for layer in base.layers)
 
@@ -275,7 +273,7 @@ def _is_our_layer(layer: nn.Module, config: Any) -> bool:
         set(attention) == _ATTENTION
         and set(mlp) == _MLP
         and all(isinstance(norm, RMSNorm) for norm in norms)
-        # Quantized layers are kinds of nn.Linear too.
+        # Quantized layers are subclasses of nn.Linear too.
         and all(type(linear) is nn.Linear and linear.weight.is_floating_point() for linear in linears)
         and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
         and (mlp["gate_proj"].bias is None) == (mlp["up_proj"].bias is None)

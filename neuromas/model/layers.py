@@ -1,6 +1,6 @@
-"""How a policy computes a stream of tokens: by our own decoder (`decoder.py`), or by the layers that transformers has.
+"""The layers that compute a stream of tokens for a policy: our own decoder (`decoder.py`), or the model's own in transformers.
 
-The choice is made once, when a backbone is loaded; whoever calls need not know which it is.
+The choice is made once, when a backbone is loaded; both have the same interface.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,13 +18,13 @@ from neuromas.model.decoder import LOGIT_CHANGES, slides
 from neuromas.model.logprobs import chosen_logprobs
 from neuromas.model.packing import Attention
 
-TRIED_IDS = 8
-"""Tokens that the head of a model is tried on."""
+PROBE_TOKENS = 8
+"""Number of tokens on which a model's head is compared with its logits."""
 
 
 @runtime_checkable
 class Layers(Protocol):
-    """A model's layers with adapters on them. `nodes_T` are indices into the bank's nodes; None leaves the adapters out."""
+    """Computes a model's layers with adapters. `nodes_T` are indices into the bank's nodes; None leaves the adapters out."""
 
     def logits(
         self,
@@ -34,23 +34,23 @@ class Layers(Protocol):
         attention: Attention,
         keep_K: Int[Tensor, " K"],
     ) -> Float[Tensor, "K V"]:
-        """Return float32 logits at the given places of a stream of tokens, which are in order."""
+        """Return float32 logits at the given indices of a stream of tokens, which are in order."""
         ...
 
-    def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
-        """Compute the keys and values that others read of these tokens, and no more."""
+    def prefill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
+        """Compute the keys and values of these tokens in all layers, and no more."""
         ...
 
     def logprobs(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
         chosen_K: Int[Tensor, " K"], temperature: float,
     ) -> Float[Tensor, " K"]:  # fmt: skip
-        """Return the log-probability of one token each behind the given places."""
+        """Return the log-probability of one chosen token after each of the given indices."""
         ...
 
 
 class TransformersLayers:
-    """The model's own forward, of which nothing need be known but that it attends to keys and values."""
+    """Computes with the model's own forward, which must call transformers' attention interface and keep no other state."""
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterBank | None) -> None:
         self._model, self._adapters = model, adapters
@@ -63,7 +63,7 @@ class TransformersLayers:
         with self._routed(nodes_T):
             return self._model(**self._inputs(ids_T, positions_T, attention), logits_to_keep=keep_K).logits[0].float()
 
-    def fill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
+    def prefill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
         with self._routed(nodes_T):
             self._model.base_model(**self._inputs(ids_T, positions_T, attention))
 
@@ -75,8 +75,8 @@ class TransformersLayers:
             logits_KV = self.logits(ids_T, positions_T, nodes_T, attention, keep_K)
             return -cross_entropy(logits_KV / temperature, chosen_K, reduction="none")
         with self._routed(nodes_T):
-            hidden_TH = self._model.base_model(**self._inputs(ids_T, positions_T, attention)).last_hidden_state[0]
-        return chosen_logprobs(hidden_TH[keep_K], self._plain_head, chosen_K, temperature)
+            hidden_TC = self._model.base_model(**self._inputs(ids_T, positions_T, attention)).last_hidden_state[0]
+        return chosen_logprobs(hidden_TC[keep_K], self._plain_head, chosen_K, temperature)
 
     def _inputs(self, ids_T: Tensor, positions_T: Tensor, attention: Attention) -> dict[str, Any]:
         return {
@@ -90,19 +90,19 @@ class TransformersLayers:
 
 @torch.inference_mode()
 def _plain_head(model: PreTrainedModel) -> nn.Linear | None:
-    """Return the head, if logits are what it makes of hidden states and nothing else; models may scale or bound them."""
+    """Return the head if logits are its output and nothing else, or None: some models scale or bound their logits."""
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     if not isinstance(head, nn.Linear) or any(getattr(config, name, None) for name in LOGIT_CHANGES):
         return None
-    ids = torch.arange(min(TRIED_IDS, config.vocab_size), device=model.device)[None]
+    ids = torch.arange(min(PROBE_TOKENS, config.vocab_size), device=model.device)[None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = model(input_ids=ids, use_cache=False).logits
     return head if torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5) else None
 
 
 def _no_mask(model: PreTrainedModel) -> Any:
-    """Return what a model takes for a mask as it is, so that it makes none: `Attention` knows who sees whom."""
+    """Return an empty mask that a model takes as it is, so that it makes none: `Attention` has masks of its own."""
     mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=model.device)
     by_kind = slides(model) and getattr(model.config, "layer_types", None)
     return dict.fromkeys(("full_attention", "sliding_attention"), mask) if by_kind else mask

@@ -1,7 +1,7 @@
-"""Rows of tokens without padding: one behind the other in one stream, so that only attention has to know where a row ends.
+"""Packed rows: rows of tokens are concatenated into one stream without padding, and only attention knows where a row ends.
 
-Projections, norms, MLPs and adapters treat tokens one by one, so they run on the stream. Attention pads rows to a grid, and
-transformers' models are made to call `attend` of what `Backbone.forward` is given instead of an attention of their own.
+Projections, norms, MLPs and adapters treat tokens one by one, so they run on the stream. Attention pads the rows. The models of
+transformers call `attend` of the object that their forward is given as `packed`, instead of an attention of their own.
 """
 
 from collections.abc import Sequence
@@ -21,28 +21,28 @@ ATTENTION = "neuromas"
 
 @runtime_checkable
 class Attention(Protocol):
-    """Says who attends to whom in a stream of T tokens."""
+    """Computes attention in a stream of T tokens; it knows which keys and values each query attends to."""
 
     def attend(
         self,
         layer: int,
-        query_THD: Float[Tensor, "T H D"],
-        keys_THD: Float[Tensor, "T K D"],
-        values_THD: Float[Tensor, "T K D"],
+        query_KHD: Float[Tensor, "K H D"],
+        keys_TJD: Float[Tensor, "T J D"],
+        values_TJD: Float[Tensor, "T J D"],
         *,
         scale: float,
         window: int | None,
         keep_K: Int[Tensor, " K"] | None = None,
-    ) -> Float[Tensor, "T H D"]:
-        """Return what each token reads. With a `window`, a token sees that many, itself among them.
+    ) -> Float[Tensor, "K H D"]:
+        """Return the attention output of each query. With a `window`, a token attends to that many tokens, itself included.
 
-        With `keep_K`, queries are those of the tokens at these places alone, and so is what is returned.
+        `keep_K` holds the indices of the tokens that queries are given for; None means all tokens, so that K is T.
         """
         ...
 
 
-def among_all(query_KHD: Tensor, keep_K: Tensor, tokens: int) -> Tensor:
-    """Return queries of some tokens as those of all, 0 elsewhere: for attention that has all tokens read."""
+def scatter_queries(query_KHD: Tensor, keep_K: Tensor, tokens: int) -> Tensor:
+    """Return queries for all tokens, (T, H, D): those given at their indices, 0 elsewhere."""
     return query_KHD.new_zeros(tokens, *query_KHD.shape[1:]).index_copy(0, keep_K, query_KHD)
 
 
@@ -50,6 +50,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float,
     sliding_window: int | None = None, packed: Attention | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
+    """Compute attention for transformers: by `packed` if the forward is given one, else by its own scaled dot product."""
     if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
         raise ValueError(f"its attention ({', '.join(unknown)}) is not supported")
     if packed is None:
@@ -65,48 +66,49 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class _Pad(torch.autograd.Function):
-    """Stream to grid. Written out because the gradient of an indexed read adds where here every place is read once."""
+    """Pads a stream. It has its own backward because autograd's for indexing adds up, where here every index occurs once."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, places: Tensor, rows: int, width: int) -> Tensor:
-        ctx.save_for_backward(places)
-        grid = stream.new_zeros(rows * width, *stream.shape[1:])
-        return grid.index_copy_(0, places, stream).unflatten(0, (rows, width))
+    def forward(ctx: Any, stream: Tensor, indices: Tensor, rows: int, width: int) -> Tensor:
+        ctx.save_for_backward(indices)
+        padded = stream.new_zeros(rows * width, *stream.shape[1:])
+        return padded.index_copy_(0, indices, stream).unflatten(0, (rows, width))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (places,) = ctx.saved_tensors
-        return grads[0].flatten(0, 1).index_select(0, places), None, None, None
+        (indices,) = ctx.saved_tensors
+        return grads[0].flatten(0, 1).index_select(0, indices), None, None, None
 
 
 class _Unpad(torch.autograd.Function):
-    """Grid to stream."""
+    """Turns a padded batch back into a stream."""
 
     @staticmethod
-    def forward(ctx: Any, grid: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.shape = grid.shape
-        return grid.flatten(0, 1).index_select(0, places)
+    def forward(ctx: Any, padded: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.shape = padded.shape
+        return padded.flatten(0, 1).index_select(0, indices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
+        (indices,) = ctx.saved_tensors
         rows, width, *rest = ctx.shape
-        grid = grads[0].new_zeros(rows * width, *rest).index_copy_(0, places, grads[0])
-        return grid.view(ctx.shape), None
+        padded = grads[0].new_zeros(rows * width, *rest).index_copy_(0, indices, grads[0])
+        return padded.view(ctx.shape), None
 
 
 class Packed:
-    """Rows of unlike length, none of them empty, as one stream, and the grid of B x W that attention pads them to."""
+    """Holds non-empty rows of different lengths as one stream; `pad` makes a padded batch of a stream and `unpad` undoes it."""
 
     def __init__(self, ids_T: Tensor, lengths_B: Tensor, row_T: Tensor, column_T: Tensor, width: int) -> None:
         self.ids_T, self.lengths_B, self.row_T, self.column_T = ids_T, lengths_B, row_T, column_T
         self.rows, self.width = len(lengths_B), width
         full = len(ids_T) == self.rows * width
-        self._places = None if full else row_T * width + column_T
+        self._indices = None if full else row_T * width + column_T
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]], device: torch.device) -> "Packed":
+        """Return sequences of token ids as packed rows."""
         lengths = np.array([len(sequence) for sequence in sequences])
         total = int(lengths.sum())
         rows = np.repeat(np.arange(len(sequences)), lengths)
@@ -118,21 +120,21 @@ class Packed:
 
     @classmethod
     def column(cls, ids_B: Tensor) -> "Packed":
-        """Rows of one token each."""
+        """Return packed rows of one token each."""
         return cls(ids_B, torch.ones_like(ids_B), torch.arange(len(ids_B), device=ids_B.device), torch.zeros_like(ids_B), 1)
 
     def pad(self, stream: Tensor) -> Tensor:
-        """(T, ...) to (B, W, ...), 0 behind a row's end."""
-        if self._places is None:
+        """Return a stream (T, ...) as a padded batch (B, width, ...), with 0 after a row's end."""
+        if self._indices is None:
             return stream.unflatten(0, (self.rows, self.width))
-        padded = _Pad.apply(stream, self._places, self.rows, self.width)
+        padded = _Pad.apply(stream, self._indices, self.rows, self.width)
         assert isinstance(padded, Tensor)
         return padded
 
-    def unpad(self, grid: Tensor) -> Tensor:
-        """(B, W, ...) to (T, ...)."""
-        if self._places is None:
-            return grid.flatten(0, 1)
-        stream = _Unpad.apply(grid, self._places)
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Return a padded batch (B, width, ...) as a stream (T, ...)."""
+        if self._indices is None:
+            return padded.flatten(0, 1)
+        stream = _Unpad.apply(padded, self._indices)
         assert isinstance(stream, Tensor)
         return stream

@@ -1,8 +1,8 @@
-"""The policy: one frozen backbone with the adapters of a network's nodes on it. It is what is sampled and trained.
+"""The policy: one frozen backbone with the adapters of a network's nodes. It is what is sampled and trained.
 
-prefill   keys and values of the shared prefixes, each computed once for all rows that go on from it
-decode    logits of the next token: behind the nodes' own parts of their prompts, then token by token
-logprobs  log-probabilities of what was sampled, with gradients
+`prefill` computes keys and values of the shared prefixes, each once for all rows that continue it. `decode` computes logits of
+the next token: after the suffixes of the prompts, and then token by token. `logprobs` computes log-probabilities of what was
+sampled, with gradients.
 """
 
 from collections.abc import Sequence
@@ -21,48 +21,49 @@ from neuromas.model.packing import Attention, Packed
 from neuromas.types import Prompt
 
 PrefixKey = tuple[tuple[int, ...], int]
-"""Token ids of a prefix, and the index of the adapter that reads it."""
+"""Token ids of a prefix, and the index of the adapter that acts on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Completions of K tokens in all: per row a node's part of the prompt, then what it wrote.
+    """Holds completions with K sampled tokens in all; a row is the suffix of a node's prompt and then its completion.
 
-    `prefixes` are the distinct shared prefixes; each row goes on from one of them. Rows of one node lie together.
+    `prefixes` are the distinct shared prefixes, and each row continues one of them. Rows of one node are adjacent.
     """
 
     prefixes: Packed
     prefix_node_Q: Int[Tensor, " Q"]
-    """Index of the adapter that reads the prefix, where the scope is `all`."""
+    """Index of the adapter that acts on the prefix, if the scope is `all`."""
     prefix_of_row_B: Int[Tensor, " B"]
     node_of_row_B: Int[Tensor, " B"]
     """Index of the row's adapter."""
     suffixes: Packed
     sampled_K: Int[Tensor, " K"]
-    """Where in the stream of suffixes the sampled tokens lie, stop tokens included."""
+    """Indices of the sampled tokens in the stream of suffixes, stop tokens included."""
     temperature: float
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Which adapter a node speaks through, and which one reads its prefix. Adapters are counted from 0."""
+    """Says which adapter acts on a node's tokens and which one on its prefix. Adapters are counted from 0."""
 
     nodes: tuple[int, ...]
-    """One adapter each; a single one serves whoever speaks."""
+    """The nodes that have an adapter each; if it is a single node, all nodes share its adapter."""
     scope: Scope = "all"
 
     def adapter_of(self, node: int) -> int:
+        """Return the index of a node's adapter."""
         return self.nodes.index(node) if len(self.nodes) > 1 else 0
 
     def prefix_key(self, prompt: Prompt, node: int) -> PrefixKey:
-        """Name what a prefix computes to: rows with equal keys share it. With scope `suffix` no adapter reads it."""
+        """Return the key of a prefix: rows with equal keys share it. With scope `suffix` no adapter acts on prefixes."""
         return prompt.prefix_ids, self.adapter_of(node) if self.scope == "all" else 0
 
 
 class Policy:
     """A backbone with an adapter for each of `nodes`; without nodes it is the bare backbone.
 
-    The backbone is not changed: any number of policies may stand on it. Its weights are shared, never copied.
+    The backbone is not changed, so any number of policies may use it. Its weights are shared, never copied.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Policy:
         self.backbone = backbone
         adapter = adapter or AdapterConfig()
         self.model = backbone.new_module_tree()
-        """The backbone's modules with adapters on them."""
+        """The backbone's modules, with adapters."""
         self.adapters = AdapterBank(self.model, nodes, adapter, seed) if nodes else None
         self.scope: Scope = adapter.scope
         self.ops = backbone.ops
@@ -79,7 +80,7 @@ class Policy:
 
     @property
     def version(self) -> int:
-        """Number of updates of the adapters; a completion carries the version that wrote it."""
+        """Return the number of updates of the adapters; a completion carries the version that wrote it."""
         return self.adapters.version if self.adapters else 0
 
     @property
@@ -89,8 +90,8 @@ class Policy:
     def prompt(self, question: str, node_text: str, *, has_inbox: bool = True) -> Prompt:
         """Return the tokens of a node's prompt: one user message, the question first, the node's own part last.
 
-        Without an inbox that part is the same in all rollouts and belongs to the shared prefix, unless adapters act behind the
-        question alone, or all nodes share one adapter and with it the question.
+        Without an inbox that part is the same in all rollouts and belongs to the shared prefix, unless adapters act only after
+        the question, or all nodes share one adapter and so the question's keys and values.
         """
         header, footer = self.backbone.chat_frame
         prefix, own = (*header, *self.backbone.encode(f"{question}\n\n")), self.backbone.encode(node_text)
@@ -100,15 +101,15 @@ class Policy:
         return Prompt(prefix, (*own, *footer))
 
     def sampling(self) -> AbstractContextManager[None]:
-        """Prepare the adapters once for all that is computed inside, without gradients and without a change of adapters."""
+        """Prepare the adapters once for all forwards inside, which have no gradients and change no adapter."""
         return self.adapters.prepared() if self.adapters else nullcontext()
 
     def prefill(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> Prefixes:
-        """Compute keys and values of shared prefixes: with the given adapters (scope `all`), or bare (`suffix`)."""
+        """Return keys and values of shared prefixes, with the given adapters (scope `all`) or without any (`suffix`)."""
         attention = PrefixAttention(prefixes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
             nodes_T = node_Q[prefixes.row_T] if self.scope == "all" else None
-            self._layers.fill(prefixes.ids_T, prefixes.column_T, nodes_T, attention)
+            self._layers.prefill(prefixes.ids_T, prefixes.column_T, nodes_T, attention)
         return attention.prefixes
 
     def decode(
@@ -119,7 +120,7 @@ class Policy:
         attention: Attention,
         keep_K: Int[Tensor, " K"],
     ) -> Float[Tensor, "K V"]:
-        """Return float32 logits of the token behind each of the given places of a stream of tokens.
+        """Return float32 logits of the token after each of the given indices of a stream of tokens.
 
         `nodes_T` are indices of adapters; None leaves the adapters out.
         """
@@ -128,8 +129,8 @@ class Policy:
     def logprobs(self, rows: Rows) -> Float[Tensor, " K"]:
         """Return the log-probability of every sampled token under its row's node.
 
-        The prefix is computed once per question (scope `suffix`) or once per question and node (scope `all`) and its keys
-        and values are shared by the rows that read it; gradients flow through them.
+        The prefix is computed once per question (scope `suffix`) or once per question and node (scope `all`), and the rows that
+        continue it share its keys and values; gradients flow through them.
         """
         suffixes = rows.suffixes
         attention = SuffixAttention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)

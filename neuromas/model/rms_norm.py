@@ -1,4 +1,4 @@
-"""Root-mean-square norms of a frozen backbone (Zhang and Sennrich 2019, arXiv 1910.07467), with half the memory traffic."""
+"""Root-mean-square norms (Zhang and Sennrich 2019, arXiv 1910.07467) of a frozen backbone, with half the memory traffic."""
 
 import torch
 from torch import Tensor, nn
@@ -7,12 +7,12 @@ from neuromas.model.ops import TorchOps, ops_for
 
 
 class RMSNorm(nn.Module):
-    """Does what a transformers norm with this weight does; `offset` is added to the weight (1 in Gemma)."""
+    """Computes what a norm of transformers with this weight computes; `offset` is added to the weight (1 in Gemma)."""
 
     def __init__(self, weight: nn.Parameter, eps: float, offset: float, ops: TorchOps) -> None:
         super().__init__()
         self.weight, self.eps, self.ops = weight, eps, ops
-        # In bfloat16, 1 + weight would lose digits.
+        # In bfloat16, 1 + weight would lose digits, so the scale is kept in float32.
         self.scale = weight.data.to(torch.promote_types(weight.dtype, torch.float32)) + offset
 
     def forward(self, x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
 
 
 def replace_norms(model: nn.Module) -> int:
-    """Put ours in place of every norm that it equals, tried on random numbers; return how many. Others stay."""
+    """Replace every norm by ours if both give equal results on random numbers, and return how many were replaced."""
     count = 0
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
@@ -30,7 +30,7 @@ def replace_norms(model: nn.Module) -> int:
         if isinstance(module, RMSNorm):
             continue
         x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        # In bfloat16 both round to 8 bits, some models twice.
+        # In bfloat16 both round to 8 bits, and some models round twice.
         rtol, atol = (1e-5, 1e-6) if weight.dtype.itemsize >= 4 else (0.01, 1e-6)
         for offset in (0.0, 1.0):
             ours = RMSNorm(weight, eps, offset, ops_for(weight.dtype, weight.device))

@@ -1,4 +1,4 @@
-"""What a network asks of an engine, and where its randomness comes from."""
+"""The interface of engines, which sample completions for a network, and the random numbers that they use."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 from neuromas.types import Request, Sample
 
 OnSample = Callable[[int, Sample], Sequence[tuple[int, Request]]]
-"""Takes a request's key and its sample, returns the keyed requests that have become ready through it."""
+"""Takes a request's key and its sample, and returns the keyed requests that have become ready through it."""
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Writes completions. A request is started as soon as it is known; nothing waits for a layer to end."""
+    """Samples completions. A request is started as soon as it is ready, and does not wait for a whole layer to end."""
 
     def generate(
         self,
@@ -24,7 +24,7 @@ class Engine(Protocol):
         temperature: float,
         max_new_tokens: int,
     ) -> None:
-        """Answer the keyed requests and all that `on_sample` returns; temperature 0 is greedy and ignores seeds."""
+        """Sample a completion for each request and for those that `on_sample` returns; temperature 0 is greedy."""
         ...
 
 

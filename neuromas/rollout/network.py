@@ -1,4 +1,4 @@
-"""The network: a topology whose nodes speak through one backbone, each with its own adapter."""
+"""The network: a topology whose nodes write text with one backbone, each with its own adapter."""
 
 import math
 from collections import Counter
@@ -16,19 +16,19 @@ from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, uniforms
 from neuromas.rollout.torch_engine import TorchEngine
-from neuromas.rollout.voting import elect
+from neuromas.rollout.voting import majority_vote
 from neuromas.types import Completion, Example, Group, Message, Request, Rollout, Sample
 
 
 class Diverged(ValueError):
-    """Numbers of the network are no longer finite."""
+    """Says that numbers of the network are no longer finite."""
 
 
 class Network:
     """A language system that is called, trained and grown as one neural network (arXiv 2605.16757).
 
     Its policy is the backbone with an adapter for each node of the topology. `max_new_tokens` bounds what a node writes in one
-    rollout. `read` finds the answer in a text, where several nodes answer and their answers are put to the vote.
+    rollout. `read` finds the answer in a text, for the majority vote if several nodes answer.
     """
 
     def __init__(
@@ -74,25 +74,25 @@ class Network:
         """Pass every example through the network `group_size` times and return one group per example, in order.
 
         Random numbers depend on (seed, example, rollout, node) alone, so batches and other nodes change nothing but rounding.
-        While a growth is not fully open, a group runs as a whole through the parent's topology or through the grown one; that
-        draw depends on (seed, example). Where all groups are closed they are what the parent itself writes, bit for bit.
-        With `branches`, rollouts draw alike as far as they have the way through the tree in common, and so hold the same texts
-        there.
+        While a growth is not fully open, a group runs as a whole through the parent's topology or through the grown one; which
+        one is drawn from (seed, example). If all groups are closed, they are what the parent itself writes, bit for bit.
+        With `branches`, the network is a tree, and rollouts that share a node of the tree share its random numbers and so its
+        text.
         """
         self.check_lengths(examples)
         routed = [(example, self.topology_of(example, seed)) for example in examples]
-        sweep = _Sweep(self.policy, routed, group_size, tuple(seed), branches)
-        self.engine.generate(sweep.start(), sweep.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
-        self._check_finite(sweep.passes)
-        return [tuple(map(self._elect, group)) for group in sweep.groups()]
+        passing = _MessagePassing(self.policy, routed, group_size, tuple(seed), branches)
+        self.engine.generate(passing.start(), passing.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
+        self._check_finite(passing.rollouts)
+        return [tuple(map(self._vote, group)) for group in passing.groups()]
 
-    def _elect(self, rollout: Rollout) -> Rollout:
-        """Put the answers to the vote, if the rollout has several."""
-        answering = [place for place, completion in enumerate(rollout.completions) if not completion.messages]
+    def _vote(self, rollout: Rollout) -> Rollout:
+        """Return the rollout with the winner of a majority vote as its answer, if several nodes answer."""
+        answering = [index for index, completion in enumerate(rollout.completions) if not completion.messages]
         if len(answering) == 1:
             return rollout
         assert self.read is not None, "a network in which several nodes answer is built with `read`"
-        winner = elect([rollout.completions[place].sample.text for place in answering], self.read)
+        winner = majority_vote([rollout.completions[index].sample.text for index in answering], self.read)
         return replace(rollout, elected=answering[winner])
 
     def topology_of(self, example: Example, seed: Sequence[int | str]) -> Topology:
@@ -103,7 +103,7 @@ class Network:
         return self.topology if is_open else self.parent
 
     def grow(self, growth: Growth) -> list[Parameter]:
-        """Take on a growth, closed, and return the new nodes' parameters; `open_probability` opens it.
+        """Add a growth, closed at first, and return the new nodes' parameters; `open_probability` opens it.
 
         Raises ValueError if the network is not the growth's parent, or an earlier growth is not fully open yet.
         """
@@ -115,7 +115,7 @@ class Network:
         return self.adapters.add_nodes(dict(growth.copies), noise=growth.noise) if growth.new else []
 
     def check_lengths(self, examples: Iterable[Example], *later: Topology) -> None:
-        """Raise ValueError if a node's prompt and text may grow beyond what the backbone reads, in `later` topologies too."""
+        """Raise ValueError if a node's prompt and text may be longer than the backbone reads, in `later` topologies too."""
         limit = self.backbone.max_tokens
         if limit is None:
             return
@@ -134,7 +134,7 @@ class Network:
                 )
 
     def _own_tokens(self, topology: Topology, answer_format: str) -> int:
-        """Return the most tokens that a node reads beside question and messages: its place, its role, whom it writes to."""
+        """Return the most tokens of a node's prompt without question and messages: its layer and its instructions."""
         key = topology, answer_format
         if key not in self._own:
             asked = Example("", "", "", answer_format)
@@ -142,48 +142,48 @@ class Network:
             self._own[key] = max(len(self.policy.prompt("", text).suffix_ids) for text in texts)
         return self._own[key]
 
-    def _check_finite(self, passes: Iterable["_Pass"]) -> None:
-        """Raise Diverged if a text was drawn from log-probabilities that are no numbers."""
-        for running in passes:
-            for node, completion in running.completions.items():
+    def _check_finite(self, rollouts: Iterable["_RolloutInProgress"]) -> None:
+        """Raise Diverged if a text was sampled from log-probabilities that are not finite."""
+        for rollout in rollouts:
+            for node, completion in rollout.completions.items():
                 if not math.isfinite(sum(completion.sample.logprobs)):
                     raise Diverged(
-                        f"node {node} draws its words from log-probabilities that are not finite: its adapter, or the backbone "
+                        f"node {node} samples tokens from log-probabilities that are not finite: its adapter, or the backbone "
                         "in this --dtype, has grown beyond what numbers hold"
                     )
 
     def ask(self, question: str, *, answer_format: str = 'Write "Answer:" and the answer.', seed: int = 0) -> Rollout:
-        """Put one question to the network, greedily, and return the rollout with every message."""
+        """Answer one question greedily and return the rollout with every message."""
         example = Example("asked", question, "", answer_format)
         return self.rollout([example], 1, seed=("ask", seed), temperature=0.0)[0][0]
 
 
 @dataclass(frozen=True, slots=True)
-class _Routes:
-    """Who speaks to whom in one topology, looked up once."""
+class _Neighbours:
+    """Senders and recipients of each node in one topology, looked up once."""
 
     topology: Topology
     senders: dict[int, tuple[int, ...]]
     recipients: dict[int, tuple[int, ...]]
 
     @classmethod
-    def of(cls, topology: Topology) -> "_Routes":
+    def of(cls, topology: Topology) -> "_Neighbours":
         nodes = topology.nodes
         return cls(topology, {n: topology.senders(n) for n in nodes}, {n: topology.recipients(n) for n in nodes})
 
 
 @dataclass(slots=True)
-class _Pass:
-    """One rollout on its way: what has been written so far."""
+class _RolloutInProgress:
+    """One rollout in progress, with what its nodes have written so far."""
 
     example: Example
     index: int
-    routes: _Routes
+    neighbours: _Neighbours
     completions: dict[int, Completion] = field(default_factory=dict)
     requests: dict[int, Request] = field(default_factory=dict)
 
 
-class _Sweep:
+class _MessagePassing:
     """Carries messages along the edges: a node's request is made as soon as its last sender has written."""
 
     def __init__(
@@ -195,48 +195,56 @@ class _Sweep:
         branches: int,
     ) -> None:
         self.policy, self.seed, self.group_size, self.branches = policy, seed, group_size, branches
-        routes = {topology: _Routes.of(topology) for topology in dict.fromkeys(topology for _, topology in examples)}
-        self.routes = list(routes.values())
-        self.passes = [_Pass(example, i, routes[topology]) for example, topology in examples for i in range(group_size)]
+        neighbours = {topology: _Neighbours.of(topology) for topology in dict.fromkeys(topology for _, topology in examples)}
+        self.neighbours = list(neighbours.values())
+        self.rollouts = [
+            _RolloutInProgress(example, i, neighbours[topology]) for example, topology in examples for i in range(group_size)
+        ]
         self.keys: list[tuple[int, int]] = []
-        """(pass, node) of each request."""
+        """Index of the rollout and node of each request, by the request's key."""
 
     def start(self) -> list[tuple[int, Request]]:
+        """Return the requests of the nodes without senders, in all rollouts."""
         return [
-            self._request(which, node)
-            for routes in self.routes
-            for node in routes.topology.nodes
-            if not routes.senders[node]
-            for which, running in enumerate(self.passes)
-            if running.routes is routes
+            self._request(number, node)
+            for neighbours in self.neighbours
+            for node in neighbours.topology.nodes
+            if not neighbours.senders[node]
+            for number, rollout in enumerate(self.rollouts)
+            if rollout.neighbours is neighbours
         ]
 
-    def _request(self, which: int, node: int) -> tuple[int, Request]:
-        running = self.passes[which]
-        senders = running.routes.senders[node]
-        inbox = [m for sender in senders for m in running.completions[sender].messages if m.recipient == node]
-        text = messages.render(running.routes.topology, node, running.example, inbox)
-        prompt = self.policy.prompt(running.example.question, text, has_inbox=bool(senders))
-        # Rollouts that come from one text of this node.
-        topology = running.routes.topology
+    def _request(self, number: int, node: int) -> tuple[int, Request]:
+        """Return the request of a node in a rollout, with its key; all its senders have written."""
+        rollout = self.rollouts[number]
+        senders = rollout.neighbours.senders[node]
+        inbox = [m for sender in senders for m in rollout.completions[sender].messages if m.recipient == node]
+        text = messages.render(rollout.neighbours.topology, node, rollout.example, inbox)
+        prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders))
+        # The number of rollouts that share this node's text.
+        topology = rollout.neighbours.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1
-        request = Request(node, prompt, (*self.seed, running.example.id, running.index // leaves, node))
-        running.requests[node] = request
-        self.keys.append((which, node))
+        request = Request(node, prompt, (*self.seed, rollout.example.id, rollout.index // leaves, node))
+        rollout.requests[node] = request
+        self.keys.append((number, node))
         return len(self.keys) - 1, request
 
     def receive(self, key: int, sample: Sample) -> list[tuple[int, Request]]:
-        which, node = self.keys[key]
-        running = self.passes[which]
-        routes = running.routes
-        sent: tuple[Message, ...] = messages.parse(sample.text, node, routes.recipients[node])
-        running.completions[node] = Completion(node, running.requests[node].prompt, sample, sent)
+        """Record what a node has written, and return the requests of the recipients that have become ready."""
+        number, node = self.keys[key]
+        rollout = self.rollouts[number]
+        neighbours = rollout.neighbours
+        sent: tuple[Message, ...] = messages.parse(sample.text, node, neighbours.recipients[node])
+        rollout.completions[node] = Completion(node, rollout.requests[node].prompt, sample, sent)
         return [
-            self._request(which, recipient)
-            for recipient in routes.recipients[node]
-            if all(sender in running.completions for sender in routes.senders[recipient])
+            self._request(number, recipient)
+            for recipient in neighbours.recipients[node]
+            if all(sender in rollout.completions for sender in neighbours.senders[recipient])
         ]
 
     def groups(self) -> list[Group]:
-        rollouts = [Rollout(p.example, p.index, tuple(p.completions[n] for n in p.routes.topology.nodes)) for p in self.passes]
+        """Return the finished rollouts as groups, in the order of the examples."""
+        rollouts = [
+            Rollout(p.example, p.index, tuple(p.completions[n] for n in p.neighbours.topology.nodes)) for p in self.rollouts
+        ]
         return [tuple(rollouts[i : i + self.group_size]) for i in range(0, len(rollouts), self.group_size)]

@@ -1,4 +1,4 @@
-"""An engine that says what a function tells it to: shows and tests the flow of messages without a model."""
+"""An engine that takes its completions from a function: it shows and tests the flow of messages without a model."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from neuromas.types import Request, Sample
 
 
 class ScriptedEngine:
-    """Answers request after request with `script(request)`; keeps the requests in the order in which they came."""
+    """Answers each request with `script(request)`, and keeps the requests in the order in which they came."""
 
     def __init__(self, script: Callable[[Request], str]) -> None:
         self._script = script

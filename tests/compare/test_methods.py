@@ -38,7 +38,7 @@ from neuromas.config import TrainConfig
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, OnSample
 from neuromas.rollout.scripted_engine import ScriptedEngine
-from neuromas.rollout.voting import elect
+from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Navigate, Task
 from neuromas.types import Example, Request, Sample
 
@@ -198,7 +198,7 @@ def test_an_answer_is_checked_and_put_beside_its_cost() -> None:
     ],
 )
 def test_an_election(texts: list[str], weights: list[float] | None, winner: int) -> None:
-    assert elect(texts, TASK.parse_answer, weights) == winner
+    assert majority_vote(texts, TASK.parse_answer, weights) == winner
 
 
 # One test for each method's flow

@@ -194,7 +194,7 @@ def stir(network: Network, *nodes: int) -> None:
     for node in nodes:
         generator = torch.Generator().manual_seed(node)
         for module in network.adapters.modules.values():
-            row = network.adapters._row(module, "lora_B", node)
+            row = network.adapters._node_tensor(module, "lora_B", node)
             row.copy_(0.1 * torch.randn(row.shape, generator=generator))
 
 
@@ -275,7 +275,7 @@ def test_a_closed_growth_computes_what_its_parent_computes(
         stir(network, *growth.new)
         with listed() as of_closed:
             assert roll(network, 1.0) == groups
-        assert {"addmm.default", "bmm.default", "weigh", "draw"} <= {name for name, _ in of_parent}
+        assert {"addmm.default", "bmm.default", "weigh", "sample"} <= {name for name, _ in of_parent}
         assert of_closed == of_parent
         network.open_probability = 1.0
 
@@ -313,7 +313,7 @@ def test_a_group_is_open_or_closed_as_a_whole(folders: dict[str, Path]) -> None:
 
 def rows(network: Network, node: int) -> dict[str, torch.Tensor]:
     bank = network.adapters
-    return {f"{name}.{half}": bank._row(m, half, node).clone() for name, m in bank.modules.items() for half in HALVES}
+    return {f"{name}.{half}": bank._node_tensor(m, half, node).clone() for name, m in bank.modules.items() for half in HALVES}
 
 
 def test_old_adapters_are_bit_equal_and_new_ones_zero_or_copies(tiny_backbone: Backbone) -> None:

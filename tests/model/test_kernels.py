@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def value_and_gradients(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
-    """Return what a function gives of inputs, and the gradients of a weighted sum of it."""
+    """Return a function's values at the inputs, and the gradients of a weighted sum of them."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     found = function(*leaves)
     parts: tuple[Tensor, ...] = found if isinstance(found, tuple) else (found,)
@@ -44,14 +44,14 @@ def both_ways(function_of: Callable[[TorchOps], Callable[..., Any]], *inputs: Te
     assert len(compiled) == len(plain) > len(inputs)
     for ours, theirs in zip(compiled, plain, strict=True):
         torch.testing.assert_close(ours, theirs, **BOUND)
-    assert (len(loops_of(of_compiled)), loops_of(of_plain)) == (2, []), "forth and back in a loop each, or in none"
+    assert (len(loops_of(of_compiled)), loops_of(of_plain)) == (2, []), "forward and backward are a loop each, or none is"
 
 
 @pytest.mark.parametrize("size", [16, 33])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms(size: int, offset: float) -> None:
     norm = RMSNorm(torch.nn.Parameter(normal(size)), 1e-6, offset, CompiledOps())
-    both_ways(lambda ops: partial(ops.rms_norm, scale_H=norm.scale, eps=1e-6), 3 * normal(TOKENS, size))
+    both_ways(lambda ops: partial(ops.rms_norm, scale_C=norm.scale, eps=1e-6), 3 * normal(TOKENS, size))
     with torch.no_grad():
         x = normal(TOKENS, size)
         torch.testing.assert_close(norm(x), x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * norm.scale, **BOUND)
@@ -74,7 +74,7 @@ def test_heads(queries: int, keys: int, *, normed: bool) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
 def test_gates(activation: str) -> None:
     both = torch.cat([4 * normal(TOKENS, 24), normal(TOKENS, 24, seed=1)], 1)
-    # Far out, where an exponential leaves float32.
+    # These gates are so large that their exponentials overflow float32.
     both[0, :4] = torch.tensor([-300.0, -90.0, 90.0, 300.0])
     assert kernels.has_gate(activation)
     both_ways(lambda ops: partial(ops.gate, activation=activation), both)
@@ -83,35 +83,35 @@ def test_gates(activation: str) -> None:
     torch.testing.assert_close(kernels.gate(both, activation), acted * up, **BOUND)
 
 
-def test_a_gate_that_no_loop_knows_is_torchs() -> None:
+def test_a_gate_without_a_loop_is_computed_by_torch() -> None:
     assert not kernels.has_gate("gelu")
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8])
 @pytest.mark.parametrize("queries", [2, 4])
-def test_one_token_of_each_row_reads_its_prefix_and_its_own_tokens(queries: int, window: int | None) -> None:
+def test_one_token_of_each_row_attends_to_its_prefix_and_its_own_tokens(queries: int, window: int | None) -> None:
     heads, size, columns, width = 2, 8, 12, 7
     slots = torch.tensor([2, 0, 4, 1, 3])
-    prefix, place, lengths = torch.tensor([0, 0, 1, 2, 0]), torch.tensor([0, 1, 0, 0, 2]), torch.tensor([7, 3, 1])
+    prefix, index_in_prefix, lengths = torch.tensor([0, 0, 1, 2, 0]), torch.tensor([0, 1, 0, 0, 2]), torch.tensor([7, 3, 1])
     column = torch.tensor([0, 3, 5, 1, 9])
     cache = normal(6, heads, columns, size), normal(6, heads, columns, size, seed=1)
     prefixes = normal(3, heads, width, size, seed=2), normal(3, heads, width, size, seed=3)
-    query, key, value = (normal(5, count, size, seed=4 + at) for at, count in enumerate((queries, heads, heads)))
+    query, key, value = (normal(5, count, size, seed=4 + index) for index, count in enumerate((queries, heads, heads)))
     expected = []
     for row in range(5):
         own = [
             torch.cat([past[slots[row], :, : column[row]], new[row, :, None]], 1)
             for past, new in zip(cache, (key, value), strict=True)
         ]
-        whole = [
+        keys_and_values = [
             torch.cat([past[prefix[row], :, : lengths[prefix[row]]], part], 1) for past, part in zip(prefixes, own, strict=True)
         ]
-        keys, values = (part[:, -(window or 99) :].repeat_interleave(queries // heads, 0) for part in whole)
+        keys, values = (part[:, -(window or 99) :].repeat_interleave(queries // heads, 0) for part in keys_and_values)
         expected.append(scaled_dot_product_attention(query[row, :, None], keys, values, scale=0.3)[:, 0])
     before = [tensor.clone() for tensor in cache]
-    reading = kernels.Reading(slots, prefix, place, 3, lengths, queries, heads, size)
+    attention = kernels.CacheAttention(slots, prefix, index_in_prefix, 3, lengths, queries, heads, size)
     for _ in range(2):
-        got = reading.attend(query, key, value, column, int(column.max()) + 1, cache, prefixes, window=window, scale=0.3)
+        got = attention.attend(query, key, value, column, int(column.max()) + 1, cache, prefixes, window=window, scale=0.3)
         torch.testing.assert_close(got, torch.stack(expected), **BOUND)
     for tensor, old, new in zip(cache, before, (key, value), strict=True):
         old[slots, :, column] = new
@@ -120,11 +120,11 @@ def test_one_token_of_each_row_reads_its_prefix_and_its_own_tokens(queries: int,
 
 @pytest.mark.parametrize("vocabulary", [2, 255, 256, 257, 1000])
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
-def test_draws_invert_the_distribution_function(vocabulary: int, temperature: float) -> None:
+def test_samples_invert_the_distribution_function(vocabulary: int, temperature: float) -> None:
     logits = 3 * normal(200, vocabulary)
     uniform = torch.from_numpy(np.random.default_rng(0).random(200))
     uniform[:3] = torch.tensor([0.0, 1e-12, 1 - 1e-12])
-    tokens, logprobs = kernels.draw(logits, uniform, temperature)
+    tokens, logprobs = kernels.sample(logits, uniform, temperature)
     expected = (logits.double() / (temperature or 1)).log_softmax(1)
     torch.testing.assert_close(logprobs.double(), expected.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=2e-6)
     if temperature == 0:
@@ -139,16 +139,16 @@ def test_draws_invert_the_distribution_function(vocabulary: int, temperature: fl
 
 
 def test_the_first_of_equally_likely_tokens_is_the_likeliest() -> None:
-    tokens, logprobs = kernels.draw(torch.zeros(2, 300), torch.zeros(2, dtype=torch.float64), 0.0)
+    tokens, logprobs = kernels.sample(torch.zeros(2, 300), torch.zeros(2, dtype=torch.float64), 0.0)
     assert tokens.tolist() == [0, 0]
     assert logprobs.tolist() == pytest.approx([-math.log(300)] * 2, rel=1e-6)
 
 
-def test_logits_that_are_no_numbers_still_draw_a_token() -> None:
-    """A model that has diverged is found by whoever looks at its loss."""
+def test_logits_that_are_not_finite_still_give_a_token() -> None:
+    """A model that has diverged is reported by `Network.rollout`, not by the sampler."""
     logits = torch.full((3, 300), math.nan)
     for temperature in (0.0, 1.0):
-        tokens, _ = kernels.draw(logits, torch.full((3,), 0.5, dtype=torch.float64), temperature)
+        tokens, _ = kernels.sample(logits, torch.full((3,), 0.5, dtype=torch.float64), temperature)
         assert ((tokens >= 0) & (tokens < 300)).all()
 
 
@@ -165,7 +165,7 @@ def test_threads_of_one_process_may_all_call_a_loop() -> None:
 
 
 @pytest.mark.processes
-def test_loops_leave_torchs_threads_alone_and_take_as_many() -> None:
+def test_loops_use_torchs_number_of_threads_and_do_not_change_it() -> None:
     code = (
         "import torch; torch.set_num_threads(1); from neuromas.model import kernels; import numba\n"
         "for _ in range(3): kernels.gate(torch.ones(4, 8), 'silu'); print(torch.get_num_threads(), numba.get_num_threads())"
@@ -175,19 +175,19 @@ def test_loops_leave_torchs_threads_alone_and_take_as_many() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [200, 512, 700])
-def test_a_token_without_a_share_is_never_drawn(vocabulary: int) -> None:
-    """A draw near one ends at the last token that has a share, however sums are rounded."""
+def test_a_token_without_weight_is_never_sampled(vocabulary: int) -> None:
+    """A uniform draw near one ends at the last token that has weight, however sums are rounded."""
     logits = normal(64, vocabulary)
     logits[:, 100:] = -60
     logits[1::2, 5:] = -math.inf
     for below_one in (1e-7, 3e-8, 1e-8, 1e-9, 1e-12, 2**-53):
-        tokens, logprobs = kernels.draw(logits, torch.full((64,), 1 - below_one, dtype=torch.float64), 1.0)
+        tokens, logprobs = kernels.sample(logits, torch.full((64,), 1 - below_one, dtype=torch.float64), 1.0)
         assert (tokens < 100).all()
         assert (logprobs > -20).all()
 
 
 @pytest.mark.processes
-def test_loops_work_where_nothing_can_be_kept() -> None:
+def test_loops_work_where_no_cache_folder_can_be_written_to() -> None:
     code = (
         "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
         "import torch; from neuromas.model import kernels; print(kernels.gate(torch.ones(1, 2), 'silu').item())"

@@ -11,7 +11,7 @@ from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine
 from neuromas.rollout.torch_engine import TorchEngine
-from neuromas.rollout.voting import elect
+from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Task, from_config
 from neuromas.training.config_file import to_json
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE
@@ -122,7 +122,7 @@ def voted(task: Task, group: Group) -> Spoken:
     """Return the answer that a group's rollouts elect, at the cost of all of them."""
     spent = spending([group])
     texts = [rollout.answer for rollout in group]
-    winner = texts[elect(texts, task.parse_answer)]
+    winner = texts[majority_vote(texts, task.parse_answer)]
     return Spoken(group[0].example, winner, spent.calls, spent.prompt_tokens, spent.sampled_tokens)
 
 

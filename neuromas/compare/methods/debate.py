@@ -2,7 +2,7 @@
 
 from neuromas.compare.methods.conversation import Call, Conversation, lines, listing
 from neuromas.compare.methods.untrained import Untrained
-from neuromas.rollout.voting import elect
+from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Task
 from neuromas.types import Example
 
@@ -26,7 +26,7 @@ def debate(example: Example, task: Task, *, agents: int, rounds: int) -> Convers
             )
             calls.append(Call(f"round/{number}/agent/{agent}", text))
         answers = yield calls
-    return answers[elect(answers, task.parse_answer)]
+    return answers[majority_vote(answers, task.parse_answer)]
 
 
 METHODS = (

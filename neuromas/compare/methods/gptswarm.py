@@ -13,7 +13,7 @@ from pathlib import Path
 
 from neuromas.compare.methods.conversation import Call, Conversation, Spoken, lines, listing
 from neuromas.compare.methods.method import CellResult, CellSpec
-from neuromas.rollout.voting import elect
+from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Task
 from neuromas.types import Example
 
@@ -50,7 +50,7 @@ def swarm(example: Example, task: Task, *, edges: frozenset[Edge], truthful: int
         ]
         answers |= dict(zip(ready, texts, strict=True))
     ballots = [answers[a] for a, b in sorted(edges) if b == FINAL]
-    return ballots[elect(ballots, task.parse_answer)] if ballots else ""
+    return ballots[majority_vote(ballots, task.parse_answer)] if ballots else ""
 
 
 def _upstream(edges: frozenset[Edge]) -> set[int]:

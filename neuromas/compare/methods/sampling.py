@@ -3,7 +3,7 @@
 from neuromas.compare.methods.conversation import Call, Conversation, lines
 from neuromas.compare.methods.similarity import most_similar
 from neuromas.compare.methods.untrained import Untrained
-from neuromas.rollout.voting import elect
+from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Task
 from neuromas.types import Example
 
@@ -32,7 +32,7 @@ def self_consistency(example: Example, task: Task, *, samples: int) -> Conversat
     """
     text = lines(STEP_BY_STEP, example.answer_format)
     texts = yield [Call(f"sample/{index}", text) for index in range(samples)]
-    return texts[elect(texts, task.parse_answer)]
+    return texts[majority_vote(texts, task.parse_answer)]
 
 
 def more_agents(example: Example, task: Task, *, samples: int) -> Conversation:
@@ -43,7 +43,7 @@ def more_agents(example: Example, task: Task, *, samples: int) -> Conversation:
     texts = yield [Call(f"sample/{index}", example.answer_format) for index in range(samples)]
     if task.verifier == "python":
         return texts[most_similar(texts)]
-    return texts[elect(texts, task.parse_answer)]
+    return texts[majority_vote(texts, task.parse_answer)]
 
 
 METHODS = (

@@ -6,7 +6,7 @@ import re
 from neuromas.compare.methods.conversation import Call, Conversation, lines, listing
 from neuromas.compare.methods.statements import stated
 from neuromas.compare.methods.untrained import Untrained
-from neuromas.rollout.voting import elect
+from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Task
 from neuromas.types import Example
 
@@ -59,7 +59,7 @@ def self_check(
         scores = [read_verdict(verdict) for place, verdict in zip(places, verdicts, strict=True) if place[0] == k]
         penalty = failure_weight * scores.count(-1) + unsure_weight * scores.count(0)
         weights.append(2 / (1 + math.exp(penalty)))
-    return solutions[elect(solutions, task.parse_answer, weights)]
+    return solutions[majority_vote(solutions, task.parse_answer, weights)]
 
 
 def split_steps(solution: str) -> list[str]:

@@ -1,15 +1,14 @@
-"""Loops for which torch takes many operations, compiled by Numba for the CPU they run on.
+"""Loops that replace many operations of torch, compiled by Numba for the CPU they run on.
 
-A step of decoding is so little work that calling torch's operations takes most of its time, and in an update they pass over
-memory several times. Everything here is in float32; other devices and types take torch's way, which tests compare with this.
+A decoding step is so little work that calling torch's operations takes most of its time, and in an update they pass over memory
+several times. Everything here is in float32; other devices and dtypes use torch's operations, and tests compare the two.
 """
 
-from neuromas.model.kernels.decoding import Reading, draw
+from neuromas.model.kernels.decoding import CacheAttention, sample
 from neuromas.model.kernels.layers import gate, gate_backward, has_gate, heads, heads_backward, normalise, normalise_backward
 
 __all__ = [
-    "Reading",
-    "draw",
+    "CacheAttention",
     "gate",
     "gate_backward",
     "has_gate",
@@ -17,4 +16,5 @@ __all__ = [
     "heads_backward",
     "normalise",
     "normalise_backward",
+    "sample",
 ]  # fmt: skip

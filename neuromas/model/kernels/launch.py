@@ -1,4 +1,4 @@
-"""How loops are run."""
+"""Runs the compiled loops, on as many threads as torch uses."""
 
 import functools
 import os
@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 _threads = threading.local()
-"""How many of them Numba has been told to use; it keeps that by thread, and asking it takes as long as a small loop."""
+"""The number of threads that Numba is set to, which it keeps per thread; asking it takes as long as a small loop."""
 _one_at_a_time = threading.Lock()
-"""Where Numba finds neither OpenMP nor TBB, its own threads end a process in which two loops run at once."""
+"""Held while a loop runs: without OpenMP and TBB, Numba's own threads end a process that runs two loops at once."""
 
 
 @functools.cache
 def _most_threads() -> int:
-    """Start Numba's threads and return how many there are. It takes OpenMP's setting with it, which is torch's too."""
+    """Start Numba's threads and return their number, without changing torch's.
+
+    Starting them sets the number of OpenMP's threads, which torch uses too, so it is set back.
+    """
     of_torch = torch.get_num_threads()
     most = numba.get_num_threads()
     torch.set_num_threads(of_torch)
@@ -33,13 +36,13 @@ _PREPARING = "NEUROMAS_COMPILES_LOOPS"
 
 @functools.cache
 def _prepare() -> None:
-    """Have the loops compiled by another process where they are not kept on disk yet: see `prepare`."""
+    """Have another process compile the loops if they are not kept on disk yet; `compile_kernels` says why."""
     from neuromas.model.kernels import loops
 
     kept = loops.weigh.stats.cache_path  # type: ignore[reportFunctionMemberAccess]  # of Numba's dispatcher
     if _PREPARING in os.environ or kept is None or any(Path(kept).glob("loops.weigh-*.nbi")):
         return
-    # A process that fails leaves the work to this one.
+    # If that process fails, this one compiles them.
     subprocess.run(
         [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {_PREPARING: "1"}, check=False,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

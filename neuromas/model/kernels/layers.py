@@ -1,7 +1,4 @@
-"""Norms, heads and gates of a layer, and their gradients.
-
-Shapes beyond the legend: H size of a hidden state, C columns of a product, X heads, K heads of keys, D size of a head.
-"""
+"""Norms, heads and gates of a layer, and their gradients, by compiled loops."""
 
 import math
 
@@ -13,47 +10,52 @@ from neuromas.model.kernels.launch import run
 
 _GELU = 2 * math.sqrt(2 / math.pi)
 _GATES = {"silu": (1.0, 0.0), "gelu_pytorch_tanh": (_GELU, 0.044715 * _GELU)}
-"""Activations as g * sigmoid(a g + b g^3), by transformers' names: a and b."""
+"""The a and b of activations of the form g * sigmoid(a g + b g^3), by transformers' names."""
 
 
-def normalise(x_TH: Tensor, scale_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x / rms(x) * scale, and 1 / rms(x), (T,)."""
-    x_TH = x_TH.contiguous()
-    y_TH, inverse_T = torch.empty_like(x_TH), x_TH.new_empty(x_TH.shape[0])
-    run(loops.normalise, x_TH, scale_H, eps, y_TH, inverse_T)
-    return y_TH, inverse_T
+def normalise(x_TC: Tensor, scale_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x / rms(x) * scale, and 1 / rms(x), which is (T,)."""
+    x_TC = x_TC.contiguous()
+    y_TC, inverse_T = torch.empty_like(x_TC), x_TC.new_empty(x_TC.shape[0])
+    run(loops.normalise, x_TC, scale_C, eps, y_TC, inverse_T)
+    return y_TC, inverse_T
 
 
-def normalise_backward(dy_TH: Tensor, x_TH: Tensor, scale_H: Tensor, inverse_T: Tensor) -> Tensor:
-    dx_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
-    run(loops.normalise_backward, dy_TH.contiguous(), x_TH.contiguous(), scale_H, inverse_T, dx_TH)
-    return dx_TH
+def normalise_backward(dy_TC: Tensor, x_TC: Tensor, scale_C: Tensor, inverse_T: Tensor) -> Tensor:
+    """Return the gradient at x."""
+    dx_TC = torch.empty_like(x_TC, memory_format=torch.contiguous_format)
+    run(loops.normalise_backward, dy_TC.contiguous(), x_TC.contiguous(), scale_C, inverse_T, dx_TC)
+    return dx_TC
 
 
 def heads(
-    columns_TXD: Tensor, cos_TD: Tensor, sin_TD: Tensor, scale_XD: Tensor | None, eps: float, queries: int, keys: int
+    qkv: Tensor, cos_TD: Tensor, sin: Tensor, scale: Tensor | None, eps: float, queries: int, keys: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return queries, keys, values and, for the gradient, 1 / rms of queries and keys, (T, X)."""
-    tokens, heads, size = columns_TXD.shape
-    assert heads == queries + 2 * keys, "values have as many heads as keys"
-    query, key, value = (columns_TXD.new_empty(tokens, count, size) for count in (queries, keys, keys))
-    inverse_TX = columns_TXD.new_empty(tokens, queries + keys)
-    normed = scale_XD is not None
-    scale_XD = scale_XD if scale_XD is not None else columns_TXD.new_ones(queries + keys, size)
-    run(loops.heads, columns_TXD, cos_TD, sin_TD, scale_XD, normed, eps, query, key, value, inverse_TX)
-    return query, key, value, inverse_TX
+    """Return queries, keys, values and, for the gradient, 1 / rms of queries and keys, (T, H + J).
+
+    `qkv` is (T, H + 2 J, D), `scale` is (H + J, D) and `sin` is (T, D / 2).
+    """
+    tokens, heads, size = qkv.shape
+    assert heads == queries + 2 * keys, "there are as many value heads as key heads"
+    query, key, value = (qkv.new_empty(tokens, count, size) for count in (queries, keys, keys))
+    inverse_rms = qkv.new_empty(tokens, queries + keys)
+    normed = scale is not None
+    scale = scale if scale is not None else qkv.new_ones(queries + keys, size)
+    run(loops.heads, qkv, cos_TD, sin, scale, normed, eps, query, key, value, inverse_rms)
+    return query, key, value, inverse_rms
 
 
 def heads_backward(
-    grads: tuple[Tensor, Tensor, Tensor], columns_TXD: Tensor, cos_TD: Tensor, sin_TD: Tensor, scale_XD: Tensor | None,
-    inverse_TX: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor, cos_TD: Tensor, sin: Tensor, scale: Tensor | None,
+    inverse_rms: Tensor,
 ) -> Tensor:  # fmt: skip
-    d_columns_TXD = torch.empty_like(columns_TXD)
-    normed = scale_XD is not None
-    scale_XD = scale_XD if scale_XD is not None else columns_TXD.new_ones(inverse_TX.shape[1], columns_TXD.shape[2])
+    """Return the gradient at `qkv`."""
+    d_qkv = torch.empty_like(qkv)
+    normed = scale is not None
+    scale = scale if scale is not None else qkv.new_ones(inverse_rms.shape[1], qkv.shape[2])
     contiguous = [grad.contiguous() for grad in grads]
-    run(loops.heads_backward, *contiguous, columns_TXD, cos_TD, sin_TD, scale_XD, normed, inverse_TX, d_columns_TXD)
-    return d_columns_TXD
+    run(loops.heads_backward, *contiguous, qkv, cos_TD, sin, scale, normed, inverse_rms, d_qkv)
+    return d_qkv
 
 
 def has_gate(activation: str) -> bool:
@@ -61,14 +63,15 @@ def has_gate(activation: str) -> bool:
     return activation in _GATES
 
 
-def gate(both_TC: Tensor, activation: str) -> Tensor:
-    """Return activation(gate) * up, (T, C/2), of both beside each other."""
-    y_TC = both_TC.new_empty(both_TC.shape[0], both_TC.shape[1] // 2)
-    run(loops.gate, both_TC, *_GATES[activation], y_TC)
-    return y_TC
+def gate(gate_up_TO: Tensor, activation: str) -> Tensor:
+    """Return activation(gate) * up, given both, concatenated along the features."""
+    y_TI = gate_up_TO.new_empty(gate_up_TO.shape[0], gate_up_TO.shape[1] // 2)
+    run(loops.gate, gate_up_TO, *_GATES[activation], y_TI)
+    return y_TI
 
 
-def gate_backward(dy_TC: Tensor, both_TC: Tensor, activation: str) -> Tensor:
-    d_both_TC = torch.empty_like(both_TC)
-    run(loops.gate_backward, dy_TC.contiguous(), both_TC, *_GATES[activation], d_both_TC)
-    return d_both_TC
+def gate_backward(dy_TI: Tensor, gate_up_TO: Tensor, activation: str) -> Tensor:
+    """Return the gradient at `gate_up_TO`."""
+    d_gate_up_TO = torch.empty_like(gate_up_TO)
+    run(loops.gate_backward, dy_TI.contiguous(), gate_up_TO, *_GATES[activation], d_gate_up_TO)
+    return d_gate_up_TO

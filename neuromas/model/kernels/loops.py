@@ -1,10 +1,11 @@
-"""The loops themselves, each compiled when it is first called, which takes seconds, and kept on disk.
+"""The loops themselves: each is compiled when it is first called, which takes seconds, and kept on disk.
 
-All in one file: Numba keeps compiled code by the time of the file that a loop is in, whatever it calls elsewhere.
+They are all in one file: Numba takes kept code as current by the time of the loop's own file, whatever it calls elsewhere.
 
-Shapes beyond the legend: H size of a hidden state, C columns of a product, X heads of queries (and of keys behind them, where
-both are turned), K heads of keys, G heads of queries that share one, D size of a head, S slots, Q prefixes, P places of rows
-that share a prefix, L columns of keys.
+Some arrays have axes that are sums or quotients of the legend's sizes. `qkv` is (T, H + 2 J, D): the heads of queries, keys and
+values; `scale`, (H + J, D), and `inverse_rms`, (T, H + J), are of queries and keys; `sin` is (T, D / 2). `own_queries`, then
+`own_scores` and `own_sums`, is (S, J, H / J, D or L): the queries of each slot, grouped by the key head that they share.
+`prefix_queries`, then `prefix_scores` and `prefix_sums`, is (Q, J, rows of one prefix, H / J, D or L).
 """
 
 from collections.abc import Callable
@@ -15,9 +16,9 @@ import numpy as np
 from numba import float32, float64, prange
 
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
-"""What sums need to be several at a time. Infinities and NaN stay what they are."""
-_STRETCH = 256
-"""Tokens of a vocabulary whose shares are summed in float32."""
+"""What the compiler needs to vectorise sums. Infinities and NaN stay what they are."""
+_CHUNK = 256
+"""Number of tokens of the vocabulary whose weights are summed in float32."""
 
 Loop = Callable[..., Any]
 
@@ -27,7 +28,7 @@ def _compiler(**options: Any) -> Callable[[Loop], Loop]:
         try:
             return numba.njit(cache=True, **options)(loop)
         except RuntimeError:
-            # Neither the package's folder nor the user's can be written: it is compiled anew in every process.
+            # Neither the package's folder nor the user's can be written to: every process compiles the loop anew.
             return numba.njit(**options)(loop)
 
     return compiled
@@ -35,13 +36,13 @@ def _compiler(**options: Any) -> Callable[[Loop], Loop]:
 
 function = _compiler(fastmath=_MATH, inline="always")
 ordered = _compiler(fastmath=_MATH | {"nnan"})
-"""For a maximum, which is taken several at a time only where NaN need not be kept."""
+"""Compiles a maximum, which is vectorised only if NaN need not be kept."""
 kernel = _compiler(fastmath=_MATH, parallel=True, nogil=True)
 
 
 @function
 def exp(x: Any) -> Any:
-    """e^x in float32, 2^k times a polynomial: one that a loop does several at a time (Cephes' expf)."""
+    """Return e^x in float32 as 2^k times a polynomial, which can be vectorised (Cephes' expf)."""
     x = min(max(x, float32(-87)), float32(88))
     k = np.floor(x * float32(1.4426950408889634) + float32(0.5))
     r = x - k * float32(0.693359375) + k * float32(2.12194440e-4)
@@ -56,34 +57,37 @@ def exp(x: Any) -> Any:
 
 
 @kernel
-def normalise(x_TH: Any, scale_H: Any, eps: Any, y_TH: Any, inverse_T: Any) -> None:
-    size = x_TH.shape[1]
-    for t in prange(len(x_TH)):
-        x, y = x_TH[t], y_TH[t]
+def normalise(x_TC: Any, scale_C: Any, eps: Any, y_TC: Any, inverse_T: Any) -> None:
+    """Write x / rms(x) * scale into `y_TC`, and 1 / rms(x) into `inverse_T`."""
+    size = x_TC.shape[1]
+    for t in prange(len(x_TC)):
+        x, y = x_TC[t], y_TC[t]
         squares = float32(0)
-        for h in range(size):
-            squares += x[h] * x[h]
+        for c in range(size):
+            squares += x[c] * x[c]
         inverse = float32(1) / np.sqrt(squares / float32(size) + eps)
         inverse_T[t] = inverse
-        for h in range(size):
-            y[h] = x[h] * inverse * scale_H[h]
+        for c in range(size):
+            y[c] = x[c] * inverse * scale_C[c]
 
 
 @kernel
-def normalise_backward(dy_TH: Any, x_TH: Any, scale_H: Any, inverse_T: Any, dx_TH: Any) -> None:
-    size = x_TH.shape[1]
-    for t in prange(len(x_TH)):
-        dy, x, dx, inverse = dy_TH[t], x_TH[t], dx_TH[t], inverse_T[t]
+def normalise_backward(dy_TC: Any, x_TC: Any, scale_C: Any, inverse_T: Any, dx_TC: Any) -> None:
+    """Write the gradient at x into `dx_TC`."""
+    size = x_TC.shape[1]
+    for t in prange(len(x_TC)):
+        dy, x, dx, inverse = dy_TC[t], x_TC[t], dx_TC[t], inverse_T[t]
         along = float32(0)
-        for h in range(size):
-            along += dy[h] * scale_H[h] * x[h]
+        for c in range(size):
+            along += dy[c] * scale_C[c] * x[c]
         along *= inverse * inverse / float32(size)
-        for h in range(size):
-            dx[h] = (dy[h] * scale_H[h] - x[h] * along) * inverse
+        for c in range(size):
+            dx[c] = (dy[c] * scale_C[c] - x[c] * along) * inverse
 
 
 @function
 def _head(x: Any, cos: Any, sin: Any, scale: Any, inverse: Any, y: Any) -> None:
+    """Norm and rotate one head."""
     half = len(sin)
     for d in range(half):
         low, high = x[d] * inverse * scale[d], x[half + d] * inverse * scale[half + d]
@@ -93,6 +97,7 @@ def _head(x: Any, cos: Any, sin: Any, scale: Any, inverse: Any, y: Any) -> None:
 
 @function
 def _head_backward(dy: Any, x: Any, cos: Any, sin: Any, scale: Any, inverse: Any, normed: Any, dx: Any) -> None:
+    """Write the gradient at one head into `dx`."""
     half = len(sin)
     along = float32(0)
     for d in range(half):
@@ -108,189 +113,204 @@ def _head_backward(dy: Any, x: Any, cos: Any, sin: Any, scale: Any, inverse: Any
 
 @kernel
 def heads(
-    columns_TXD: Any, cos_TD: Any, sin_TD: Any, scale_XD: Any, normed: Any, eps: Any, query_TXD: Any, keys_TKD: Any,
-    values_TKD: Any, inverse_TX: Any,
+    qkv: Any, cos_TD: Any, sin: Any, scale: Any, normed: Any, eps: Any, query_THD: Any, keys_TJD: Any, values_TJD: Any,
+    inverse_rms: Any,
 ) -> None:  # fmt: skip
-    queries, turned, size = query_TXD.shape[1], inverse_TX.shape[1], columns_TXD.shape[2]
-    for t in prange(len(columns_TXD)):
-        for x in range(turned):
-            head, inverse = columns_TXD[t, x], float32(1)
+    """Norm, if `normed`, and rotate the heads of queries and keys, and copy those of values."""
+    queries, rotated, size = query_THD.shape[1], inverse_rms.shape[1], qkv.shape[2]
+    for t in prange(len(qkv)):
+        for h in range(rotated):
+            head, inverse = qkv[t, h], float32(1)
             if normed:
                 squares = float32(0)
                 for d in range(size):
                     squares += head[d] * head[d]
                 inverse = float32(1) / np.sqrt(squares / float32(size) + eps)
-            inverse_TX[t, x] = inverse
-            y = query_TXD[t, x] if x < queries else keys_TKD[t, x - queries]
-            _head(head, cos_TD[t], sin_TD[t], scale_XD[x], inverse, y)
-        for x in range(values_TKD.shape[1]):
-            values_TKD[t, x] = columns_TXD[t, turned + x]
+            inverse_rms[t, h] = inverse
+            y = query_THD[t, h] if h < queries else keys_TJD[t, h - queries]
+            _head(head, cos_TD[t], sin[t], scale[h], inverse, y)
+        for h in range(values_TJD.shape[1]):
+            values_TJD[t, h] = qkv[t, rotated + h]
 
 
 @kernel
 def heads_backward(
-    d_query_TXD: Any, d_keys_TKD: Any, d_values_TKD: Any, columns_TXD: Any, cos_TD: Any, sin_TD: Any, scale_XD: Any,
-    normed: Any, inverse_TX: Any, d_columns_TXD: Any,
+    d_query_THD: Any, d_keys_TJD: Any, d_values_TJD: Any, qkv: Any, cos_TD: Any, sin: Any, scale: Any, normed: Any,
+    inverse_rms: Any, d_qkv: Any,
 ) -> None:  # fmt: skip
-    queries, turned = d_query_TXD.shape[1], inverse_TX.shape[1]
-    for t in prange(len(columns_TXD)):
-        for x in range(turned):
-            dy = d_query_TXD[t, x] if x < queries else d_keys_TKD[t, x - queries]
-            head, dx = columns_TXD[t, x], d_columns_TXD[t, x]
-            _head_backward(dy, head, cos_TD[t], sin_TD[t], scale_XD[x], inverse_TX[t, x], normed, dx)
-        for x in range(d_values_TKD.shape[1]):
-            d_columns_TXD[t, turned + x] = d_values_TKD[t, x]
+    """Write the gradient at `qkv` into `d_qkv`."""
+    queries, rotated = d_query_THD.shape[1], inverse_rms.shape[1]
+    for t in prange(len(qkv)):
+        for h in range(rotated):
+            dy = d_query_THD[t, h] if h < queries else d_keys_TJD[t, h - queries]
+            head, dx = qkv[t, h], d_qkv[t, h]
+            _head_backward(dy, head, cos_TD[t], sin[t], scale[h], inverse_rms[t, h], normed, dx)
+        for h in range(d_values_TJD.shape[1]):
+            d_qkv[t, rotated + h] = d_values_TJD[t, h]
 
 
 @kernel
-def gate(both_TC: Any, a: Any, b: Any, y_TC: Any) -> None:
-    size = y_TC.shape[1]
-    for t in prange(len(both_TC)):
-        gate, up, y = both_TC[t, :size], both_TC[t, size:], y_TC[t]
-        for c in range(size):
-            g = gate[c]
-            y[c] = g / (float32(1) + exp(-(a + b * g * g) * g)) * up[c]
+def gate(gate_up_TO: Any, a: Any, b: Any, y_TI: Any) -> None:
+    """Write up * gate * sigmoid(a gate + b gate^3) into `y_TI`."""
+    size = y_TI.shape[1]
+    for t in prange(len(gate_up_TO)):
+        gate, up, y = gate_up_TO[t, :size], gate_up_TO[t, size:], y_TI[t]
+        for i in range(size):
+            g = gate[i]
+            y[i] = g / (float32(1) + exp(-(a + b * g * g) * g)) * up[i]
 
 
 @kernel
-def gate_backward(dy_TC: Any, both_TC: Any, a: Any, b: Any, d_both_TC: Any) -> None:
-    size = dy_TC.shape[1]
-    for t in prange(len(both_TC)):
-        gate, up, dy, d_gate, d_up = both_TC[t, :size], both_TC[t, size:], dy_TC[t], d_both_TC[t, :size], d_both_TC[t, size:]
-        for c in range(size):
-            g = gate[c]
-            share = float32(1) / (float32(1) + exp(-(a + b * g * g) * g))
-            d_up[c] = dy[c] * g * share
-            d_gate[c] = dy[c] * up[c] * share * (float32(1) + g * (float32(1) - share) * (a + float32(3) * b * g * g))
+def gate_backward(dy_TI: Any, gate_up_TO: Any, a: Any, b: Any, d_gate_up_TO: Any) -> None:
+    """Write the gradient at `gate_up_TO` into `d_gate_up_TO`."""
+    size = dy_TI.shape[1]
+    for t in prange(len(gate_up_TO)):
+        gate, up, dy, d_gate, d_up = (
+            gate_up_TO[t, :size],
+            gate_up_TO[t, size:],
+            dy_TI[t],
+            d_gate_up_TO[t, :size],
+            d_gate_up_TO[t, size:],
+        )
+        for i in range(size):
+            g = gate[i]
+            sigmoid = float32(1) / (float32(1) + exp(-(a + b * g * g) * g))
+            d_up[i] = dy[i] * g * sigmoid
+            d_gate[i] = dy[i] * up[i] * sigmoid * (float32(1) + g * (float32(1) - sigmoid) * (a + float32(3) * b * g * g))
 
 
 @kernel
 def lay_out(
-    query_BXD: Any, new_keys_BKD: Any, new_values_BKD: Any, slot_B: Any, column_B: Any, prefix_B: Any, place_B: Any, scale: Any,
-    keys_SKLD: Any, values_SKLD: Any, own_SKGD: Any, grid_QKPGD: Any,
+    query_BHD: Any, new_keys_BJD: Any, new_values_BJD: Any, slot_B: Any, column_B: Any, prefix_B: Any, index_in_prefix_B: Any,
+    scale: Any, keys_SJLD: Any, values_SJLD: Any, own_queries: Any, prefix_queries: Any,
 ) -> None:  # fmt: skip
-    _, heads, shared, size = own_SKGD.shape
-    for row in prange(len(query_BXD)):
-        slot, column, prefix, place = slot_B[row], column_B[row], prefix_B[row], place_B[row]
+    """Write new keys and values into the cache, and scaled queries as a batch by slot and a padded batch by prefix."""
+    _, heads, shared, size = own_queries.shape
+    for row in prange(len(query_BHD)):
+        slot, column, prefix, index = slot_B[row], column_B[row], prefix_B[row], index_in_prefix_B[row]
         for head in range(heads):
             for d in range(size):
-                keys_SKLD[slot, head, column, d] = new_keys_BKD[row, head, d]
-                values_SKLD[slot, head, column, d] = new_values_BKD[row, head, d]
-            for g in range(shared):
+                keys_SJLD[slot, head, column, d] = new_keys_BJD[row, head, d]
+                values_SJLD[slot, head, column, d] = new_values_BJD[row, head, d]
+            for i in range(shared):
                 for d in range(size):
-                    q = query_BXD[row, head * shared + g, d] * scale
-                    own_SKGD[slot, head, g, d] = q
-                    grid_QKPGD[prefix, head, place, g, d] = q
+                    q = query_BHD[row, head * shared + i, d] * scale
+                    own_queries[slot, head, i, d] = q
+                    prefix_queries[prefix, head, index, i, d] = q
 
 
 @ordered
-def _most(scores: Any, most: Any) -> Any:
-    for at in range(len(scores)):
-        most = max(most, scores[at])
-    return most
+def _maximum(scores: Any, maximum: Any) -> Any:
+    """Return the largest of the scores and `maximum`."""
+    for index in range(len(scores)):
+        maximum = max(maximum, scores[index])
+    return maximum
 
 
 @function
-def _exponentials(scores: Any, most: Any) -> Any:
-    """Put exponentials in place of scores and return their sum."""
+def _exponentials(scores: Any, maximum: Any) -> Any:
+    """Replace scores by their exponentials and return the sum."""
     total = float32(0)
-    for at in range(len(scores)):
-        share = exp(scores[at] - most)
-        scores[at] = share
-        total += share
+    for index in range(len(scores)):
+        weight = exp(scores[index] - maximum)
+        scores[index] = weight
+        total += weight
     return total
 
 
 @function
-def _forget(scores: Any, first: Any, end: Any) -> None:
-    """Put 0 in place of scores of what is not seen."""
-    for at in range(first):
-        scores[at] = float32(0)
-    behind = scores[end:]
-    for at in range(len(behind)):
-        behind[at] = float32(0)
+def _zero_outside(scores: Any, first: Any, end: Any) -> None:
+    """Replace the scores of keys that are not seen, those before `first` and from `end` on, by 0."""
+    for index in range(first):
+        scores[index] = float32(0)
+    after = scores[end:]
+    for index in range(len(after)):
+        after[index] = float32(0)
 
 
 @kernel
 def weigh(
-    slot_B: Any, column_B: Any, prefix_B: Any, place_B: Any, length_Q: Any, window: Any, own_SKGL: Any, grid_QKPGL: Any,
-    inverse_BX: Any,
+    slot_B: Any, column_B: Any, prefix_B: Any, index_in_prefix_B: Any, length_Q: Any, window: Any, own_scores: Any,
+    prefix_scores: Any, inverse_BH: Any,
 ) -> None:  # fmt: skip
-    _, heads, shared, _ = own_SKGL.shape
+    """Replace scores by the exponentials of those that are seen, and write 1 / their sum over both parts into `inverse_BH`."""
+    _, heads, shared, _ = own_scores.shape
     for job in prange(len(slot_B) * heads):
         row, head = job // heads, job % heads
         prefix, end_own = prefix_B[row], column_B[row] + 1
         end_prefix = length_Q[prefix]
         first_own = max(end_own - window, 0)
         first_prefix = min(max(end_prefix + end_own - window, 0), end_prefix)
-        for g in range(shared):
-            own, of_prefix = own_SKGL[slot_B[row], head, g], grid_QKPGL[prefix, head, place_B[row], g]
-            _forget(own, first_own, end_own)
-            _forget(of_prefix, first_prefix, end_prefix)
+        for i in range(shared):
+            own, of_prefix = own_scores[slot_B[row], head, i], prefix_scores[prefix, head, index_in_prefix_B[row], i]
+            _zero_outside(own, first_own, end_own)
+            _zero_outside(of_prefix, first_prefix, end_prefix)
             own, of_prefix = own[first_own:end_own], of_prefix[first_prefix:end_prefix]
-            most = _most(of_prefix, _most(own, own[0]))
-            inverse_BX[row, head * shared + g] = float32(1) / (_exponentials(own, most) + _exponentials(of_prefix, most))
+            maximum = _maximum(of_prefix, _maximum(own, own[0]))
+            inverse_BH[row, head * shared + i] = float32(1) / (_exponentials(own, maximum) + _exponentials(of_prefix, maximum))
 
 
 @kernel
 def join(
-    slot_B: Any, prefix_B: Any, place_B: Any, own_SKGD: Any, grid_QKPGD: Any, inverse_BX: Any, out_BXD: Any
+    slot_B: Any, prefix_B: Any, index_in_prefix_B: Any, own_sums: Any, prefix_sums: Any, inverse_BH: Any, out_BHD: Any
 ) -> None:  # fmt: skip
-    _, heads, shared, size = own_SKGD.shape
-    for row in prange(len(out_BXD)):
-        own, of_prefix = own_SKGD[slot_B[row]], grid_QKPGD[prefix_B[row], :, place_B[row]]
+    """Write the attention over both parts into `out_BHD`."""
+    _, heads, shared, size = own_sums.shape
+    for row in prange(len(out_BHD)):
+        own, of_prefix = own_sums[slot_B[row]], prefix_sums[prefix_B[row], :, index_in_prefix_B[row]]
         for head in range(heads):
-            for g in range(shared):
-                x = head * shared + g
+            for i in range(shared):
+                h = head * shared + i
                 for d in range(size):
-                    out_BXD[row, x, d] = (own[head, g, d] + of_prefix[head, g, d]) * inverse_BX[row, x]
+                    out_BHD[row, h, d] = (own[head, i, d] + of_prefix[head, i, d]) * inverse_BH[row, h]
 
 
 @function
-def _share_out(logits: Any, most: Any, by: Any, shares: Any) -> Any:
-    """Write exponentials of logits, and return their sum."""
+def _exponentials_of_logits(logits: Any, maximum: Any, inverse_temperature: Any, weights: Any) -> Any:
+    """Write the exponentials of logits into `weights` and return the sum."""
     total = float32(0)
     for v in range(len(logits)):
-        share = exp((logits[v] - most) * by)
-        shares[v] = share
-        total += share
+        weight = exp((logits[v] - maximum) * inverse_temperature)
+        weights[v] = weight
+        total += weight
     return total
 
 
 @kernel
-def draw(logits_BV: Any, uniform_B: Any, by: Any, greedy: Any, token_B: Any, logprob_B: Any) -> None:
+def sample(logits_BV: Any, uniform_B: Any, inverse_temperature: Any, greedy: Any, tokens_B: Any, logprobs_B: Any) -> None:
+    """Write sampled tokens, or the likeliest if `greedy`, and their log-probabilities."""
     vocabulary = logits_BV.shape[1]
-    stretches = (vocabulary + _STRETCH - 1) // _STRETCH
+    chunks = (vocabulary + _CHUNK - 1) // _CHUNK
     for row in prange(len(logits_BV)):
         logits = logits_BV[row]
-        most = _most(logits, logits[0])
-        shares, sums = np.empty(vocabulary, np.float32), np.empty(stretches, np.float32)
+        maximum = _maximum(logits, logits[0])
+        weights, sums = np.empty(vocabulary, np.float32), np.empty(chunks, np.float32)
         # In float64: a sum over a large vocabulary in float32 would shift the tail.
         total = float64(0)
-        for stretch in range(stretches):
-            part = slice(stretch * _STRETCH, (stretch + 1) * _STRETCH)
-            sums[stretch] = _share_out(logits[part], most, by, shares[part])
-            total += float64(sums[stretch])
+        for chunk in range(chunks):
+            part = slice(chunk * _CHUNK, (chunk + 1) * _CHUNK)
+            sums[chunk] = _exponentials_of_logits(logits[part], maximum, inverse_temperature, weights[part])
+            total += float64(sums[chunk])
         token, first = 0, 0
         if greedy:
-            while token < vocabulary - 1 and logits[token] != most:
+            while token < vocabulary - 1 and logits[token] != maximum:
                 token += 1
         else:
-            # Sums only grow where there is something to draw, so a token without a share is passed by.
-            aim, passed = uniform_B[row] * total, float64(0)
-            while first < stretches - 1 and passed + float64(sums[first]) <= aim:
-                passed += float64(sums[first])
+            # The sum grows only at tokens that can be sampled, so a token without weight is skipped.
+            target, cumulative = uniform_B[row] * total, float64(0)
+            while first < chunks - 1 and cumulative + float64(sums[first]) <= target:
+                cumulative += float64(sums[first])
                 first += 1
-            part = shares[first * _STRETCH : (first + 1) * _STRETCH]
+            part = weights[first * _CHUNK : (first + 1) * _CHUNK]
             inside = float64(0)
             for v in range(len(part)):
                 inside += float64(part[v])
-            aim, passed = (aim - passed) / float64(sums[first]) * inside, float64(0)
+            target, cumulative = (target - cumulative) / float64(sums[first]) * inside, float64(0)
             for v in range(len(part)):
-                if passed + float64(part[v]) > passed:
-                    token = first * _STRETCH + v
-                passed += float64(part[v])
-                if passed > aim:
+                if cumulative + float64(part[v]) > cumulative:
+                    token = first * _CHUNK + v
+                cumulative += float64(part[v])
+                if cumulative > target:
                     break
-        token_B[row] = token
-        logprob_B[row] = (logits[token] - most) * by - np.log(total)
+        tokens_B[row] = token
+        logprobs_B[row] = (logits[token] - maximum) * inverse_temperature - np.log(total)
