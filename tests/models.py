@@ -1,4 +1,4 @@
-"""Tiny random language models of three families, and plain transformers and PEFT as the reference to hold ours against."""
+"""Tiny random language models of three families, and reference log-probabilities by plain transformers and PEFT."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from neuromas.model.backbone import Backbone
 from neuromas.types import Completion
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
-"""A small BPE of the tests' own: what a test draws does not change when the bundled backbone is made anew."""
+"""A small BPE of the tests' own, so that what a test samples does not change when the bundled backbone is remade."""
 
 FAMILIES = ("qwen3", "llama", "gemma3")
 SLIDING_WINDOW = 8
@@ -33,7 +33,7 @@ SLIDING_WINDOW = 8
 
 
 def make_model(family: str, says: Sequence[str] = ()) -> PreTrainedModel:
-    """Build a model that writes noise, or mostly nothing or one of the single-token words `says`, then stops.
+    """Return a model that writes noise; with `says` it mostly writes one of these single-token words or nothing, and stops.
 
     Weights are drawn ten times wider than usual, so that attention is far from uniform and a wrong mask or position shows.
     """
@@ -67,7 +67,7 @@ def _only_token(tokenizer: Any, text: str) -> int:
 
 
 def _favour(model: PreTrainedModel, stop: int, words: list[int]) -> None:
-    """Carry two marks through the residual stream and let logits read them: any text so far, and a word just written."""
+    """Change weights so that logits depend on two marks in the residual stream: any text, and a word just written."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     assert isinstance(head, torch.nn.Linear)
@@ -86,13 +86,13 @@ def save_model(model: PreTrainedModel, folder: Path) -> Path:
 
 
 def randomise(bank: AdapterBank, size: float = 0.1) -> None:
-    """Give every B a value that depends on its node and module alone: adapters that do something."""
+    """Give every B random values that depend on its node and module alone, so that adapters are not zero."""
     with torch.no_grad():
         for index, node in enumerate(bank.nodes):
             generator = torch.Generator().manual_seed(node)
             for module in bank.modules.values():
-                drawn = torch.randn(module.lora_B.shape[1:], generator=generator)
-                module.lora_B[index] = size * drawn
+                b = torch.randn(module.lora_B.shape[1:], generator=generator)
+                module.lora_B[index] = size * b
 
 
 def export_peft(bank: AdapterBank, node: int, folder: Path) -> Path:
@@ -103,7 +103,7 @@ def export_peft(bank: AdapterBank, node: int, folder: Path) -> Path:
 
 
 def load_peft(backbone_folder: Path, adapter_folder: Path, dtype: torch.dtype = torch.float32) -> PeftModel:
-    """Load a fresh copy of the backbone with one adapter on it, as anybody would without us."""
+    """Return a fresh copy of the backbone with one adapter, loaded by PEFT alone."""
     plain = AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=dtype)
     return PeftModel.from_pretrained(plain, str(adapter_folder), is_trainable=True).eval()
 
@@ -117,7 +117,7 @@ def plain_logprobs(model: Any, completion: Completion, temperature: float = 1.0)
 
 
 def suffix_logprobs(model: PeftModel, completion: Completion) -> Tensor:
-    """Return the same where the adapter acts only behind the prefix: two passes through plain PEFT."""
+    """Return the same for an adapter that acts only after the prefix, from two forwards through plain PEFT."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), model.disable_adapter():
         model(input_ids=torch.tensor([completion.prompt.prefix_ids]), past_key_values=cache)

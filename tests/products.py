@@ -1,7 +1,7 @@
-"""What is computed, as a list of products and loops with the layout of what they are given, in order.
+"""Lists the products and compiled loops of a computation, in order, with the layout of their inputs.
 
-Two computations of equal lists, on equal numbers, have equal bits on every processor: which kernel it takes, and in which order
-that adds up, follows from shapes, strides and alignment.
+Two computations with equal lists and equal inputs have equal results, bit for bit, on every processor: its kernel and the
+kernel's order of summation follow from shapes, strides and alignment.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ import neuromas.model.kernels.decoding
 import neuromas.model.kernels.layers
 
 _ADD_UP = ("mm", "matmul", "linear", "attention", "softmax", "logsumexp", "embedding")
-"""Parts of the names of operations that add up what they multiply."""
+"""Parts of the names of operations that sum products."""
 Layout = tuple[tuple[int, ...], tuple[int, ...], int]
 Product = tuple[str, tuple[Layout, ...]]
 

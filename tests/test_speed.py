@@ -1,8 +1,8 @@
-"""Fast paths stay fast: each against the simple way, PEFT's adapters node by node, measured in turn in this run.
+"""Fast paths stay fast: each is compared with the simple way, PEFT's adapters node by node, measured in the same run.
 
-Processor time of one thread, so that other work on the machine matters little; the median of rounds that alternate; a second
-and a third look before a failure. The references are what a quiet machine gives, rounded down: a ratio that falls by more than
-30% below them fails.
+The tests measure the processor time of one thread, so that other work on the machine matters little, and take the median of
+alternating rounds. They measure up to three times before they fail. The references are what a quiet machine gives, rounded
+down; a ratio more than 30% below its reference fails.
 """
 
 import statistics
@@ -27,7 +27,7 @@ from neuromas.types import Completion, Prompt, Request, Sample
 
 REFERENCE = {"update": 5.0, "rollout": 5.0}
 ALLOWED = 0.7
-ROUNDS, LOOKS = 3, 3
+ROUNDS, ATTEMPTS = 3, 3
 NODES, QUESTIONS, GROUP, PREFIX, OWN, NEW = (1, 2, 3), 2, 8, 256, 32, 16
 
 
@@ -40,7 +40,7 @@ def policy() -> Policy:
     for name, parameter in bank.parameters().items():
         if "lora_B" in name:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    # Every text is as long as it may be.
+    # No token stops a text, so every text has the full length.
     backbone.stop_ids = frozenset({-1})
     return policy
 
@@ -66,7 +66,7 @@ def completions() -> list[Completion]:
         return tuple(torch.randint(16, 500, (count,), generator=generator).tolist())
 
     prefixes = [ids(PREFIX) for _ in range(QUESTIONS)]
-    # All rows are of one length: the simple way needs no padding.
+    # All rows have the same length, so the simple way needs no padding.
     return [
         Completion(node, Prompt(prefix, ids(OWN)), Sample(ids(NEW), (0.0,) * NEW, "", True, 0), ())
         for prefix in prefixes
@@ -91,12 +91,12 @@ def check(name: str, fast: Callable[[], object], simple: Callable[[], object]) -
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seen = []
-        while len(seen) < LOOKS and (not seen or max(seen) < ALLOWED * REFERENCE[name]):
-            seen.append(ratio_of(fast, simple))
+        ratios = []
+        while len(ratios) < ATTEMPTS and (not ratios or max(ratios) < ALLOWED * REFERENCE[name]):
+            ratios.append(ratio_of(fast, simple))
     finally:
         torch.set_num_threads(before)
-    assert max(seen) >= ALLOWED * REFERENCE[name], f"{name}: {seen} times as fast as the simple way, was {REFERENCE[name]}"
+    assert max(ratios) >= ALLOWED * REFERENCE[name], f"{name}: {ratios} times as fast as the simple way, was {REFERENCE[name]}"
 
 
 def bank_of(policy: Policy) -> AdapterBank:
@@ -105,24 +105,24 @@ def bank_of(policy: Policy) -> AdapterBank:
 
 
 def shared_update(policy: Policy, completions: Sequence[Completion]) -> dict[int, float]:
-    """One pass over all nodes, each distinct prefix once; return each node's summed log-probability."""
+    """Compute gradients for all nodes at once, each distinct prefix once; return each node's summed log-probability."""
     rows = sorted(completions, key=lambda completion: completion.node)
     batch = Batch(tuple((row, 1.0) for row in rows), 1, policy.routing, 1.0)
     total = dict.fromkeys(NODES, 0.0)
-    place = 0
+    row = 0
     for micro_batch in batch.split(10_000, policy.backbone.device):
-        logprobs_BC = policy.logprobs(micro_batch.rows).view(-1, NEW)
-        logprobs_BC.sum().backward()
-        for value in logprobs_BC.sum(1).tolist():
-            total[rows[place].node] += value
-            place += 1
+        logprobs = policy.logprobs(micro_batch.rows).view(-1, NEW)
+        logprobs.sum().backward()
+        for value in logprobs.sum(1).tolist():
+            total[rows[row].node] += value
+            row += 1
     for parameter in bank_of(policy).parameters().values():
         parameter.grad = None
     return total
 
 
 def looped_update(model: PeftModel, completions: Sequence[Completion]) -> dict[int, float]:
-    """Node by node, every row with its own prefix."""
+    """Compute gradients node by node, each row with its own prefix; return each node's summed log-probability."""
     total = {}
     for node in NODES:
         model.set_adapter(str(node))
@@ -137,7 +137,7 @@ def looped_update(model: PeftModel, completions: Sequence[Completion]) -> dict[i
 
 
 def sample_together(policy: Policy, completions: Sequence[Completion]) -> int:
-    """All nodes in one batch of the engine, each distinct prefix once."""
+    """Sample all nodes in one batch of the engine, each distinct prefix once; return the number of tokens."""
     found: list[Sample] = []
 
     def receive(key: int, sample: Sample) -> list[tuple[int, Request]]:
@@ -151,7 +151,7 @@ def sample_together(policy: Policy, completions: Sequence[Completion]) -> int:
 
 @torch.inference_mode()
 def sample_in_turn(model: PeftModel, completions: Sequence[Completion]) -> int:
-    """transformers.generate, node by node."""
+    """Sample node by node by transformers' `generate`; return the number of tokens."""
     tokens = 0
     for node in NODES:
         model.set_adapter(str(node))

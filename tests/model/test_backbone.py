@@ -1,4 +1,4 @@
-"""The learner's forward against plain transformers and PEFT, and what adapters and backbone promise each other.
+"""The learner's forward equals plain transformers and PEFT; backbone, prompts and adapter files do as documented.
 
 Every model is tiny, random, in float32 and saved to disk first; tolerances are absolute unless a comment says otherwise.
 """
@@ -49,7 +49,7 @@ GRADIENT_BOUND = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A network with adapters that do something, and what it wrote: nodes 1 and 2 write to node 3."""
+    """A network with adapters that are not zero, and what it wrote: nodes 1 and 2 write to node 3."""
 
     folder: Path
     network: Network
@@ -153,7 +153,7 @@ def assert_gradients_close(got: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 
 def test_logprobs_equal_plain_peft(case: Case, tmp_path: Path) -> None:
-    """Scope `all`: one forward over prompt and completion. Scope `suffix`: the prefix passes without the adapter."""
+    """With scope `all` the adapter acts on prompt and completion, with scope `suffix` only after the prefix."""
     with torch.no_grad():
         completions = [completion for completion, _ in case.batch().completions]
         by_row = case.policy.logprobs(case.rows()).split([len(c.sample.token_ids) for c in completions])
@@ -163,7 +163,7 @@ def test_logprobs_equal_plain_peft(case: Case, tmp_path: Path) -> None:
 
 
 def test_adapters_and_scope_change_the_logprobs(folders: dict[str, Path]) -> None:
-    """Otherwise every comparison above would hold for adapters that do nothing."""
+    """Without this, every comparison above would hold for adapters that are zero."""
     of_all, of_suffix = (make_case(folders["qwen3"], scope) for scope in ("all", "suffix"))
     rows = replace(of_suffix.rows(), prefix_node_Q=torch.tensor([0, 0]))
     with torch.no_grad():
@@ -187,11 +187,11 @@ def test_gradients_through_the_shared_prefix_equal_the_unshared_computation(case
     assert_gradients_close(got, expected)
 
 
-# What must not matter
+# What must not change the results
 
 
-def test_what_lies_beside_a_row_changes_nothing(case: Case) -> None:
-    """Alone, a row is a grid without padding; among others its prefix and its text are padded to the longest."""
+def test_the_other_rows_of_a_batch_change_nothing(case: Case) -> None:
+    """A row alone has no padding; in a batch its prefix and its text are padded to the longest."""
     batch = case.batch()
     (whole,) = batch.split(10**6, case.backbone.device)
     assert len({len(c.prompt.prefix_ids) for c, _ in batch.completions}) > 1, "no prefix is padded"
@@ -255,15 +255,15 @@ def test_norms_are_those_of_the_family_in_value_and_gradient(family: str) -> Non
         grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
         results = []
         for module in (plain, model.get_submodule(name)):
-            read = x.clone().requires_grad_()
-            y = module(read)
-            results.append((y.detach(), *torch.autograd.grad(y, read, grad), module(x)))
+            leaf = x.clone().requires_grad_()
+            y = module(leaf)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, grad), module(x)))
         for got, expected in zip(results[1], results[0], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_that_keeps_its_window_to_itself_is_refused(tmp_path: Path) -> None:
-    """Attention has to be told of a window that is longer than the text that a model is tried with."""
+def test_a_model_that_does_not_pass_its_window_to_attention_is_refused(tmp_path: Path) -> None:
+    """The probe's text may be shorter than the window, so that equal logits would not show that the window is ignored."""
     folder = save_model(make_model("llama"), tmp_path / "llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 4096}))
@@ -272,11 +272,11 @@ def test_a_model_that_keeps_its_window_to_itself_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_reads_two_parts_otherwise_is_refused(
+def test_a_model_whose_logits_differ_for_a_text_in_two_parts_is_refused(
     tiny_folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Forgets(SuffixAttention):
-        """Goes on as if only the first token of the first part had been there."""
+        """Attends to the first token of the first part only."""
 
         def __init__(self, packed: Packed, prefixes: Prefixes, prefix_of_row_B: Tensor) -> None:
             super().__init__(packed, Prefixes(prefixes.past, torch.ones_like(prefixes.lengths_Q)), prefix_of_row_B)
@@ -287,8 +287,8 @@ def test_a_model_that_reads_two_parts_otherwise_is_refused(
         Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
 
 
-def test_a_model_whose_angles_change_with_the_length_reads_texts_up_to_there(tmp_path: Path) -> None:
-    """Phi-3's LongRoPE: one text beyond the original length, and every position of the batch has other angles."""
+def test_a_model_whose_angles_change_with_the_length_takes_texts_up_to_that_length(tmp_path: Path) -> None:
+    """With Phi-3's LongRoPE, one text beyond the original length changes the angles of every position in the batch."""
     original, plain = 256, make_model("llama").config
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 8.0, 16.0], "rope_theta": 1e4}
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -336,7 +336,7 @@ def test_checksum_is_the_same_after_a_step_and_another_after_any_change(small: C
     assert small.backbone.checksum() != before
 
 
-def test_any_number_of_policies_stand_on_one_backbone(small: Case) -> None:
+def test_any_number_of_policies_share_one_backbone(small: Case) -> None:
     rows = small.rows()
     with torch.no_grad():
         before_K = small.policy.logprobs(rows)
@@ -394,7 +394,7 @@ DATED = """{%- if not date_string is defined %}{%- if strftime_now is defined %}
 {%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}{%- endif %}
 {{- "Today Date: " + date_string + "\n" }}{%- for message in messages %}{{ message.content }}{%- endfor %}
 {%- if add_generation_prompt %}{{- "\n>" }}{%- endif %}"""
-"""How templates of Llama 3.2 and later name the day."""
+"""A template that gives the day as those of Llama 3.2 and later do."""
 
 
 def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
@@ -407,12 +407,12 @@ def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
     config = TrainConfig(backbone=str(folder), device="cpu", run_dir=tmp_path / "run", prompt_date="2025-03-02")
     RunDirectory.create(config).initialise()
 
-    def read(config: TrainConfig) -> str:
+    def prompt_text(config: TrainConfig) -> str:
         policy = build_network(config).policy
         prompt = policy.prompt("Is 2 even?", "You are node 1.")
         return policy.backbone.decode((*prompt.prefix_ids, *prompt.suffix_ids))
 
-    started = read(config)
+    started = prompt_text(config)
     assert started == "Today Date: 02 Mar 2025\nIs 2 even?\n\nYou are node 1.\n>"
 
     class LaterDay(datetime):
@@ -422,11 +422,11 @@ def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
 
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", LaterDay)
     left_alone = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
-    assert "24 Dec 2031" in str(left_alone), "the clock has not moved, so that nothing is tried"
+    assert "24 Dec 2031" in str(left_alone), "the clock has not moved, so that nothing is tested"
     stored = RunDirectory.open(tmp_path / "run").config
-    assert read(stored) == started
+    assert prompt_text(stored) == started
     assert Answerer(stored, temperature=0.0).policy.prompt("", "") == build_network(stored).policy.prompt("", "")
-    assert "26 Jul 2024" in read(replace(stored, prompt_date=TrainConfig().prompt_date))
+    assert "26 Jul 2024" in prompt_text(replace(stored, prompt_date=TrainConfig().prompt_date))
     with pytest.raises(
         ValueError, match=r"belongs to another config, which has prompt_date = '2025-03-02' \(got '2024-07-26'\)"
     ):
@@ -558,20 +558,20 @@ def test_an_adapters_start_depends_on_its_own_node_and_the_seed_alone(folders: d
 
 
 def test_new_adapters_change_nothing(small: Case, bare: Backbone) -> None:
-    """B starts at zero: the network starts as the bare backbone, to the bit."""
+    """B starts at zero, so the network starts as the bare backbone, bit for bit."""
     rows = small.rows()
     with torch.no_grad():
         before_K = Policy(bare).logprobs(rows)
         assert torch.equal(Policy(bare, (1, 2, 3), AdapterConfig(rank=2)).logprobs(rows), before_K)
 
 
-def test_an_adapter_that_acts_behind_the_question_says_what_cannot_serve_it(bare: Backbone) -> None:
+def test_the_card_of_an_adapter_with_scope_suffix_says_what_cannot_serve_it(bare: Backbone) -> None:
     bank = bank_of(Policy(bare, (1,), AdapterConfig(rank=2, scope="suffix"), seed=0))
     assert b"behind the question" in bank.peft_files(1, "")["README.md"]
 
 
-def test_peft_files_round_trip_to_the_bit(small: Case, bare: Backbone, tmp_path: Path) -> None:
-    # Node 2 comes back as node 5 of another bank: a file holds one adapter, whatever its place was.
+def test_peft_files_round_trip_bit_for_bit(small: Case, bare: Backbone, tmp_path: Path) -> None:
+    # Node 2 is loaded as node 5 of another bank: a file holds one adapter, whatever its index was.
     folder = export_peft(small.bank, 2, tmp_path / "2")
     bank = bank_of(Policy(bare, (4, 5), AdapterConfig(rank=2), seed=9))
     untouched = {name: parameter[0].clone() for name, parameter in bank.parameters().items()}
@@ -589,7 +589,7 @@ def test_an_adapter_of_another_shape_is_refused(small: Case, bare: Backbone, tmp
         bank.load_peft(1, folder)
 
 
-def test_clipping_scales_each_nodes_gradient_by_itself(small: Case) -> None:
+def test_clipping_scales_the_gradient_of_each_node_separately(small: Case) -> None:
     for parameter in small.bank.parameters().values():
         parameter.grad = torch.zeros_like(parameter)
     first, second = list(small.bank.parameters().values())[:2]

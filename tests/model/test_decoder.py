@@ -1,4 +1,4 @@
-"""Our own forward of the usual kind of layer is the model's own, in value and gradient; every other model keeps its own."""
+"""Our decoder equals the model's own forward in value and gradient, and models that it does not fit keep their own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 
 
 def other_model(kind: str) -> PreTrainedModel:
-    """Build models whose layers have biases or whose positions are scaled."""
+    """Return a model whose layers have biases, or one whose positions are scaled."""
     vocabulary = len(AutoTokenizer.from_pretrained(TOKENIZER))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ def load(kind: str, dtype: torch.dtype = torch.float32) -> Backbone:
 
 
 def policy_on(backbone: Backbone, *, scope: Scope = "all", targets: tuple[str, ...] = EVERY_MODULE) -> Policy:
-    """Two nodes with adapters that do something."""
+    """Return a policy of two nodes whose adapters are not zero."""
     policy = Policy(backbone, (1, 2), AdapterConfig(rank=2, scope=scope, target_modules=targets), seed=0)
     assert policy.adapters is not None
     randomise(policy.adapters)
@@ -67,14 +67,14 @@ def policy_on(backbone: Backbone, *, scope: Scope = "all", targets: tuple[str, .
 
 
 def with_transformers_layers(policy: Policy) -> Policy:
-    """Have the same weights and adapters computed by the model's own forward."""
+    """Return the policy, changed to compute with the model's own forward."""
     assert isinstance(policy._layers, Decoder)
     policy._layers = TransformersLayers(policy.model, policy.adapters)
     return policy
 
 
 def batch_of(policy: Policy) -> Batch:
-    """Rows of two nodes and unlike length, some on one prefix."""
+    """Return rows of two nodes and of different lengths; some share a prefix."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def batch_of(policy: Policy) -> Batch:
         for node in (1, 2)
         for row in range(5)
     ]
-    weighted = tuple((completion, 1.0 - 0.3 * place) for place, completion in enumerate(completions))
+    weighted = tuple((completion, 1.0 - 0.3 * index) for index, completion in enumerate(completions))
     return Batch(weighted, 4, policy.routing, 0.8)
 
 
@@ -123,7 +123,7 @@ def test_it_equals_the_models_own_forward_in_value_and_gradient(kind: str, targe
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_bfloat16_is_as_near_to_float32_as_the_models_own_forward(kind: str) -> None:
-    """Ours keeps more digits: norms and angles are in float32."""
+    """Our decoder keeps more digits, because its norms and angles are in float32."""
     found = {}
     for dtype, ours in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
         policy = policy_on(load(kind, dtype))
@@ -137,7 +137,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own_forward(kind: str) -> 
 
 
 def grown(kind: str) -> Policy:
-    """Return a policy with nodes of two cohorts, whose adapters do something."""
+    """Return a policy with nodes of two cohorts whose adapters are not zero."""
     policy = Policy(load(kind), (1,), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0)
     bank = policy.adapters
     assert bank is not None
@@ -148,7 +148,7 @@ def grown(kind: str) -> Policy:
     return policy
 
 
-def test_nodes_that_joined_later_are_learned_by_both_forwards() -> None:
+def test_nodes_that_joined_later_have_the_same_gradients_by_both_forwards() -> None:
     policy = grown("qwen3")
     batch = batch_of(policy)
     ours = learned(policy, batch)
@@ -157,7 +157,7 @@ def test_nodes_that_joined_later_are_learned_by_both_forwards() -> None:
 
 @pytest.mark.parametrize("scope", ["all", "suffix"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_way_of_other_devices_is_the_same(kind: str, scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operations_for_other_devices_give_the_same(kind: str, scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_on(load(kind), scope=scope)
     batch = batch_of(policy)
     ours = learned(policy, batch)
@@ -197,7 +197,7 @@ def test_merged_weights_give_the_gradients_of_separate_adapters(
 @pytest.mark.parametrize("targets", [EVERY_MODULE, ("v_proj", "gate_proj"), None])
 @pytest.mark.parametrize("kind", [*FAMILIES, "biases"])
 @pytest.mark.parametrize("way", ["merged weights", "stacked adapters", "long segments", "the model's own"])
-def test_every_way_of_sampling_gives_what_is_learned(
+def test_sampled_logprobs_equal_the_learners_in_every_way_of_sampling(
     kind: str, way: str, targets: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probabilities agree within 1e-5, as in the engine's other tests; the rows of the two nodes alternate.

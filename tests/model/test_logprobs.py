@@ -1,4 +1,4 @@
-"""Log-probabilities without logits equal those of torch, and so do their gradients."""
+"""Log-probabilities that are computed in chunks equal those of torch, and so do their gradients."""
 
 import pytest
 import torch

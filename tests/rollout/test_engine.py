@@ -1,4 +1,4 @@
-"""The torch engine: it samples what the learner scores, and a row's text depends on its own prompt, node and seed alone."""
+"""The torch engine samples with the learner's log-probabilities, and a row's text depends on its own prompt, node and seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from neuromas.training import reinforce
 from neuromas.types import Group, Prompt, Request, Sample
 
 FLOAT32_BOUND = 1e-5
-"""Sampler against learner, natural log. Measured: 2.4e-6 at log-probabilities of about -6."""
+"""Largest difference of sampler and learner, natural log. Measured: 2.4e-6 at log-probabilities of about -6."""
 BFLOAT16_BOUND = 0.1
 """The same with a bfloat16 backbone, whose logits carry 8 bits. Measured: 0.032 at worst, 0.007 on average."""
 
@@ -67,7 +67,7 @@ def samples(groups: Sequence[Group]) -> list[Sample]:
 
 
 def assert_same_samples(got: Sequence[Sample], expected: Sequence[Sample]) -> None:
-    """Tokens equal, log-probabilities within the float32 bound: sums over other batch shapes round otherwise."""
+    """Assert equal tokens, and log-probabilities within the float32 bound: sums over other batch shapes round differently."""
     assert [s.token_ids for s in got] == [s.token_ids for s in expected]
     assert [(s.text, s.stopped, s.adapter_version) for s in got] == [(s.text, s.stopped, s.adapter_version) for s in expected]
     for one, other in zip(got, expected, strict=True):
@@ -75,7 +75,7 @@ def assert_same_samples(got: Sequence[Sample], expected: Sequence[Sample]) -> No
 
 
 def answer(policy: Policy, requests: Sequence[Request], *, max_rows: int = 256, **settings: Any) -> list[Sample]:
-    """Answer requests that lead to no others, in the order given."""
+    """Return the samples of requests that lead to no others, in the order given."""
     found: dict[int, Sample] = {}
 
     def keep(key: int, sample: Sample) -> list[tuple[int, Request]]:
@@ -89,7 +89,7 @@ def answer(policy: Policy, requests: Sequence[Request], *, max_rows: int = 256, 
 
 
 def make_requests(policy: Policy, count: int = 12) -> list[Request]:
-    """Mix nodes, questions of unlike length and suffixes of unlike length."""
+    """Return requests of mixed nodes, with questions and suffixes of different lengths."""
     requests = []
     for index in range(count):
         prompt = policy.prompt("Is it even? " * (1 + index % 4), "Write. " * (1 + index % 3))
@@ -131,12 +131,12 @@ def test_sampler_and_learner_agree(folders: dict[str, Path], family: str, scope:
 
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_other_types_and_devices_do_agrees_too(
+def test_sampler_and_learner_agree_with_the_operations_for_other_dtypes_and_devices(
     folders: dict[str, Path], family: str, *, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without compiled loops, as in bfloat16; and without torch's kernel of a CPU, as on a GPU.
+    """Compiled loops are left out, as in bfloat16, and so is torch's kernel for CPUs, as on a GPU.
 
-    There, prefixes are copied to rows for many tokens, and all scores are made for single ones.
+    Without that kernel, a prefill copies prefixes to their rows, and decoding computes all scores at once.
     """
     usual = samples(rollout(make_network(folders[family])))
     monkeypatch.setattr("neuromas.model.ops.CompiledOps", TorchOps)
@@ -170,7 +170,7 @@ def test_a_sample_carries_the_adapters_version(folders: dict[str, Path], scope: 
 @pytest.mark.exact
 @pytest.mark.parametrize(("family", "max_rows"), [("qwen3", 3), ("llama", 3), ("gemma3", 3), ("stops", 1), ("stops", 5)])
 def test_the_number_of_slots_changes_nothing(folders: dict[str, Path], family: str, max_rows: int) -> None:
-    """Fewer slots than rows: slots are used again, moved and widened, in another order each time."""
+    """With fewer slots than rows, slots are reused, moved and widened, in another order each time."""
     few, many = (make_network(folders[family], max_rows=slots, widths=(2, 1, 1)) for slots in (max_rows, 256))
     assert_same_samples(samples(rollout(few, group_size=2)), samples(rollout(many, group_size=2)))
 
@@ -178,19 +178,19 @@ def test_the_number_of_slots_changes_nothing(folders: dict[str, Path], family: s
 @pytest.mark.exact
 @pytest.mark.parametrize("scope", ["all", "suffix"])
 @pytest.mark.parametrize("family", [*FAMILIES, "stops"])
-def test_a_row_is_the_same_in_any_company(folders: dict[str, Path], family: str, scope: Scope) -> None:
+def test_a_row_is_the_same_whatever_other_rows_decode_with_it(folders: dict[str, Path], family: str, scope: Scope) -> None:
     policy = adapted(folders[family], scope)
     requests = make_requests(policy)
     together = answer(policy, requests)
     assert_same_samples([answer(policy, [request])[0] for request in requests], together)
     assert_same_samples(answer(policy, requests[::-1])[::-1], together)
     assert_same_samples(answer(policy, requests[5:8]), together[5:8])
-    # The draws differ by seed: the rows above are no copies of one text.
+    # Samples differ by seed, so the rows above are not copies of one text.
     assert len({sample.token_ids for sample in together}) > len(requests) // 2
 
 
-def test_requests_made_on_the_way_equal_requests_made_at_once(folders: dict[str, Path]) -> None:
-    """A row admitted late, beside rows in the middle of their text, writes what it writes from the start."""
+def test_requests_that_become_ready_later_equal_requests_made_at_once(folders: dict[str, Path]) -> None:
+    """A row that starts while others decode writes the same as one that starts with them."""
     policy = adapted(folders["stops"])
     requests = make_requests(policy)
     found: dict[int, Sample] = {}
@@ -203,7 +203,7 @@ def test_requests_made_on_the_way_equal_requests_made_at_once(folders: dict[str,
     assert_same_samples([found[key] for key in range(len(requests))], answer(policy, requests))
 
 
-def test_the_same_seed_draws_the_same_and_a_longer_limit_only_goes_on(folders: dict[str, Path]) -> None:
+def test_the_same_seed_samples_the_same_and_a_longer_limit_only_continues(folders: dict[str, Path]) -> None:
     policy = adapted(folders["qwen3"])
     requests = make_requests(policy)
     short, long = (answer(policy, requests, max_new_tokens=limit) for limit in (3, 9))
@@ -217,7 +217,7 @@ def test_the_same_seed_draws_the_same_and_a_longer_limit_only_goes_on(folders: d
 
 @pytest.mark.parametrize("family", [*FAMILIES, "stops"])
 def test_greedy_equals_transformers_generate(folders: dict[str, Path], family: str) -> None:
-    """Adapters at zero, as they start; prompts of unlike length in one batch here, one at a time there."""
+    """Adapters are zero, as at the start. The engine takes prompts of different lengths at once, transformers one by one."""
     policy = Policy(load_backbone(folders[family]), NODES, AdapterConfig(rank=2))
     plain: Any = AutoModelForCausalLM.from_pretrained(folders[family])
     requests = make_requests(policy)
@@ -236,7 +236,7 @@ def test_greedy_ignores_the_seed_and_records_untempered_logprobs(folders: dict[s
     others = [Request(request.node, request.prompt, ("another", index)) for index, request in enumerate(requests)]
     greedy = answer(policy, requests, temperature=0.0)
     assert answer(policy, others, temperature=0.0) == greedy
-    # A greedy token is the likeliest: sampling nearly cold, at 1e-4, finds the same.
+    # A greedy token is the likeliest: sampling at temperature 1e-4 gives the same.
     assert [s.token_ids for s in answer(policy, others, temperature=1e-4)] == [s.token_ids for s in greedy]
     first = requests[0]
     probabilities = first_token_probabilities(policy, first.prompt, first.node, temperature=1.0)
@@ -272,12 +272,12 @@ def test_uniform_draws_of_neighbouring_seeds_are_uniform_and_unrelated() -> None
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_frequencies_follow_the_probabilities(folders: dict[str, Path], temperature: float) -> None:
-    """3000 first tokens of one prompt; the seeds are fixed, so the outcome is too."""
+    """Compare 3000 first tokens of one prompt; the seeds are fixed, and so the outcome is."""
     policy = adapted(folders["qwen3"], "suffix")
     prompt = policy.prompt("Is it even?", "Write.")
     requests = [Request(2, prompt, ("frequency", index)) for index in range(3000)]
-    drawn = [sample.token_ids[0] for sample in answer(policy, requests, temperature=temperature, max_new_tokens=1)]
-    counts = torch.bincount(torch.tensor(drawn), minlength=len(policy.backbone.tokenizer))
+    first_tokens = [sample.token_ids[0] for sample in answer(policy, requests, temperature=temperature, max_new_tokens=1)]
+    counts = torch.bincount(torch.tensor(first_tokens), minlength=len(policy.backbone.tokenizer))
     expected = 3000 * first_token_probabilities(policy, prompt, 2, temperature)
     common = expected >= 5
     rare = torch.stack([counts[~common].sum(), expected[~common].sum()])
@@ -289,7 +289,7 @@ def test_sampling_frequencies_follow_the_probabilities(folders: dict[str, Path],
 
 
 def first_token_probabilities(policy: Policy, prompt: Prompt, node: int, temperature: float) -> torch.Tensor:
-    """Ask the learner for every possible first token of a prompt."""
+    """Return the learner's probability of every possible first token of a prompt."""
     count = len(policy.backbone.tokenizer)
     suffixes = Packed.of([(*prompt.suffix_ids, token) for token in range(count)], policy.backbone.device)
     rows = Rows(
@@ -321,7 +321,7 @@ def test_rows_end_with_the_stop_token_or_at_the_limit(folders: dict[str, Path]) 
         body = sample.token_ids[:-1] if sample.stopped else sample.token_ids
         assert sample.text == policy.backbone.decode(body)
     lengths = {(len(sample.token_ids), sample.stopped) for sample in found}
-    # Every way to end is there: at once, on the way, with the last token allowed, and cut off.
+    # Rows end in every way: at once, in between, with the last token allowed, and cut off.
     assert lengths >= {(1, True), (2, True), (4, True), (4, False)}
 
 
@@ -341,7 +341,7 @@ def test_every_stop_token_of_model_and_tokenizer_ends_a_row(folders: dict[str, P
     assert all(sample.text == backbone.decode(sample.token_ids[:-1]) for sample in found if sample.stopped)
 
 
-def test_one_token_and_no_requests_at_all(folders: dict[str, Path]) -> None:
+def test_one_token_and_no_requests(folders: dict[str, Path]) -> None:
     policy = adapted(folders["qwen3"])
     assert all(len(sample.token_ids) == 1 for sample in answer(policy, make_requests(policy), max_new_tokens=1))
     assert answer(policy, []) == []
@@ -354,12 +354,12 @@ def test_the_scripted_engine_keeps_the_order_of_requests(folders: dict[str, Path
     requests = make_requests(Policy(load_backbone(folders["qwen3"])), 3)
     engine = ScriptedEngine(lambda request: f"from {request.node}")
     assert isinstance(engine, Engine)
-    heard: list[tuple[int, str]] = []
+    received: list[tuple[int, str]] = []
 
     def on_sample(key: int, sample: Sample) -> list[tuple[int, Request]]:
-        heard.append((key, sample.text))
+        received.append((key, sample.text))
         return [(7, requests[2])] if key == 0 else []
 
     engine.generate([(0, requests[0]), (1, requests[1])], on_sample, temperature=1.0, max_new_tokens=1)
-    assert heard == [(0, "from 1"), (1, "from 2"), (7, "from 3")]
+    assert received == [(0, "from 1"), (1, "from 2"), (7, "from 3")]
     assert engine.requests == requests

@@ -1,9 +1,9 @@
-"""The sweep over the graph, with a scripted engine.
+"""Message passing over the graph, with a scripted engine.
 
 1. Sources are requested at once, for every rollout; any other node as soon as its last sender has written.
-2. Nothing waits for a layer: a node may speak before another node of an earlier layer has.
+2. Nothing waits for a layer: a node may write before another node of an earlier layer has written.
 3. A node reads the messages addressed to it, in the order of its senders' ids, and nothing else of what was written.
-4. What a node writes can't break the sweep: a fault is a status, and the recipient reads something.
+4. What a node writes cannot break a rollout: a malformed text has a status, and the recipient reads something.
 5. A request's seed is (seed, example, rollout, node), whatever the order of work.
 6. A rollout holds its completions in topological order; the output node is last, sends nothing and gives the answer.
 """
@@ -30,7 +30,7 @@ def sample(text: str) -> Sample:
 
 
 class NewestFirst:
-    """An engine that answers what came last, so that one rollout ends before the next begins."""
+    """An engine that answers the newest request first, so that one rollout ends before the next begins."""
 
     def __init__(self, script: Callable[[Request], str]) -> None:
         self.script = script
@@ -47,7 +47,7 @@ class NewestFirst:
 
 
 def to_all(topology: Topology) -> Callable[[Request], str]:
-    """A script in which node n writes `n>r` to each recipient r, and the output node answers."""
+    """Return a script in which node n writes `n>r` to each recipient r, and the output node answers."""
 
     def script(request: Request) -> str:
         recipients = topology.recipients(request.node)
@@ -58,13 +58,13 @@ def to_all(topology: Topology) -> Callable[[Request], str]:
 
 @pytest.fixture
 def make(tiny_backbone: Backbone) -> Callable[[Topology, Engine], Network]:
-    """Builds the test's network on the tiny backbone."""
+    """Return a function that builds the test's network on the tiny backbone."""
     return lambda topology, engine: Network(topology, tiny_backbone, adapter=SMALL, engine=engine)
 
 
 @pytest.fixture
 def read(tiny_backbone: Backbone) -> Callable[[Request], list[str]]:
-    """The lines of a node's own part of its prompt."""
+    """Return a function that gives the lines of a node's own part of its prompt."""
 
     def lines(request: Request) -> list[str]:
         whole = tiny_backbone.decode((*request.prompt.prefix_ids, *request.prompt.suffix_ids))
@@ -81,9 +81,9 @@ def test_sources_first_then_each_node_when_its_inbox_is_complete(make: Make) -> 
     topology = Topology.layered([2, 2, 1])
     engine = ScriptedEngine(to_all(topology))
     make(topology, engine).rollout(EXAMPLES[:1], 2, seed=(0,))
-    asked = [(request.node, request.seed[-2]) for request in engine.requests]
+    requested = [(request.node, request.seed[-2]) for request in engine.requests]
     # (node, rollout): nodes 3 and 4 become ready with the last of 1 and 2, node 5 with the last of 3 and 4.
-    assert asked == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0), (3, 1), (4, 1), (5, 0), (5, 1)]
+    assert requested == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0), (3, 1), (4, 1), (5, 0), (5, 1)]
 
 
 def test_a_node_reads_what_is_addressed_to_it(make: Make, read: Read) -> None:
@@ -108,26 +108,26 @@ def test_a_skip_edge_carries_a_message_past_a_layer(make: Make, read: Read) -> N
     assert read(engine.requests[2])[1:3] == ["From node 1: 1>3", "From node 2: 2>3"]
 
 
-def test_senders_are_read_by_id_whoever_writes_first(make: Make, read: Read) -> None:
+def test_messages_are_read_by_senders_id_whichever_is_written_first(make: Make, read: Read) -> None:
     topology = Topology.layered([3, 1])
     seen: list[list[str]] = []
     script = to_all(topology)
 
-    def reading(request: Request) -> str:
+    def recording_script(request: Request) -> str:
         seen.append(read(request))
         return script(request)
 
-    make(topology, NewestFirst(reading)).rollout(EXAMPLES[:1], 1, seed=(0,))
+    make(topology, NewestFirst(recording_script)).rollout(EXAMPLES[:1], 1, seed=(0,))
     assert seen[-1][1:4] == ["From node 1: 1>4", "From node 2: 2>4", "From node 3: 3>4"]
 
 
-def test_no_barrier_between_layers_or_rollouts(make: Make) -> None:
+def test_no_layer_or_rollout_waits_for_another(make: Make) -> None:
     # Two arms, 1 -> 3 and 2 -> 4, that meet in 5.
     topology = Topology.from_edges([(1, 3), (2, 4), (3, 5), (4, 5)])
     engine = NewestFirst(to_all(topology))
     make(topology, engine).rollout(EXAMPLES, 1, seed=(0,))
     nodes = [(seed[1], seed[-1]) for seed in engine.answered]
-    # Node 4 of layer 2 speaks before node 1 of layer 1, and example b is answered before node 1 has read example a.
+    # Node 4 of layer 2 writes before node 1 of layer 1, and example b is answered before node 1 has read example a.
     assert nodes == [("b", 2), ("b", 4), ("a", 2), ("a", 4), ("b", 1), ("b", 3), ("b", 5), ("a", 1), ("a", 3), ("a", 5)]
 
 
@@ -163,7 +163,7 @@ def test_groups_hold_the_rollouts_of_one_example_in_order(make: Make) -> None:
 
 
 def test_rollouts_of_an_example_share_a_prefix(make: Make, tiny_backbone: Backbone) -> None:
-    """Nodes that are written to share the question; the text of the others is the same in all rollouts and shared whole."""
+    """Nodes with an inbox share the question; all other prompts are the same in every rollout and shared as a whole."""
     topology = Topology.layered([2, 1, 1])
     engine = ScriptedEngine(to_all(topology))
     make(topology, engine).rollout(EXAMPLES, 2, seed=(0,))
@@ -188,7 +188,7 @@ def test_nodes_with_one_adapter_share_the_question(tiny_backbone: Backbone) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "heard", "status"),
+    ("text", "text_read", "status"),
     [
         ("TO node 3: fine", "fine", MessageStatus.OK),
         ("no header at all", "no header at all", MessageStatus.UNADDRESSED),
@@ -199,16 +199,16 @@ def test_nodes_with_one_adapter_share_the_question(tiny_backbone: Backbone) -> N
     ],
 )
 def test_malformed_output_is_recorded_and_the_recipient_reads_something(
-    make: Make, read: Read, text: str, heard: str, status: MessageStatus
+    make: Make, read: Read, text: str, text_read: str, status: MessageStatus
 ) -> None:
     engine = ScriptedEngine(
         lambda request: text if request.node == 2 else "TO node 2: go" if request.node == 1 else "TO node 1: ?"
     )
     rollout = make(Topology.layered([1, 1, 1]), engine).rollout(EXAMPLES[:1], 1, seed=(0,))[0][0]
     (message,) = rollout.completions[1].messages
-    assert (message.sender, message.recipient, message.text, message.status) == (2, 3, heard, status)
-    assert read(engine.requests[2])[1] == f"From node 2: {heard}"
-    # The output node has nobody to write to: its text is the answer, header or not.
+    assert (message.sender, message.recipient, message.text, message.status) == (2, 3, text_read, status)
+    assert read(engine.requests[2])[1] == f"From node 2: {text_read}"
+    # The output node has no recipients: its text is the answer, with a header or without.
     assert (rollout.answer, rollout.completions[2].messages) == ("TO node 1: ?", ())
 
 
