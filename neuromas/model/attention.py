@@ -265,20 +265,15 @@ class _Parts:
     """Says how the tokens of a stream are laid out for each of their two parts: the prefix and the own row."""
 
     prefix: _PaddedBatch
-    """The queries, with those of one prefix as a row."""
+    """Layout of the queries, with those of one prefix as a row."""
     prefix_mask: Tensor
     buckets: list[_Bucket]
 
     @classmethod
     def of(
-        cls,
-        packed: Packed,
-        prefixes: Prefixes,
-        prefix_of_row_B: Tensor,
-        window: int | None,
-        keep_K: Tensor | None,
+        cls, packed: Packed, prefixes: Prefixes, prefix_of_row_B: Tensor, window: int | None, keep_K: Tensor | None,
         dtype: torch.dtype,
-    ) -> "_Parts":
+    ) -> "_Parts":  # fmt: skip
         """Return the layout for all tokens, or for those at `keep_K`."""
         row_K, column_K = (packed.row_T, packed.column_T) if keep_K is None else (packed.row_T[keep_K], packed.column_T[keep_K])
         prefix_K, count = prefix_of_row_B[row_K], len(prefixes.lengths_Q)

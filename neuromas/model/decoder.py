@@ -37,6 +37,8 @@ LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "at
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
+    """One layer: its products, norms and settings."""
+
     qkv: LinearGroup
     q: LinearGroup
     kv: LinearGroup
@@ -60,12 +62,15 @@ class _Layer:
     ops: TorchOps
 
     def query_keys_values(self, normed_TC: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of tokens, normed and rotated."""
         return self._heads(self.qkv, normed_TC, angles, *self.heads)
 
     def query(self, normed_TC: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the queries of tokens alone."""
         return self._heads(self.q, normed_TC, angles, self.heads[0], 0)[0]
 
     def keys_values(self, normed_TC: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of tokens alone."""
         return self._heads(self.kv, normed_TC, angles, 0, self.heads[1])[1:]
 
     def _heads(
@@ -83,6 +88,7 @@ class _Layer:
 
 
 def _added(hidden_TC: Tensor, linear: LinearGroup, x_TI: Tensor, norm: RMSNorm | None) -> Tensor:
+    """Return the residual stream plus a product, which is normed first if there is a norm."""
     return linear(x_TI, hidden_TC) if norm is None else hidden_TC + norm(linear(x_TI))
 
 
@@ -196,11 +202,13 @@ def _angles(positions_T: Tensor, frequencies: Tensor, scaling: float, dtype: tor
 
 
 def _frequencies(rotary: Any, kind: str) -> tuple[Tensor, float]:
+    """Return the rotary frequencies of a kind of layer, (D / 2,), and the factor of its cosines and sines."""
     prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
     return getattr(rotary, f"{prefix}inv_freq").float(), float(getattr(rotary, f"{prefix}attention_scaling"))
 
 
 def _layer(layer: Any, config: Any, ops: TorchOps) -> _Layer:
+    """Return a layer of transformers as one of ours."""
     attention, mlp = layer.self_attn, layer.mlp
     around = hasattr(layer, "pre_feedforward_layernorm")
     heads = config.num_attention_heads, config.num_key_value_heads

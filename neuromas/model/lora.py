@@ -259,7 +259,7 @@ def _merged_weight(
 
 
 def _stacked_adapters(state: BankState, adapted: tuple[AdaptedLinear, ...], nodes: range, dtype: torch.dtype) -> Stacked:
-    """Return the stacked adapters of the nodes and modules: the kept ones, or new ones, which are kept if any are."""
+    """Return the stacked adapters of these nodes and modules, which are made once while `state.stacked` keeps them."""
     if state.stacked is not None and (adapted, nodes) in state.stacked:
         return state.stacked[adapted, nodes]
     if nodes.start == 0 and nodes.stop == adapted[0].nodes:

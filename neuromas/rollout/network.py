@@ -137,8 +137,8 @@ class Network:
         """Return the most tokens of a node's prompt without question and messages: its layer and its instructions."""
         key = topology, answer_format
         if key not in self._own:
-            asked = Example("", "", "", answer_format)
-            texts = (messages.render(topology, node, asked, []) for node in topology.nodes)
+            example = Example("", "", "", answer_format)
+            texts = (messages.render(topology, node, example, []) for node in topology.nodes)
             self._own[key] = max(len(self.policy.prompt("", text).suffix_ids) for text in texts)
         return self._own[key]
 

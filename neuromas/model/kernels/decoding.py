@@ -22,6 +22,7 @@ class CacheAttention:
         rows, count, shared = slot_B.shape[0], length_Q.shape[0], queries // heads
         self._indices = [tensor.numpy() for tensor in (slot_B, prefix_B, index_in_prefix_B)]
         self._length_Q = length_Q.numpy()
+        # Two pairs of views: scaled queries by slot and by prefix, which the attention outputs overwrite.
         self._own_queries = torch.empty(rows * heads, shared, size, dtype=torch.float32)
         self._prefix_queries = torch.empty(count * heads, rows_per_prefix * shared, size, dtype=torch.float32)
         self._own_array = self._own_queries.view(rows, heads, shared, size).numpy()
@@ -39,17 +40,9 @@ class CacheAttention:
         slot_B, prefix_B, index_in_prefix_B = self._indices
         new = [tensor.contiguous() for tensor in (query_BHD, keys_BJD, values_BJD)]
         run(
-            loops.lay_out,
-            *new,
-            slot_B,
-            column_B,
-            prefix_B,
-            index_in_prefix_B,
-            scale,
-            *cache,
-            self._own_array,
+            loops.lay_out, *new, slot_B, column_B, prefix_B, index_in_prefix_B, scale, *cache, self._own_array,
             self._prefix_array,
-        )
+        )  # fmt: skip
         keys, values = (part.flatten(0, 1)[: len(self._own_queries), :longest] for part in cache)
         prefix_keys, prefix_values = (part.view(-1, *part.shape[2:]) for part in prefixes)
         own_scores, prefix_scores = torch.bmm(self._own_queries, keys.mT), torch.bmm(self._prefix_queries, prefix_keys.mT)
@@ -57,17 +50,9 @@ class CacheAttention:
         prefix_array = prefix_scores.numpy().reshape(*self._prefix_array.shape[:4], -1)
         window = 2**62 if window is None else window
         run(
-            loops.weigh,
-            slot_B,
-            column_B,
-            prefix_B,
-            index_in_prefix_B,
-            self._length_Q,
-            window,
-            own_array,
-            prefix_array,
+            loops.weigh, slot_B, column_B, prefix_B, index_in_prefix_B, self._length_Q, window, own_array, prefix_array,
             self._inverse_BH,
-        )
+        )  # fmt: skip
         torch.bmm(own_scores, values, out=self._own_queries)
         torch.bmm(prefix_scores, prefix_values, out=self._prefix_queries)
         out_BHD = torch.empty_like(new[0])

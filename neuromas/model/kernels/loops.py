@@ -24,6 +24,8 @@ Loop = Callable[..., Any]
 
 
 def _compiler(**options: Any) -> Callable[[Loop], Loop]:
+    """Return a decorator that compiles a loop with these options of Numba, and keeps it on disk where it can."""
+
     def compiled(loop: Loop) -> Loop:
         try:
             return numba.njit(cache=True, **options)(loop)
@@ -166,12 +168,8 @@ def gate_backward(dy_TI: Any, gate_up_TO: Any, a: Any, b: Any, d_gate_up_TO: Any
     size = dy_TI.shape[1]
     for t in prange(len(gate_up_TO)):
         gate, up, dy, d_gate, d_up = (
-            gate_up_TO[t, :size],
-            gate_up_TO[t, size:],
-            dy_TI[t],
-            d_gate_up_TO[t, :size],
-            d_gate_up_TO[t, size:],
-        )
+            gate_up_TO[t, :size], gate_up_TO[t, size:], dy_TI[t], d_gate_up_TO[t, :size], d_gate_up_TO[t, size:],
+        )  # fmt: skip
         for i in range(size):
             g = gate[i]
             sigmoid = float32(1) / (float32(1) + exp(-(a + b * g * g) * g))
