@@ -124,13 +124,13 @@ class Rollout:
     index: int
     """Which rollout of its group."""
     completions: tuple[Completion, ...]
-    elected: int = -1
-    """Which completion is the answer: the last one, the output node's, unless several nodes answer and one is elected."""
+    winner: int = -1
+    """Index of the completion that is the answer: the output node's, or the majority vote's winner if several nodes answer."""
 
     @property
     def answer(self) -> str:
         """Text of the output node."""
-        return self.completions[self.elected].sample.text
+        return self.completions[self.winner].sample.text
 
 
 Group = tuple[Rollout, ...]

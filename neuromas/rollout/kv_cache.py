@@ -134,8 +134,8 @@ class PrefixSharing:
         key = queries, heads, size
         if key not in self._compiled:
             self._compiled[key] = kernels.CacheAttention(
-                self.live_rows.slot_B, self.used_prefix_B, self.index_in_prefix_B, self.rows_per_prefix, self.prefixes.lengths_Q,
-                *key,
+                self.live_rows.slot_B, self.used_prefix_B, self.index_in_prefix_B, self.rows_per_prefix,
+                self.prefixes.lengths_Q, *key,
             )  # fmt: skip
         return self._compiled[key]
 

@@ -93,7 +93,7 @@ class Network:
             return rollout
         assert self.read is not None, "a network in which several nodes answer is built with `read`"
         winner = majority_vote([rollout.completions[index].sample.text for index in answering], self.read)
-        return replace(rollout, elected=answering[winner])
+        return replace(rollout, winner=answering[winner])
 
     def topology_of(self, example: Example, seed: Sequence[int | str]) -> Topology:
         """Return the topology that the group of this example runs through."""

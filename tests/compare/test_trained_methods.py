@@ -289,7 +289,7 @@ def test_parallel_agents_all_answer_and_the_majority_is_the_answer(spec: CellSpe
         read=get_task("navigate").parse_answer,
     )  # fmt: skip
     ((rollout,),) = network.rollout([EXAMPLE], 1, seed=(0,))
-    assert (rollout.answer, rollout.elected) == ("so Answer: Yes", 1)
+    assert (rollout.answer, rollout.winner) == ("so Answer: Yes", 1)
     assert [completion.node for completion in rollout.completions] == [1, 2, 3]
 
 
