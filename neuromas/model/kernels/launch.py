@@ -40,7 +40,11 @@ def _prepare() -> None:
     from neuromas.model.kernels import loops
 
     kept = loops.weigh.stats.cache_path  # type: ignore[reportFunctionMemberAccess]  # of Numba's dispatcher
-    if _PREPARING in os.environ or kept is None or any(Path(kept).glob("loops.weigh-*.nbi")):
+    if _PREPARING in os.environ or kept is None:
+        return
+    source_time = Path(loops.__file__).stat().st_mtime
+    # Numba compiles anew what is older than its source.
+    if any(index.stat().st_mtime >= source_time for index in Path(kept).glob("loops.weigh-*.nbi")):
         return
     # If that process fails, this one compiles them.
     subprocess.run(
