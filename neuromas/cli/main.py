@@ -6,7 +6,7 @@ Results go to standard output, progress and errors to standard error.
 import importlib
 import sys
 
-from neuromas.system.process import settle
+from neuromas.system.process import configure_process
 from neuromas.system.terminal import one_line
 
 USAGE = """usage: neuromas COMMAND [ARGUMENTS]
@@ -34,7 +34,7 @@ def main() -> None:
         print(f"error: unknown command {args[0]!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     try:
-        settle()
+        configure_process()
         importlib.import_module(f"neuromas.cli.{args[0]}").run(args[1:])
     except ValueError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""A comparison: scores of methods x tasks, and differences of those pairs that are matched as declared.
+"""Scores methods on tasks, and compares the pairs of methods that are matched as declared.
 
-Nothing is left out in silence: a cell that died or is not made yet, and a pair that is not matched, is one line in the place of
-its number.
+Nothing is left out in silence: a cell that died or is not made yet, and a pair that is not matched, is one line instead of its
+number.
 """
 
 from collections import Counter
@@ -14,17 +14,17 @@ import numpy as np
 from neuromas.compare import statistics
 from neuromas.compare.budget_match import QUANTITIES, Amounts, compare_amounts, difference, mismatches, shorten
 from neuromas.compare.cells import Stored
-from neuromas.compare.findings import Comparison, Difference, Problem, RunScore, Score, Table, Trials, spell_problem
+from neuromas.compare.findings import Comparison, Difference, Problem, RunScore, Score, Table, Trials, format_problem
 from neuromas.compare.grid import Grid, Pair, find_method, problem_of
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec
 from neuromas.training.evaluate import UNPARSED
 from neuromas.training.intervals import independent, wilson
 
-Reading = Literal["best", "last"]
-"""Which adapters of a training answer: those of its best validation, or those of its end. Untrained methods have one answer."""
+Adapters = Literal["best", "last"]
+"""The adapters of a run that answer: those of its best validation, or the last. Untrained methods have one answer."""
 
 CEILING = 0.95
-"""Two methods that both reach this leave nothing to tell them apart by."""
+"""Accuracy from which on two methods cannot be told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,10 @@ class Run:
 
     @property
     def right(self) -> np.ndarray:
-        """One value a distinct question, with the mean of the rewards.
+        """Return one value for each distinct question; their mean is the mean reward of all answers.
 
-        A question that is published twice is one question to every interval and test. Its weight is in the mean, which is that
-        over all answers, and linearised around it: mean + weight * (own mean - mean), weights of mean 1.
+        A question that is published twice counts once in every interval and test, and twice in the mean. Its value is
+        linearised around that: mean + weight * (own mean - mean), with weights of mean 1.
         """
         rewards: dict[str, list[float]] = {}
         for answer in self.answers:
@@ -53,16 +53,17 @@ class Run:
 
     @property
     def independent(self) -> float:
-        """How many independent questions its answers are worth."""
+        """Return the number of independent questions that its answers are worth."""
         return independent(list(Counter(answer.example for answer in self.answers).values()))
 
     @property
     def questions(self) -> list[tuple[str, str]]:
+        """Return the id and the gold answer of each question, in order."""
         return [(answer.example, answer.gold) for answer in self.answers]
 
 
 def amounts_of(spec: CellSpec, result: CellResult, answers: Sequence[Answer]) -> dict[str, float]:
-    """Return what a cell spent, one amount for each of QUANTITIES."""
+    """Return the costs of a cell, one amount for each of QUANTITIES."""
     training, n = result.training or {}, len(answers)
     calls = sum(answer.calls for answer in answers) / n
     amounts = {
@@ -85,13 +86,13 @@ def amounts_of(spec: CellSpec, result: CellResult, answers: Sequence[Answer]) ->
 def compare(
     grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], notes: Sequence[str] = (), trials: Trials | None = None
 ) -> Comparison:
-    """Score what was found of a grid's cells, and compare its pairs: at the best validation, and in `last` at the end."""
+    """Return a grid's scores and differences: those of the best validation's adapters, and in `last` of the last ones."""
     last = _compare(grid, found, "last", notes, trials or {})
     return replace(_compare(grid, found, "best", notes, trials or {}), last=last)
 
 
 def _compare(
-    grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], reading: Reading, notes: Sequence[str], trials: Trials
+    grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], adapters: Adapters, notes: Sequence[str], trials: Trials
 ) -> Comparison:
     runs: dict[Problem, dict[str, list[Run]]] = {}
     lost: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
@@ -102,16 +103,16 @@ def _compare(
             lost.setdefault(problem, {}).setdefault(spec.method, {}).setdefault(reason, []).append(str(spec.config.seed))
             continue
         result = stored.result
-        read = result.best_answers if reading == "best" and result.best_answers else result.answers
-        for which, answers in read.items():
+        sets = result.best_answers if adapters == "best" and result.best_answers else result.answers
+        for which, answers in sets.items():
             run = Run(spec.config.seed, answers, amounts_of(spec, stored.result, answers), stored.result)
             runs.setdefault((*problem, which), {}).setdefault(spec.method, []).append(run)
     for backbone, task in lost:
-        # A problem that nobody has answered is in the report all the same.
+        # A problem without any answers is in the report too.
         if not any(problem[:2] == (backbone, task) for problem in runs):
             split = next(spec.config.task.split for spec in grid.cells if problem_of(spec) == (backbone, task))
             runs[backbone, task, split] = {}
-    order = {(backbone, task): place for place, (backbone, task) in enumerate(dict.fromkeys(map(problem_of, grid.cells)))}
+    order = {(backbone, task): index for index, (backbone, task) in enumerate(dict.fromkeys(map(problem_of, grid.cells)))}
     tables, estimates = [], []
     for problem in sorted(runs, key=lambda problem: order[problem[:2]]):
         table, of_pairs = _table(grid, problem, runs[problem], lost.get(problem[:2], {}))
@@ -122,7 +123,7 @@ def _compare(
     tables = [replace(table, differences=[next(adjusted) for _ in table.differences]) for table in tables]
     overall = [_overall(pair, [row[i] for row in estimates], tables, i) for i, pair in enumerate(grid.pairs)]
     floorless = [
-        f"{spell_problem(table.problem)}: no floor, since no two questions have the same answer; scores stand against 0%"
+        f"{format_problem(table.problem)}: no floor, since no two questions have the same answer; scores stand against 0%"
         for table in tables
         if table.scores and all(score.floor is None for score in table.scores.values())
     ]
@@ -154,20 +155,20 @@ def _table(
 
 def _score(name: str, runs: Sequence[Run]) -> Score:
     method = find_method(name)
-    right_RQ = np.array([run.right for run in runs])
-    n, distinct = len(runs[0].answers), right_RQ.shape[1]
-    low, high = statistics.share_interval(right_RQ, runs[0].independent)
+    right = np.array([run.right for run in runs])
+    n, distinct = len(runs[0].answers), right.shape[1]
+    low, high = statistics.share_interval(right, runs[0].independent)
     given = Counter(UNPARSED if a.given is None else a.given for run in runs for a in run.answers)
     (best, count), *_ = Counter(answer.gold for answer in runs[0].answers).most_common(1)
     floor = count / n if count > 1 else None
     each = [
         RunScore(seed=run.seed, accuracy=float(right.mean()), low=interval[0], high=interval[1])
-        for run, right in zip(runs, right_RQ, strict=True)
+        for run, right in zip(runs, right, strict=True)
         for interval in [wilson(float(right.mean()) * run.independent, run.independent)]
     ]
     score = Score(
         method=name, title=method.title, trained=method.trained, n=n, distinct=distinct,
-        accuracy=float(right_RQ.mean()), low=low, high=high, runs=each,
+        accuracy=float(right.mean()), low=low, high=high, runs=each,
         floor=floor, floor_answer=best if floor else None, parse_rate=1 - given[UNPARSED] / given.total(),
         answers=dict(given.most_common()),
         amounts={key: float(np.mean([run.amounts[key] for run in runs])) for key in QUANTITIES},
@@ -204,27 +205,27 @@ def _flags(score: Score, runs: Sequence[Run]) -> list[str]:
 def _difference(
     pair: Pair, runs: Mapping[str, list[Run]], missing: Mapping[str, str], scores: Mapping[str, Score]
 ) -> tuple[Difference, statistics.Estimate | None]:
-    """Compare a pair on one problem, or say why it can't be compared."""
+    """Return the difference of a pair on one problem, or why it can't be compared."""
     if gaps := [f"{name}: {missing[name]}" for name in (pair.first, pair.second) if name in missing]:
         return Difference(refused="; ".join(gaps)), None
-    together = list(zip(runs[pair.first], runs[pair.second], strict=True))
-    for first, second in together:
+    seed_pairs = list(zip(runs[pair.first], runs[pair.second], strict=True))
+    for first, second in seed_pairs:
         if first.questions != second.questions:
-            apart = len(set(first.questions) ^ set(second.questions))
-            what = f"{apart} questions are in one only" if apart else "their order differs"
+            unshared = len(set(first.questions) ^ set(second.questions))
+            what = f"{unshared} questions are in one only" if unshared else "their order differs"
             return Difference(refused=f"seed {first.seed}: not the same questions ({what})"), None
         if wrong := mismatches(first.amounts, second.amounts, pair.matched, pair.tolerance):
             limit = f"declared as matched to within {pair.tolerance:.0%}"
             return Difference(refused=f"seed {first.seed}: {'; '.join(wrong)}; {limit}"), None
-    table_RQ = np.array([first.right for first, _ in together]) - np.array([second.right for _, second in together])
-    estimate = statistics.crossed_estimate(table_RQ)
-    these, p_these = statistics.bootstrap_interval(table_RQ), statistics.permutation_test(table_RQ)
-    # One run: there is nothing else to say anything about than these runs.
-    (low, high), p = (estimate.interval(), estimate.p_value()) if len(together) > 1 else (these, p_these)
+    differences_of_runs = np.array([run.right for run, _ in seed_pairs]) - np.array([run.right for _, run in seed_pairs])
+    estimate = statistics.crossed_estimate(differences_of_runs)
+    these, p_these = statistics.bootstrap_interval(differences_of_runs), statistics.permutation_test(differences_of_runs)
+    # With one run the interval and the test are over questions alone.
+    (low, high), p = (estimate.interval(), estimate.p_value()) if len(seed_pairs) > 1 else (these, p_these)
     found = Difference(
         mean=estimate.mean, low=max(-1.0, low), high=min(1.0, high), p=p, detectable=estimate.detectable(),
         low_these_runs=these[0], high_these_runs=these[1], p_these_runs=p_these,
-        runs=[_of_one_run(first, second) for first, second in together],
+        runs=[_of_one_seed(first, second) for first, second in seed_pairs],
         unmatched=_unmatched(pair, *([run.amounts for run in runs[name]] for name in (pair.first, pair.second))),
         uninformative=_uninformative(scores[pair.first], scores[pair.second], p),
     )  # fmt: skip
@@ -232,7 +233,7 @@ def _difference(
 
 
 def _uninformative(first: Score, second: Score, p: float) -> str | None:
-    """Say why a difference of two scores says nothing; None where it does."""
+    """Return why a difference of two scores is uninformative; None where it is informative."""
     if min(first.accuracy, second.accuracy) >= CEILING and p >= statistics.SIGNIFICANT:
         return f"both at the ceiling ({CEILING:.0%} or more)"
     if all(score.low <= (score.floor or 0.0) <= score.high for score in (first, second)):
@@ -240,7 +241,8 @@ def _uninformative(first: Score, second: Score, p: float) -> str | None:
     return None
 
 
-def _of_one_run(first: Run, second: Run) -> dict[str, int | float]:
+def _of_one_seed(first: Run, second: Run) -> dict[str, int | float]:
+    """Return the difference of one seed, with McNemar's test."""
     # The first answer to each distinct question: McNemar's test counts questions.
     rewards = [{answer.example: answer.reward for answer in reversed(run.answers)} for run in (first, second)]
     only_first, only_second, p = statistics.mcnemar(*([value == 1 for value in side.values()] for side in rewards))
@@ -249,7 +251,7 @@ def _of_one_run(first: Run, second: Run) -> dict[str, int | float]:
 
 
 def _unmatched(pair: Pair, first: Sequence[Amounts], second: Sequence[Amounts]) -> list[str]:
-    """Say what differs on average without being declared as matched."""
+    """Return descriptions of the quantities that differ on average and are not declared as matched."""
     texts = []
     for key in QUANTITIES:
         means = [float(np.mean([amounts[key] for amounts in side])) for side in (first, second)]
@@ -259,23 +261,23 @@ def _unmatched(pair: Pair, first: Sequence[Amounts], second: Sequence[Amounts]) 
 
 
 def _adjusted(differences: Sequence[Difference]) -> list[Difference]:
-    """Put Holm's p-values into the differences of one table."""
+    """Return the differences of one table with Holm's p-values."""
     adjusted = iter(statistics.holm([found.p for found in differences if found.p is not None]))
     return [replace(found, p_holm=next(adjusted)) if found.p is not None else found for found in differences]
 
 
 def _overall(pair: Pair, estimates: Sequence[statistics.Estimate | None], tables: Sequence[Table], index: int) -> Difference:
     """Return the mean difference of a pair over all problems; refused if any of them is."""
-    # A further set of the same task is answered by the same runs: it is no task of its own.
-    first = {table.problem[:2]: place for place, table in reversed(list(enumerate(tables)))}
-    tables = [tables[place] for place in sorted(first.values())]
-    known = [estimate for place in sorted(first.values()) if (estimate := estimates[place]) is not None]
-    refused = [(spell_problem(t.problem), reason) for t in tables if (reason := t.differences[index].refused)]
+    # A further set of the same task is answered by the same runs: it does not count as another task.
+    first = {table.problem[:2]: index for index, table in reversed(list(enumerate(tables)))}
+    tables = [tables[index] for index in sorted(first.values())]
+    known = [estimate for index in sorted(first.values()) if (estimate := estimates[index]) is not None]
+    refused = [(format_problem(t.problem), reason) for t in tables if (reason := t.differences[index].refused)]
     if refused:
         where, reason = refused[0]
         return Difference(refused=f"refused on {len(refused)} of {len(tables)} tasks: {where}: {reason}")
     mean = statistics.mean_of(known)
-    empty = [(spell_problem(t.problem), reason) for t in tables if (reason := t.differences[index].uninformative)]
+    empty = [(format_problem(t.problem), reason) for t in tables if (reason := t.differences[index].uninformative)]
     low, high = mean.interval()
     return Difference(
         mean=mean.mean, low=max(-1.0, low), high=min(1.0, high), p=mean.p_value(), detectable=mean.detectable(),

@@ -1,4 +1,4 @@
-"""What a comparison may declare as matched, and whether it is."""
+"""The quantities that a comparison may declare as matched, and the check whether they are."""
 
 from collections.abc import Mapping
 
@@ -16,35 +16,35 @@ QUANTITIES: dict[str, str] = {
     "tokens_per_answer": "sampled tokens per answer",
     "prompt_tokens_per_answer": "prompt tokens per answer",
 }
-"""Name -> how it reads in a sentence. A method that is not trained has 0 of what training spends."""
+"""Name -> its words in a sentence. A method that is not trained has 0 of the quantities of training."""
 
 Amounts = Mapping[str, float]
 """One amount for each of QUANTITIES."""
 
 
 def difference(first: float, second: float) -> float:
-    """Return by how much two amounts differ, as a share of the larger one."""
+    """Return the difference of two amounts as a share of the larger one."""
     return abs(first - second) / max(first, second) if first != second else 0.0
 
 
-def spell(amount: int | float) -> str:
-    """Write an amount: 233,472; 3; 52.7."""
+def format_amount(amount: int | float) -> str:
+    """Return an amount as text: 233,472; 3; 52.7."""
     return f"{amount:,.0f}" if amount >= 1000 or float(amount).is_integer() else f"{amount:,.3g}"
 
 
 def shorten(text: str, length: int = 30) -> str:
-    """Write an answer in one short line: it may be a whole program."""
+    """Return an answer as one short line: it may be a program of many lines."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def compare_amounts(name: str, first: float, second: float) -> str:
-    """Describe one quantity of two methods, e.g. `calls per answer 3 against 1`."""
-    return f"{QUANTITIES[name]} {spell(first)} against {spell(second)}"
+    """Return a description of one quantity of two methods, e.g. `calls per answer 3 against 1`."""
+    return f"{QUANTITIES[name]} {format_amount(first)} against {format_amount(second)}"
 
 
 def mismatches(first: Amounts, second: Amounts, declared: tuple[str, ...], tolerance: float) -> list[str]:
-    """Return what was declared as matched and is not, in words; empty if all of it is."""
+    """Return a description of each declared quantity that does not match; empty if all match."""
     return [
         f"{compare_amounts(name, first[name], second[name])} ({difference(first[name], second[name]):.0%} apart)"
         for name in declared

@@ -15,15 +15,15 @@ PACKAGE = Path(__file__).parents[1]
 LEFT_OUT = frozenset(
     PACKAGE / name for name in ("compare/methods/__init__.py", "compare/statistics.py", "training/progress.py")
 )
-"""Sources that are no part of a method's code version: the list of all methods, and what only shows or weighs results."""
+"""Sources that are no part of a method's code version: the list of all methods, and modules that only show or test results."""
 
 
 def code_version(method: Method) -> str:
-    """Hash a method's own fields, its source, and that of every module of the package that it imports, in turn.
+    """Return a hash of a method's fields, of its source, and of every module of the package that it imports, directly or not.
 
-    A change of the report or of another method leaves it as it is.
+    A change of the report or of another method does not change it.
     """
-    # What shows as an address in memory is another one in every process; its source counts all the same.
+    # The repr of a function holds its address, which differs between processes; its source is hashed below.
     fields = [text for name, value in _fields(method) if " at 0x" not in (text := f"{name}={value!r}")]
     return digest(b"\0".join([type(method).__name__.encode(), *(text.encode() for text in fields), sources_of(method)]))
 
@@ -34,7 +34,7 @@ def _fields(method: Method) -> list[tuple[str, Any]]:
 
 
 def sources_of(method: Method) -> bytes:
-    """Return the source of a method, of the functions that are its fields, and of all that these import."""
+    """Return the sources of a method, of the functions among its fields, and of all modules that these import."""
     functions = [inspect.unwrap(value) for _, value in _fields(method) if inspect.isfunction(value)]
     files = {Path(inspect.getfile(kind)).resolve() for kind in (*type(method).__mro__[:-1], *functions)}
     imported = frozenset().union(*(_imported(file) for file in files if file.suffix == ".py"))
@@ -43,7 +43,7 @@ def sources_of(method: Method) -> bytes:
 
 @cache
 def _imported(file: Path) -> frozenset[Path]:
-    """Return a source file and all that it imports from this package, directly or not."""
+    """Return a source file and all files of this package that it imports, directly or not."""
     found, left = {file}, [file]
     while left:
         for node in ast.walk(ast.parse(left.pop().read_text(encoding="utf-8"))):
@@ -60,14 +60,14 @@ def _imported(file: Path) -> frozenset[Path]:
 
 
 def _files_of(name: str) -> Iterator[Path]:
-    """Give the files that importing a module of this package runs: the packages around it and its own."""
+    """Yield the files that importing a module of this package runs: its own and those of the packages that hold it."""
     first, *parts = name.split(".")
     if first != PACKAGE.name:
         return
-    place = PACKAGE
+    module = PACKAGE
     for part in ["", *parts]:
-        place = place / part if part else place
-        for path in (place / "__init__.py", place.with_suffix(".py")):
+        module = module / part if part else module
+        for path in (module / "__init__.py", module.with_suffix(".py")):
             if path.is_file():
                 yield path
 

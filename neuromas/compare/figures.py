@@ -1,4 +1,4 @@
-"""Pictures of a comparison, as SVG that a page can hold; from the data of `analysis.to_json`."""
+"""Draws the pictures of a comparison as SVG inside the page, from the data of `findings.to_json`."""
 
 import base64
 import io
@@ -32,15 +32,15 @@ def scores_picture(data: Data) -> str:
         floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
         if floors:
             panel.axvline(floors[0], **FLOOR_STYLE)
-        for place, method in enumerate(methods):
+        for index, method in enumerate(methods):
             if (score := problem["scores"].get(method)) is None:
-                panel.text(0.02, place, "no score", va="center", fontsize=7, color="tab:red")
+                panel.text(0.02, index, "no score", va="center", fontsize=7, color="tab:red")
                 continue
             style = _style(data, method)
-            panel.scatter([run["accuracy"] for run in score["runs"]], [place + 0.22] * len(score["runs"]), s=7,
+            panel.scatter([run["accuracy"] for run in score["runs"]], [index + 0.22] * len(score["runs"]), s=7,
                           color=style["color"], alpha=0.5, linewidths=0)  # fmt: skip
             error = [[score["accuracy"] - score["low"]], [score["high"] - score["accuracy"]]]
-            panel.errorbar([score["accuracy"]], [place], xerr=error, markersize=5, capsize=2, linewidth=1.2, **style)
+            panel.errorbar([score["accuracy"]], [index], xerr=error, markersize=5, capsize=2, linewidth=1.2, **style)
         panel.set_title(name_of(problem), fontsize=8.5)
         panel.set(xlim=(0, 1), yticks=range(len(methods)), ylim=(len(methods) - 0.4, -0.6))
         panel.set_yticklabels([_title(data, method) for method in methods], fontsize=8)
@@ -50,7 +50,7 @@ def scores_picture(data: Data) -> str:
 
 
 def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
-    """Draw mean accuracy against what it takes, with the line of what nothing cheaper surpasses."""
+    """Draw mean accuracy against cost, with the Pareto frontier."""
     from matplotlib.ticker import MaxNLocator
 
     methods = [method for method in data["methods"] if all(method in problem["scores"] for problem in problems)]
@@ -76,9 +76,9 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
 
 
 def curves_picture(data: Data, key: str, label: str) -> str | None:
-    """Draw validation accuracy in training, mean and range of the runs, against `key`; None if nothing was looked at.
+    """Draw validation accuracy in training, mean and range of the runs, against `key`; None if no method validates.
 
-    A triangle on a line is a growth of the network.
+    A triangle on a line marks a growth of the network.
     """
     problems = [p for p in data["problems"] if any(score["curve"] for score in p["scores"].values())]
     if not problems:
@@ -117,7 +117,7 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
 def growth_marks(
     growths: Sequence[int], steps: Sequence[int], x: Sequence[float], y: Sequence[float]
 ) -> list[tuple[float, float]]:
-    """Return where on the line through (x, y), points that belong to `steps`, a network grows; none before or behind it.
+    """Return the points on the line through (x, y), given at `steps`, at which a network grows; none before or after the line.
 
     >>> growth_marks([3, 9], [2, 4], [100.0, 300.0], [0.5, 0.6])
     [(200.0, 0.55)]
@@ -132,7 +132,7 @@ def _mean_point(problems: Sequence[Data], method: str, key: str) -> tuple[float,
 
 
 def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points that no point of equal or lower cost surpasses, and the line's end."""
+    """Return the points that no point of equal or lower cost surpasses, and the end of the line."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or y > best[-1][1]:
@@ -143,10 +143,10 @@ def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 def _style(data: Data, method: str) -> dict[str, Any]:
     from matplotlib import colormaps
 
-    place = data["methods"].index(method)
-    color = colormaps["tab10"](place % 10)
+    index = data["methods"].index(method)
+    color = colormaps["tab10"](index % 10)
     trained = data["titles"][method]["trained"]
-    return {"color": color, "marker": "osD^v"[place // 10 % 5], "markerfacecolor": color if trained else "white"}
+    return {"color": color, "marker": "osD^v"[index // 10 % 5], "markerfacecolor": color if trained else "white"}
 
 
 def _title(data: Data, method: str) -> str:
@@ -161,20 +161,20 @@ def _figure(panels: int, columns: int, size: tuple[float, float], **kwargs: Any)
 
     rows = math.ceil(panels / columns)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **kwargs)
-    for place, panel in enumerate(axes.flat):
+    for index, panel in enumerate(axes.flat):
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-        panel.set_visible(place < panels)
+        panel.set_visible(index < panels)
     return figure, list(axes.flat)
 
 
 def _svg(figure: Any) -> str:
-    """Return a figure as the address of an image that lies inside the page."""
+    """Return a figure as a data URL, so that the page holds the image."""
     import matplotlib
     from matplotlib import pyplot as plt
 
     file = io.BytesIO()
-    # The salt keeps the file the same for the same data.
+    # A fixed salt makes the file the same for the same data.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "neuromas", "font.family": "sans-serif"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)

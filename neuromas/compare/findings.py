@@ -1,4 +1,4 @@
-"""What a comparison finds, as records, and the data that its report is made from."""
+"""The records of a comparison's results, and their JSON form, from which the report is made."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,7 @@ Problem = tuple[str, str, str]
 """Backbone, task, set of examples."""
 
 Trials = Mapping[tuple[str, str, str], Sequence[Trial]]
-"""By method, backbone and task: what was tried."""
+"""Trials by method, backbone and task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +32,9 @@ class Score:
     title: str
     trained: bool
     n: int
-    """Questions."""
+    """Number of questions."""
     distinct: int
-    """Different ones among them."""
+    """Number of different questions."""
     accuracy: float
     low: float
     """Lower end of the 95% interval over questions and runs; over questions alone where there is one run."""
@@ -59,7 +59,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """First minus second of a pair on one problem; the numbers are None where `refused` says why there are none."""
+    """The difference of a pair, first minus second, on one problem; the numbers are None where `refused` holds the reason."""
 
     refused: str | None = None
     mean: float | None = None
@@ -71,35 +71,35 @@ class Difference:
     p_holm: float | None = None
     """The same, adjusted for all differences of the table."""
     detectable: float | None = None
-    """True difference that this design finds four times in five, about."""
+    """True difference that this comparison finds about four times in five."""
     low_these_runs: float | None = None
     """95% bootstrap interval over questions, for exactly these runs."""
     high_these_runs: float | None = None
     p_these_runs: float | None = None
     """Permutation test over questions, for exactly these runs."""
     runs: list[dict[str, int | float]] = field(default_factory=list)
-    """For each seed: its difference, questions that only one got right, McNemar's exact p."""
+    """For each seed: its difference, the numbers of questions that only one got right, McNemar's exact p."""
     unmatched: list[str] = field(default_factory=list)
-    """What differs without being declared as matched, in words."""
+    """Descriptions of the quantities that differ and are not declared as matched."""
     uninformative: str | None = None
-    """Why the number says nothing: both methods at the floor, or at the ceiling; for a mean, on which tasks."""
+    """Why the difference is uninformative: both methods are at the floor, or at the ceiling; for a mean, on which tasks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Everything that a comparison says about one problem."""
+    """All scores and differences on one problem."""
 
     problem: Problem
     scores: dict[str, Score]
     missing: dict[str, str]
-    """By method: why there is no score, or not of all seeds."""
+    """By method: why there is no score, or why seeds are missing."""
     differences: list[Difference]
     """In the order of the grid's pairs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a comparison found, ready to be shown."""
+    """All results of a comparison."""
 
     grid: Grid
     tables: list[Table]
@@ -108,27 +108,27 @@ class Comparison:
     notes: list[str]
     trials: Trials
     last: "Comparison | None" = None
-    """The same of the adapters at the end of training; this is of those of the best validation."""
+    """The same for the last adapters of training; this one is for those of the best validation."""
 
 
-def spell_problem(problem: Problem) -> str:
-    """Name a problem: its task, and what else is not as usual."""
+def format_problem(problem: Problem) -> str:
+    """Return the name of a problem: its task, and its set and backbone where they are not the default."""
     backbone, task, which = problem
     return task + (f", {which}" if which != "test" else "") + (f", {backbone}" if backbone != "bundled" else "")
 
 
-def spell_difference(found: Difference) -> str:
-    """Write a difference in one line."""
+def format_difference(found: Difference) -> str:
+    """Return a difference as one line."""
     if found.refused is not None or found.mean is None or found.low is None or found.high is None:
         return f"not compared: {found.refused}"
-    apart = f"; not matched: {'; '.join(found.unmatched)}" if found.unmatched else ""
+    unmatched = f"; not matched: {'; '.join(found.unmatched)}" if found.unmatched else ""
     interval = f"95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
-    empty = f"; UNINFORMATIVE {found.uninformative}" if found.uninformative else ""
-    return f"{100 * found.mean:+.1f} points ({interval}, p {found.p:.2g}){empty}{apart}"
+    uninformative = f"; UNINFORMATIVE {found.uninformative}" if found.uninformative else ""
+    return f"{100 * found.mean:+.1f} points ({interval}, p {found.p:.2g}){uninformative}{unmatched}"
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Return everything that the report shows as JSON-ready data."""
+    """Return all data of the report, JSON-ready."""
     grid = comparison.grid
     return {
         "name": grid.name,
@@ -139,8 +139,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         },
         "notes": comparison.notes,
         "pairs": [asdict(pair) for pair in grid.pairs],
-        **_readings(comparison),
-        "last": _readings(comparison.last) if comparison.last else None,
+        **_tables_json(comparison),
+        "last": _tables_json(comparison.last) if comparison.last else None,
         "trials": [
             {"method": method, "backbone": backbone, "task": task, "trials": [asdict(trial) for trial in trials]}
             for (method, backbone, task), trials in comparison.trials.items() if trials
@@ -148,12 +148,12 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _readings(comparison: Comparison) -> dict[str, Any]:
+def _tables_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "overall": [asdict(found) for found in comparison.overall],
         "problems": [
             {
-                "name": spell_problem(t.problem), "backbone": t.problem[0], "task": t.problem[1], "set": t.problem[2],
+                "name": format_problem(t.problem), "backbone": t.problem[0], "task": t.problem[1], "set": t.problem[2],
                 "scores": {name: asdict(score) for name, score in t.scores.items()},
                 "missing": t.missing,
                 "differences": [asdict(found) for found in t.differences],

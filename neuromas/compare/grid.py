@@ -1,8 +1,8 @@
-"""What a comparison file says: methods x tasks x seeds, what is overridden where, and what is compared with what.
+"""Reads a comparison file: methods x tasks x seeds, the settings of each cell, and the pairs to compare.
 
 methods = ["neuromas_3", "single_rl"]      tasks = ["navigate"]      seeds = [0, 1, 2]
-[train]  settings of all cells    [task.NAME]  of a task's    [method.NAME]  of a method's    [quick]  with --quick
-[tuning]  lr = [5e-4, 1.5e-3]  seeds = [11]      what every trained method tries on every task, on seeds that are not scored
+[train]  settings of all cells    [task.NAME]  of one task's    [method.NAME]  of one method's    [quick]  with --quick
+[tuning]  lr = [5e-4, 1.5e-3]  seeds = [11]      candidates of every trained method on every task, on seeds that are not scored
 [[pairs]]  compare = ["neuromas_3", "single_rl"]  matched = ["trainable_parameters"]  asks = "..."
 """
 
@@ -26,15 +26,15 @@ DEFAULT_TOLERANCE = 0.02
 LISTS = ("methods", "tasks", "seeds", "backbones", "matched", "pairs")
 TABLES = ("train", "task", "method", "tuning", "quick")
 KEYS = (*LISTS, *TABLES, "reference", "tolerance")
-BY_THE_LISTS = ("seed", "backbone", "run_dir")
+FROM_THE_LISTS = ("seed", "backbone", "run_dir")
 """Settings that come from the lists of the file."""
-SAME_FOR_ALL = (*BY_THE_LISTS, "task", "eval_size", "validation_size", "eval_every")
-"""Settings that no method may have for itself: they decide the questions, and how often validation chooses."""
+SAME_FOR_ALL = (*FROM_THE_LISTS, "task", "eval_size", "validation_size", "eval_every")
+"""Settings that no method may override: they decide the questions, and how often a run validates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two methods to compare, and what must be equal for that."""
+    """Two methods to compare, and the quantities that must match."""
 
     first: str
     second: str
@@ -43,22 +43,22 @@ class Pair:
     tolerance: float
     """Share by which matched quantities may differ, in any run."""
     asks: str = ""
-    """What their difference answers."""
+    """The question that their difference answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """What every trained method tries: each rank with each learning rate, on each of the seeds."""
+    """The candidates of every trained method: each rank with each learning rate, on each of the seeds."""
 
     lrs: tuple[float, ...]
     seeds: tuple[int, ...]
     ranks: tuple[int, ...]
-    """Of a node of the team, as `adapter.rank` of the file; empty: the file's own."""
+    """Ranks of one node of the team, as `adapter.rank` of the file; empty: the file's own rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """A comparison, resolved."""
+    """A comparison with all settings resolved."""
 
     name: str
     methods: tuple[str, ...]
@@ -67,17 +67,18 @@ class Grid:
     backbones: tuple[str, ...]
     pairs: tuple[Pair, ...]
     cells: tuple[CellSpec, ...]
-    """Seed by seed, so that a grid that is stopped has whole comparisons. What is tuned is not yet in their settings."""
+    """Cells, seed by seed, so that a grid that is stopped has complete comparisons. Tuned settings are not in them yet."""
     tuning: Space | None = None
     """None: every method trains with the file's settings."""
 
 
 def problem_of(spec: CellSpec) -> tuple[str, str]:
-    """Return what a cell answers: backbone and task."""
+    """Return a cell's backbone and task."""
     return spec.config.backbone, spec.config.task.name
 
 
 def describe_cell(spec: CellSpec) -> str:
+    """Return a cell's method, task, backbone, seed and trial as one line."""
     config = spec.config
     trial = f", trial of lr {config.lr:g}" + (f" and rank {config.adapter.rank}" if config.adapter.rank else "")
     return f"{spec.method}, {config.task.name}, {config.backbone}, seed {config.seed}{trial if spec.trial else ''}"
@@ -92,17 +93,17 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def _load_class(place: str) -> Method:
-    """Make a method of `FILE.py:CLASS`. The file is run: it is the user's own."""
-    file, _, name = place.rpartition(":")
+def _load_class(location: str) -> Method:
+    """Return the method of `FILE.py:CLASS`. The file is executed: it is the user's own."""
+    file, _, name = location.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"method class: must be followed by FILE.py:CLASS of a Python file that is there, got {place!r}")
-    kind = getattr(run_file(path, f"method_{path.stem}", f"method class:{place}"), name, None)
+        raise ValueError(f"method class: must be followed by FILE.py:CLASS of a Python file that is there, got {location!r}")
+    kind = getattr(run_file(path, f"method_{path.stem}", f"method class:{location}"), name, None)
     try:
         method = kind() if isinstance(kind, type) else None
-    except Exception as error:  # whatever the user's own class raises
-        raise ValueError(f"method class:{place}: it cannot be made: {type(error).__name__}: {error}") from error
+    except Exception as error:  # any error of the user's own class
+        raise ValueError(f"method class:{location}: it cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(method, Method):
         raise ValueError(f"method class: {file} must have a class {name!r} with name, title, source, trained and run")
     return method
@@ -120,12 +121,12 @@ def load_grid(
 ) -> Grid:
     """Read a comparison file; ValueError names the file and what is wrong with it, before anything runs.
 
-    `tasks`, `seeds`, `backbones`, `data` and `device` go before what the file says.
+    `tasks`, `seeds`, `backbones`, `data` and `device` override the file.
     """
     where = f"config {path}"
     raw = read_toml(path)
     _check_keys(raw, KEYS, where)
-    # What the file names at all: with --quick its tables and pairs may be about what the short lists leave out.
+    # All names in the file: with --quick its tables and pairs may name methods and tasks that the short lists leave out.
     named = {key: set(_distinct(raw, key, str, where)) for key in ("methods", "tasks")}
     short = _table(raw, "quick", where)
     _check_keys(short, (*LISTS, "train", "tuning", "reference", "tolerance"), where, "quick.")
@@ -174,8 +175,8 @@ def _tuning(raw: Mapping[str, Any], methods: Sequence[str], scored: Sequence[int
         raise ValueError(f"{where}: tuning.rank must be at least 1, got {list(ranks)}")
     if len(lrs) * max(1, len(ranks)) > 1 and (not seeds or set(seeds) & set(scored) or min(seeds) < 0):
         raise ValueError(
-            f"{where}: tuning.seeds must be one or more seeds of at least 0 that are not scored, got {list(seeds)} beside "
-            f"seeds {list(scored)}"
+            f"{where}: tuning.seeds must be one or more seeds of at least 0 that are not scored, got {list(seeds)} with "
+            f"scored seeds {list(scored)}"
         )
     for method, table in _table(raw, "method", where).items():
         if method in methods and "lr" in table:
@@ -193,23 +194,24 @@ def _check_methods(methods: Sequence[str], where: str) -> None:
         name = found.name
         if isinstance(found, Trained) and found.tokens_of and found.tokens_of not in methods:
             raise ValueError(f"{where}: method {method} trains as long as {found.tokens_of}; add that to methods")
-        # Cells are kept by it.
+        # The names of cells' files begin with it.
         if (other := by_name.setdefault(name, method)) != method:
             raise ValueError(f"{where}: methods {other} and {method} have the same name {name!r}; give one another")
 
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """Settings over each other: defaults, [train], [task.NAME], [method.NAME], [quick.train], the command line."""
+    """Tables of settings, each overriding the last: defaults, [train], [task.NAME], [method.NAME], [quick.train], the flags."""
 
     where: str
     tasks_from: str
-    """Where the tasks are named."""
+    """The file, or the flag, that names the tasks."""
     raw: Mapping[str, Any]
     quick: bool
     command_line: Mapping[str, Any]
 
     def resolve(self, method: str, task: str) -> TrainConfig:
+        """Return the settings of a method on a task; ValueError names the table that is wrong."""
         quick = self.raw.get("quick", {}).get("train", {}) if self.quick else {}
         config = TrainConfig()
         for table, values in (
@@ -219,9 +221,9 @@ class _Layers:
             ("quick.train", quick),
             ("command line", self.command_line),
         ):
-            refused = SAME_FOR_ALL if table.startswith("method.") else BY_THE_LISTS
+            refused = SAME_FOR_ALL if table.startswith("method.") else FROM_THE_LISTS
             if fixed := [key for key in values if key in refused]:
-                raise ValueError(f"{self.where}: [{table}] may not set {fixed[0]!r}: it is one for all methods")
+                raise ValueError(f"{self.where}: [{table}] may not set {fixed[0]!r}: it is the same for all methods")
             config = from_dict(TrainConfig, dict(values), where=self.where, prefix=f"{table}.", base=config)
         named = dataclasses.replace(config.task, name=task)
         config = dataclasses.replace(config, task=named)
@@ -236,7 +238,7 @@ class _Layers:
 
 
 def _pairs(raw: Mapping[str, Any], methods: Sequence[str], left_out: set[str], where: str) -> tuple[Pair, ...]:
-    """Return the named pairs, then every other method with the reference; none of methods that --quick leaves out."""
+    """Return the named pairs, then every other method with the reference, without methods that --quick leaves out."""
     matched, tolerance = raw.get("matched", []), raw.get("tolerance", DEFAULT_TOLERANCE)
     given = raw.get("pairs", [])
     if not isinstance(given, list):

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML page that needs nothing else, and one Markdown page, from the same data."""
+"""Writes the report of a comparison: one self-contained HTML page and one Markdown page, from the same data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from neuromas.compare import figures
-from neuromas.compare.budget_match import QUANTITIES, shorten, spell
+from neuromas.compare.budget_match import QUANTITIES, format_amount, shorten
 from neuromas.compare.statistics import SIGNIFICANT
 
 Data = dict[str, Any]
@@ -18,7 +18,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def write_report(data: Data, out: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md from the data of `analysis.to_json`; return their paths."""
+    """Write report.html and report.md from the data of `findings.to_json`; return their paths."""
     view = _view(data)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -32,17 +32,17 @@ def write_report(data: Data, out: Path) -> tuple[Path, Path]:
 
 
 def _view(data: Data) -> Data:
-    """Return what both pages show, numbers spelled out."""
+    """Return the data of both pages, with numbers as text."""
     title = {name: entry["title"] for name, entry in data["titles"].items()}
     methods = [
-        {"index": place, "name": name, "title": title[name], "source": data["titles"][name]["source"]}
-        for place, name in enumerate(data["methods"])
+        {"index": index, "name": name, "title": title[name], "source": data["titles"][name]["source"]}
+        for index, name in enumerate(data["methods"])
     ]
-    pairs = [_pair(pair, place, data, title) for place, pair in enumerate(data["pairs"])]
+    pairs = [_pair(pair, index, data, title) for index, pair in enumerate(data["pairs"])]
     return {
         "name": data["name"], "notes": data["notes"], "methods": methods, "pairs": pairs,
         "summary": _summary(data),
-        "problems": [{"index": place} | _problem(problem, data, title) for place, problem in enumerate(data["problems"])],
+        "problems": [{"index": index} | _problem(problem, data, title) for index, problem in enumerate(data["problems"])],
         "spent": [_spent(name, data, title) for name in data["methods"]],
         "quantities": [QUANTITIES[name] for name in SPENT],
         "code": ", ".join(data["code"]),
@@ -53,11 +53,11 @@ def _view(data: Data) -> Data:
 
 
 def _tried(entry: Data, title: dict[str, str]) -> Data:
-    """Spell out what was tried for a method on a task, the chosen one marked."""
+    """Return the trials of a method on a task as text; the chosen one is marked."""
 
     tried = [trial["lr"] for trial in entry["trials"]]
 
-    def spell_trial(trial: Data) -> str:
+    def format_trial(trial: Data) -> str:
         rank = f", rank {trial['rank']}" if trial["rank"] else ""
         seen = "not run yet" if trial["accuracy"] is None else f"{100 * trial['accuracy']:.1f}"
         seen = f"died: {trial['died']}" if trial["died"] else seen
@@ -68,7 +68,7 @@ def _tried(entry: Data, title: dict[str, str]) -> Data:
     return {
         "method": title[entry["method"]],
         "task": entry["task"] + (f", {entry['backbone']}" if entry["backbone"] != "bundled" else ""),
-        "trials": [spell_trial(trial) for trial in entry["trials"]],
+        "trials": [format_trial(trial) for trial in entry["trials"]],
     }
 
 
@@ -83,21 +83,21 @@ def _summary(data: Data) -> str:
     return f"{' x '.join(parts)}." + (f" {count(gaps, 'score')} missing or incomplete, each named below." if gaps else "")
 
 
-def _pair(pair: Data, place: int, data: Data, title: dict[str, str]) -> Data:
+def _pair(pair: Data, index: int, data: Data, title: dict[str, str]) -> Data:
     return {
         "name": f"{title[pair['first']]} {MINUS} {title[pair['second']]}",
         "asks": pair["asks"],
         "matched": ", ".join(QUANTITIES[name] for name in pair["matched"]),
         "tolerance": f"{pair['tolerance']:.0%}",
-        "overall": _difference(data["overall"][place]),
-        "each": [_difference(problem["differences"][place]) for problem in data["problems"]],
-        "last": _difference(data["last"]["overall"][place]),
-        "each_last": [_difference(problem["differences"][place]) for problem in data["last"]["problems"]],
+        "overall": _difference(data["overall"][index]),
+        "each": [_difference(problem["differences"][index]) for problem in data["problems"]],
+        "last": _difference(data["last"]["overall"][index]),
+        "each_last": [_difference(problem["differences"][index]) for problem in data["last"]["problems"]],
     }
 
 
 def _difference(found: Data) -> Data:
-    """Spell a difference out; one that is refused has no number in it at all."""
+    """Return a difference with numbers as text; one that is refused has no number."""
     if found["refused"]:
         return {"refused": found["refused"], "uninformative": None}
     p = found["p"] if found["p_holm"] is None else found["p_holm"]
@@ -151,10 +151,10 @@ def _row(name: str, score: Data | None, last: Data | None, missing: str | None, 
         "floor": "none" if score["floor"] is None else f"{100 * score['floor']:.1f}",
         "parsed": f"{100 * score['parse_rate']:.0f}",
         "answers": _histogram(score["answers"]),
-        "parameters": spell(amounts["trainable_parameters"]),
-        "calls": spell(amounts["calls_per_answer"]),
-        "tokens": spell(round(amounts["tokens_per_answer"], 1)),
-        "most_tokens": spell(round(amounts["most_tokens_per_answer"], 1)),
+        "parameters": format_amount(amounts["trainable_parameters"]),
+        "calls": format_amount(amounts["calls_per_answer"]),
+        "tokens": format_amount(round(amounts["tokens_per_answer"], 1)),
+        "most_tokens": format_amount(round(amounts["most_tokens_per_answer"], 1)),
         "flags": score["flags"],
         "warned": any(not flag.startswith("no floor") for flag in score["flags"]),
     }  # fmt: skip
@@ -170,12 +170,12 @@ def _histogram(answers: dict[str, int]) -> list[Data]:
 
 
 def _spent(name: str, data: Data, title: dict[str, str]) -> Data:
-    """Return what a method spent on average over all problems that have a score of it."""
+    """Return the mean amounts of a method over all problems that have a score of it."""
     scores = [problem["scores"][name] for problem in data["problems"] if name in problem["scores"]]
     if not scores:
         return {"title": title[name], "amounts": None}
     means = (sum(score["amounts"][key] for score in scores) / len(scores) for key in SPENT)
-    return {"title": title[name], "amounts": [spell(round(mean, 1)) for mean in means]}
+    return {"title": title[name], "amounts": [format_amount(round(mean, 1)) for mean in means]}
 
 
 def _pictures(data: Data) -> Data:
@@ -205,5 +205,5 @@ def _p(value: float) -> str:
 
 
 def _cell(text: object) -> str:
-    """Escape what would end a cell of a Markdown table."""
+    """Return text with the characters escaped that would end a cell of a Markdown table."""
     return " ".join(str(text).split()).replace("|", "\\|")

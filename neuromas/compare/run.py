@@ -12,13 +12,13 @@ from functools import cache
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table as Grille
+from rich.table import Table as RichTable
 from transformers import PretrainedConfig
 
 from neuromas.compare.analysis import compare
-from neuromas.compare.budget_match import QUANTITIES, spell
-from neuromas.compare.cells import Cell, Stored, cell, read
-from neuromas.compare.findings import Comparison, spell_difference, spell_problem, to_json
+from neuromas.compare.budget_match import QUANTITIES, format_amount
+from neuromas.compare.cells import Cell, Stored, cell_of, read
+from neuromas.compare.findings import Comparison, format_difference, format_problem, to_json
 from neuromas.compare.grid import Grid, Pair, describe_cell, find_method, problem_of
 from neuromas.compare.methods.method import CellResult, CellSpec
 from neuromas.compare.methods.paper_sizes import qwen3_0_6b
@@ -37,10 +37,10 @@ PAPER_BACKBONE = "Qwen/Qwen3-0.6B"
 
 
 def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_only: bool = False) -> Comparison:
-    """Make what is missing of a grid in `out`, write its report there, and return what it says.
+    """Make the missing cells of a grid in `out`, write the report there, and return its results.
 
     Cells of other code are made again, unless `keep_old`; cells that died are tried again. Raises ValueError if another process
-    is at it.
+    uses `out`.
     """
     if not report_only:
         check_questions(grid)
@@ -50,39 +50,39 @@ def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = Fa
         found: dict[Path, Stored] = {}
         notes: list[str] = []
 
-        def place_of(spec: CellSpec) -> Cell:
-            return cell(spec, out, checksums[spec.config.backbone] + data[spec.config.task])
+        def locate(spec: CellSpec) -> Cell:
+            return cell_of(spec, out, checksums[spec.config.backbone] + data[spec.config.task])
 
         def result_of(spec: CellSpec) -> CellResult | str | None:
-            stored = found.get(place_of(spec).path)
+            stored = found.get(locate(spec).path)
             return (stored.result or stored.error) if stored else None
 
         tuning = Tuning(grid, result_of)
         tuning.check_settings()
         tuning.check()
         specs, seen = [*tuning.trials(), *grid.cells], set[Path]()
-        # What some cells train with is known when others have been made, so they come in turns.
-        while places := [p for s in map(tuning.settle, specs) if s and (p := place_of(s)).path not in seen]:
-            seen |= {place.path for place in places}
-            there, lines = _look(places, keep_old or report_only, "left out" if report_only else "made again")
+        # The settings of some cells follow from the results of others, so cells are made in rounds.
+        while cells := [c for s in map(tuning.resolve, specs) if s and (c := locate(s)).path not in seen]:
+            seen |= {cell.path for cell in cells}
+            there, lines = _read_cells(cells, keep_old or report_only, "left out" if report_only else "made again")
             found |= there
             notes += lines
-            left = [p for p in places if (stored := found.get(p.path)) is None or stored.error is not None]
+            left = [c for c in cells if (stored := found.get(c.path)) is None or stored.error is not None]
             if left and not report_only:
                 waiting = len(specs) - len(seen)
-                _tell(
+                _print_progress(
                     f"{len(specs)} cells: {len(seen) - len(left)} are there, {len(left)} to make, {jobs} at a time, in {out}"
                     + (f"; {waiting} wait for the results of these" if waiting else "")
                 )
                 found |= _make(left, jobs, lock)
-        settled = [(spec, tuning.settle(spec)) for spec in grid.cells]
-        cells = [
-            (own, found.get(place_of(own).path)) if own else (spec, Stored("", None, tuning.why_not(spec), 0.0))
-            for spec, own in settled
+        resolved = [(spec, tuning.resolve(spec)) for spec in grid.cells]
+        results = [
+            (own, found.get(locate(own).path)) if own else (spec, Stored("", None, tuning.why_not(spec), 0.0))
+            for spec, own in resolved
         ]
         trials = {(spec.method, *problem_of(spec)): tuning.table(spec) for spec in grid.cells}
-        comparison = compare(grid, cells, notes, trials)
-        codes = sorted({stored.code for _, stored in cells if stored and stored.code})
+        comparison = compare(grid, results, notes, trials)
+        codes = sorted({stored.code for _, stored in results if stored and stored.code})
         report = to_json(comparison) | {"code": codes, "backbone_checksums": checksums}
         (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         write_report(report, out)
@@ -90,7 +90,7 @@ def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = Fa
 
 
 def check_questions(grid: Grid) -> None:
-    """Raise ValueError if a task cannot ask what its cells need: before any of them, not in the report of those that died."""
+    """Raise ValueError if a task has no questions for its cells: before any is made, not as an error of each."""
     needed = {(spec.config.task.name, find_method(spec.method).trained): spec.config for spec in grid.cells}
     for (_, trained), config in needed.items():
         if trained:
@@ -106,23 +106,23 @@ def _checksum(backbone: str, grid: Grid) -> str:
     return Backbone.load(backbone, dtype=dtype, device="cpu").checksum()
 
 
-def _look(places: Sequence[Cell], keep_old: bool, otherwise: str) -> tuple[dict[Path, Stored], list[str]]:
-    """Read the cells that are there; one line for each that is not as it should be."""
+def _read_cells(cells: Sequence[Cell], keep_old: bool, otherwise: str) -> tuple[dict[Path, Stored], list[str]]:
+    """Return the cells that are on disk, and a note on each that other code made."""
     found, notes = {}, []
-    for place in places:
+    for cell in cells:
         try:
-            stored = read(place)
+            stored = read(cell)
         except ValueError as error:
-            _tell(f"{error}; it is {otherwise}")
+            _print_progress(f"{error}; it is {otherwise}")
             continue
-        if stored is not None and stored.code != place.code:
-            which = f"{describe_cell(place.spec)}: made by other code ({stored.code}, now {place.code})"
+        if stored is not None and stored.code != cell.code:
+            which = f"{describe_cell(cell.spec)}: made by other code ({stored.code}, now {cell.code})"
             if not keep_old:
-                _tell(f"{which}; it is {otherwise}")
+                _print_progress(f"{which}; it is {otherwise}")
                 continue
             notes.append(f"{which}; kept as it is")
         if stored is not None:
-            found[place.path] = stored
+            found[cell.path] = stored
     return found, notes
 
 
@@ -130,20 +130,20 @@ def _make(left: Sequence[Cell], jobs: int, lock: int) -> dict[Path, Stored]:
     made: dict[Path, Stored] = {}
     started = time.monotonic()
 
-    def done(place: Cell, stored: Stored) -> None:
-        made[place.path] = stored
+    def done(cell: Cell, stored: Stored) -> None:
+        made[cell.path] = stored
         remaining = (time.monotonic() - started) / len(made) * (len(left) - len(made))
-        _tell(
-            f"[{len(made)}/{len(left)}] {describe_cell(place.spec)}: {_outcome(stored)} in {stored.seconds:.0f} s"
+        _print_progress(
+            f"[{len(made)}/{len(left)}] {describe_cell(cell.spec)}: {_outcome(stored)} in {stored.seconds:.0f} s"
             f"{f', about {_duration(remaining)} left' if len(made) < len(left) else ''}"
         )
 
-    # Asked to end by whoever runs it, it stops its processes as it does at Ctrl-C.
+    # On SIGTERM the comparison stops its processes, as on Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         make_all(left, jobs, done, keep=[lock])
     except KeyboardInterrupt:
-        _tell("stopped; the same command goes on from here")
+        _print_progress("stopped; the same command goes on from here")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -164,15 +164,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _tell(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(one_line(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[int]:
-    """Keep other processes out; workers inherit the lock, so that one that outlives this process is not overtaken."""
+    """Lock the folder; workers inherit the lock, so that no other comparison starts while one of them still runs."""
     out.mkdir(parents=True, exist_ok=True)
-    # Nonblocking: whatever lies there must not keep anybody waiting.
+    # Nonblocking: a pipe of this name must not keep the program waiting.
     with os.fdopen(os.open(out / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,10 +182,10 @@ def _locked(out: Path) -> Iterator[int]:
 
 
 def print_plan(grid: Grid) -> None:
-    """Print what a grid would run: cells, budgets, and what is declared as matched. Loads no weights."""
-    # In a file or a pipe there is no width to fit into.
+    """Print the cells of a grid, their budgets, and what is declared as matched, without loading weights."""
+    # A file or a pipe has no width.
     console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-    table = Grille(box=None, pad_edge=False)
+    table = RichTable(box=None, pad_edge=False)
     several = len(grid.backbones) > 1
     for name in ("method", *(["backbone"] if several else []), "trained", "cells", "trainable parameters", "training rollouts",
                  "steps"):  # fmt: skip
@@ -214,13 +214,14 @@ def print_plan(grid: Grid) -> None:
 
 
 def describe_pair(pair: Pair) -> str:
+    """Return a pair with its matched quantities as one line."""
     matched = ", ".join(QUANTITIES[name] for name in pair.matched)
     asks = f"  {pair.asks}" if pair.asks else ""
     return f"{pair.first} - {pair.second}: matched in {matched} (to within {pair.tolerance:.0%}).{asks}"
 
 
 def _training(specs: Sequence[CellSpec]) -> tuple[str, str]:
-    """Count training rollouts and steps; a budget of tokens is named itself, since the counts follow from the texts."""
+    """Return training rollouts and steps as text; a budget of tokens is named itself, as its rollouts depend on the texts."""
     configs, method = [spec.config for spec in specs], find_method(specs[0].method)
     if other := getattr(method, "tokens_of", None):
         return f"tokens of {other}", "as many"
@@ -231,11 +232,11 @@ def _training(specs: Sequence[CellSpec]) -> tuple[str, str]:
 
 
 def _range(counts: Sequence[int]) -> str:
-    return " to ".join(spell(count) for count in sorted({min(counts), max(counts)}))
+    return " to ".join(format_amount(count) for count in sorted({min(counts), max(counts)}))
 
 
 def _parameters(specs: Sequence[CellSpec]) -> str:
-    """Count trainable parameters from the model's config alone."""
+    """Return trainable parameters as text, counted from the model's config alone."""
     method = find_method(specs[0].method)
     change: Callable[[TrainConfig], TrainConfig] | None = getattr(method, "change", None)
     if not method.trained:
@@ -249,17 +250,17 @@ def _parameters(specs: Sequence[CellSpec]) -> str:
 
 @cache
 def _architecture(backbone: str) -> PretrainedConfig:
-    """Return a backbone's config; the paper's is written down here, so that its preset needs no network."""
+    """Return a backbone's config; that of the paper's backbone is in the code, so that its preset needs no network."""
     return qwen3_0_6b() if backbone == PAPER_BACKBONE else config_of(backbone)
 
 
 def print_result(comparison: Comparison, out: Path) -> None:
-    """Print what the report says above all: every pair's mean over the tasks, or why there is none."""
+    """Print every pair's mean over the tasks, or why there is none."""
     for note in comparison.notes:
         print(one_line(note))
     for table in comparison.tables:
         for method, reason in table.missing.items():
-            print(one_line(f"{spell_problem(table.problem)}: {method}: {reason}"))
+            print(one_line(f"{format_problem(table.problem)}: {method}: {reason}"))
     for pair, found in zip(comparison.grid.pairs, comparison.overall, strict=True):
-        print(f"{pair.first} - {pair.second}: {spell_difference(found)}")
+        print(f"{pair.first} - {pair.second}: {format_difference(found)}")
     print(f"report: {out / 'report.html'} and {out / 'report.md'}")

@@ -1,8 +1,8 @@
-"""What each trained method of a comparison trains with: settings that trials choose, and tokens that follow another method.
+"""Resolves the settings of trained methods: those that trials choose, and tokens that follow another method.
 
 Every trained method gets the same trials on every task: each candidate is trained on seeds that are not scored and judged by
 the highest validation accuracy of its training. A method with `tokens_of` trains until it has sampled as many tokens as that
-method has with the same seed; its trials go by that method's chosen trial.
+method with the same seed; its trials follow that method's chosen trial.
 """
 
 from collections.abc import Callable
@@ -16,33 +16,33 @@ from neuromas.tasks import from_config
 from neuromas.training.questions import evaluation_sets
 
 Results = Callable[[CellSpec], CellResult | str | None]
-"""Returns what a cell has measured, or the error that it died of; None if it is not made yet."""
+"""Returns the result of a cell, or the error that it died of; None if it is not made yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One candidate of a method on a task, and what validation said of it; None while one of its seeds has no result."""
+    """One candidate of a method on a task, with its validation accuracy; None while one of its seeds has no result."""
 
     lr: float
     rank: int | None
     accuracy: float | None
     """Highest validation accuracy in training, mean over the trials' seeds."""
     mean_accuracy: float | None
-    """Mean over all validations, which is higher where the same is learned sooner: it decides between equals."""
+    """Mean over all validations, which is higher where a run learns sooner: it decides between equals."""
     chosen: bool = False
     died: str | None = None
-    """The error that a trial died of, such as a loss that is no number: this candidate is not chosen."""
+    """The error that a trial died of, such as a loss that is not a number: this candidate is not chosen."""
 
 
 class Tuning:
-    """Settles the cells of a grid that wait for results of other cells."""
+    """Resolves the settings of a grid's cells, some of which depend on results of other cells."""
 
     def __init__(self, grid: Grid, results: Results) -> None:
         self.grid, self.results = grid, results
         self._base = {(spec.method, *problem_of(spec)): spec.config for spec in reversed(grid.cells)}
 
     def check_settings(self) -> None:
-        """Raise ValueError if some method could not train with one of its candidates."""
+        """Raise ValueError if a method cannot train with one of its candidates."""
         for (name, *_), config in self._base.items():
             method = find_method(name)
             if isinstance(method, Trained):
@@ -52,7 +52,7 @@ class Tuning:
                         method.change(replace(candidate, train_tokens=1)).check()
 
     def check(self) -> None:
-        """Raise ValueError if there are trials on a task that has nothing to choose by, or what is scored alone."""
+        """Raise ValueError if trials have no validation problems to choose by, or only scored ones."""
         for trial in {trial.config.task: trial for trial in self.trials()}.values():
             task, config = from_config(trial.config.task), trial.config
             if not (config.eval_every and task.has("validation")):
@@ -71,8 +71,8 @@ class Tuning:
         specs = {repr(trial): trial for key, config in reversed(self._base.items()) for trial in self._trials(key[0], config)}
         return list(specs.values())
 
-    def settle(self, spec: CellSpec) -> CellSpec | None:
-        """Return a cell with all its settings; None while the results that decide them are missing."""
+    def resolve(self, spec: CellSpec) -> CellSpec | None:
+        """Return a cell with all its settings; None while results that they depend on are missing."""
         method = find_method(spec.method)
         if not isinstance(method, Trained):
             return spec
@@ -87,7 +87,7 @@ class Tuning:
         return replace(spec, config=replace(config, train_tokens=result.training["sampled_tokens"]))
 
     def why_not(self, spec: CellSpec) -> str:
-        """Say what an unsettled cell waits for."""
+        """Return what an unresolved cell waits for."""
         rows = self.table(spec)
         if rows and all(row.died for row in rows):
             return f"all its trials died: {rows[0].died}"
@@ -97,7 +97,7 @@ class Tuning:
         return f"waits for {method.tokens_of if isinstance(method, Trained) else ''}, or that died"
 
     def table(self, spec: CellSpec) -> list[Trial]:
-        """Return what the trials of a cell's method on its task have given; empty where nothing is tried."""
+        """Return the trials of a cell's method on its task with their results; empty where there are none."""
         rows = [self._row(config, trials) for config, trials in self._candidates(spec.method, spec.config) if trials]
         alive = [row for row in rows if not row.died]
         if not alive or any(row.accuracy is None for row in alive):
@@ -127,17 +127,17 @@ class Tuning:
             for lr in space.lrs
         ]
         seeds = space.seeds if len(configs) > 1 else ()
-        who = name if method.trains_as == method.name else method.trains_as
-        return [(own, [CellSpec(who, replace(own, seed=seed), trial=True) for seed in seeds]) for own in configs]
+        trained_as = name if method.trains_as == method.name else method.trains_as
+        return [(own, [CellSpec(trained_as, replace(own, seed=seed), trial=True) for seed in seeds]) for own in configs]
 
     def _row(self, config: TrainConfig, trials: list[CellSpec]) -> Trial:
-        settled = [self.settle(trial) for trial in trials]
-        results = [self.results(trial) for trial in settled if trial]
+        resolved = [self.resolve(trial) for trial in trials]
+        results = [self.results(trial) for trial in resolved if trial]
         lr, rank = config.lr, config.adapter.rank
         if errors := [result for result in results if isinstance(result, str)]:
             return Trial(lr, rank, None, None, died=errors[0])
         found = zip(trials, results, strict=False)
-        curves = [_whole(trial, result) for trial, result in found if isinstance(result, CellResult)]
+        curves = [_final_validations(trial, result) for trial, result in found if isinstance(result, CellResult)]
         if len(curves) < len(trials):
             return Trial(lr, rank, None, None)
         best, mean = (sum(map(of, curves)) / len(curves) for of in (max, lambda curve: sum(curve) / len(curve)))
@@ -150,8 +150,8 @@ def _of_rank(adapter: AdapterConfig, rank: int) -> AdapterConfig:
     return replace(adapter, rank=rank, alpha=alpha)
 
 
-def _whole(spec: CellSpec, result: CellResult) -> list[float]:
-    """Return the validations of the network that is scored: of one that grows, those behind its last growth."""
+def _final_validations(spec: CellSpec, result: CellResult) -> list[float]:
+    """Return the validation accuracies of the network that is scored: of one that grows, those after its last growth."""
     method = find_method(spec.method)
     growths = method.change(spec.config).growths() if isinstance(method, Trained) else ()
     whole = [p.accuracy for p in result.curve if all(p.step > g.at_step and g.open_probability(p.step) == 1 for g in growths)]

@@ -1,4 +1,4 @@
-"""Processes that make the cells of a comparison, one after the other; whatever ends a process costs one cell."""
+"""Processes that make the cells of a comparison, one after the other; a process that dies costs one cell."""
 
 import contextlib
 import json
@@ -15,22 +15,22 @@ from queue import Empty, SimpleQueue
 from neuromas.compare.cells import STOPPED, Cell, Stored, make, read, write
 from neuromas.compare.grid import describe_cell
 from neuromas.compare.methods.method import CellSpec
-from neuromas.system.process import settle
+from neuromas.system.process import configure_process
 from neuromas.training.config_file import from_json, to_json
 
 PATIENCE = 60.0
-"""Seconds that a worker has to save what it is at."""
+"""Seconds that a worker has to save its step before it is killed."""
 
 
 def make_all(cells: Sequence[Cell], jobs: int, done: Callable[[Cell, Stored], None], keep: Sequence[int] = ()) -> None:
-    """Make cells in `jobs` processes at a time; `done` is told of each. `keep` are file descriptors that workers inherit.
+    """Make cells in `jobs` processes at a time and call `done` with each; workers inherit the file descriptors `keep`.
 
-    On Ctrl-C cells that train save their step before this ends.
+    On Ctrl-C cells that train save their step before this function ends.
     """
-    # Two cells of one run would be in each other's way: they go one after the other.
+    # Two cells of one run cannot train at once: they are made one after the other.
     chains: dict[Path, list[Cell]] = {}
-    for place in cells:
-        chains.setdefault(place.run, []).append(place)
+    for cell in cells:
+        chains.setdefault(cell.run, []).append(cell)
     left: SimpleQueue[list[Cell]] = SimpleQueue()
     for chain in chains.values():
         left.put(chain)
@@ -55,7 +55,7 @@ def make_all(cells: Sequence[Cell], jobs: int, done: Callable[[Cell, Stored], No
 
 
 class Worker:
-    """A process that makes cells, one line in and one line out for each; started again when it has died."""
+    """A process that makes cells, and gets and returns one line for each; it is started again when it has died."""
 
     def __init__(self, threads: int, keep: Sequence[int] = ()) -> None:
         self._threads, self._keep = threads, keep
@@ -63,38 +63,38 @@ class Worker:
         self._stopped = False
 
     def make_each(self, left: "SimpleQueue[list[Cell]]", made: "SimpleQueue[tuple[Cell, Stored] | Exception]") -> None:
-        """Have cells made, chain by chain, until none is left or this is stopped."""
+        """Let the process make cells, chain by chain, until none is left or this worker is stopped."""
         with contextlib.suppress(Empty):
             while True:
-                for place in left.get_nowait():
+                for cell in left.get_nowait():
                     if self._stopped:
                         return
                     try:
-                        made.put((place, self.make(place)))
-                    except Exception as error:  # for the thread that waits: a full disk, or a mistake of ours
+                        made.put((cell, self.make(cell)))
+                    except Exception as error:  # raised again by the waiting thread: a full disk, or a bug
                         made.put(error)
                         return
 
-    def make(self, place: Cell) -> Stored:
-        """Have a cell made; a worker that dies over it is what the cell died of."""
+    def make(self, cell: Cell) -> Stored:
+        """Let the process make a cell and return it; if the process dies, that is the error of the cell."""
         started = time.monotonic()
         process = self._process if self._process and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        order = {"method": place.spec.method, "trial": place.spec.trial, "config": to_json(place.spec.config),
-                 "path": str(place.path), "run": str(place.run), "code": place.code}  # fmt: skip
+        order = {"method": cell.spec.method, "trial": cell.spec.trial, "config": to_json(cell.spec.config),
+                 "path": str(cell.path), "run": str(cell.run), "code": cell.code}  # fmt: skip
         try:
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
-        except (OSError, ValueError):  # a closed pipe: the worker is gone
+        except (OSError, ValueError):  # a closed pipe: the process has ended
             answer = ""
-        stored = read(place) if answer else None
+        stored = read(cell) if answer else None
         if stored is None:
             status = process.wait()
-            stored = Stored(place.code, None, f"its process {_ending(status)}; see {place.log}", time.monotonic() - started)
+            stored = Stored(cell.code, None, f"its process {_ending(status)}; see {cell.log}", time.monotonic() - started)
             if not self._stopped and status not in (STOPPED, -signal.SIGINT):
-                write(place, stored)
+                write(cell, stored)
         return stored
 
     def _start(self) -> "subprocess.Popen[str]":
@@ -107,7 +107,7 @@ class Worker:
         return self._process
 
     def stop(self) -> None:
-        """Let the process end: at once if it is idle; else it has a minute to save what it is at."""
+        """End the process: at once if it is idle; else it has a minute to save its step."""
         self._stopped = True
         if self._process is None:
             return
@@ -123,7 +123,7 @@ class Worker:
     def close(self) -> None:
         """Close the pipes of a process that has ended."""
         for pipe in (self._process.stdin, self._process.stdout) if self._process else ():
-            # What was meant for a process that has died cannot be sent any more.
+            # Buffered input of a process that has died cannot be sent any more.
             with contextlib.suppress(OSError):
                 if pipe:
                     pipe.close()
@@ -138,7 +138,7 @@ def _ending(code: int) -> str:
 
 @contextlib.contextmanager
 def _printing_to(log: Path) -> Iterator[None]:
-    """Send what this process and its children print to a file."""
+    """Redirect the output of this process and its children to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = os.dup(1), os.dup(2)
     with log.open("a") as file:
@@ -155,15 +155,15 @@ def _printing_to(log: Path) -> Iterator[None]:
 
 
 def _orders() -> Iterator[str]:
-    """Give the lines of standard input. When it ends, whatever the process is at is asked to stop, and soon made to.
+    """Yield the lines of standard input. When it ends, this process is asked to stop, and killed after `PATIENCE` seconds.
 
-    It ends when the parent wants no more cells, and when the parent is gone, of whatever it died: then nobody else would stop
-    what is being made, and it keeps the folder locked.
+    Standard input ends when the parent wants no more cells, and when the parent has died: then no other process would stop
+    this one, which keeps the folder locked.
     """
     lines: SimpleQueue[str] = SimpleQueue()
 
     def listen() -> None:
-        # Not sys.stdin: whoever ends while a thread waits in there is aborted.
+        # Not sys.stdin: a process that ends while a thread waits in it is aborted.
         with open(0, "rb", buffering=0, closefd=False) as orders:  # a number, not a path
             for line in orders:
                 lines.put(line.decode())
@@ -178,21 +178,21 @@ def _orders() -> Iterator[str]:
 
 
 def serve() -> None:
-    """Make the cells that come as lines on standard input, until it ends."""
-    # What methods print must not get between the lines that the parent reads.
+    """Make the cells that standard input names, one in each line, until it ends."""
+    # The output of methods must not get between the lines that the parent reads.
     answers = os.fdopen(os.dup(1), "w")
     for line in _orders():
         order = json.loads(line)
         spec = CellSpec(order["method"], from_json(order["config"], "order"), order["trial"])
-        place = Cell(spec, Path(order["path"]), Path(order["run"]), order["code"])
-        with _printing_to(place.log):
+        cell = Cell(spec, Path(order["path"]), Path(order["run"]), order["code"])
+        with _printing_to(cell.log):
             print(f"--- {describe_cell(spec)}", flush=True)
-            make(place)
+            make(cell)
         print("made", file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    settle()
+    configure_process()
     try:
         serve()
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ def total_memory() -> int | None:
     return int(least) if (least := min(found)) < math.inf else None
 
 
-def settle() -> None:
+def configure_process() -> None:
     """Keep waiting threads cheap and freed memory at hand. To be called before torch is loaded; what is set by hand stays.
 
     Threads that spin for long while they wait make a run ten times slower as soon as anything else wants a core; threads that

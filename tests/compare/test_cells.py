@@ -1,7 +1,7 @@
-"""Cells: kept by content, made in processes of their own, and lost one at a time.
+"""Cells: named by content, made in processes of their own, and lost one at a time.
 
 1. A cell is found again if method, settings, backbone and code are the same; only the code may be told to be ignored.
-2. Whatever kills a cell's process costs that cell alone; what was stored before is not run again.
+2. A cell's process that dies, of any cause, costs that cell alone; cells stored before are not run again.
 """
 
 import json
@@ -21,7 +21,7 @@ from rivals import Rival
 from neuromas.cli import main as cli
 from neuromas.compare import code_version as sources
 from neuromas.compare import run as compare
-from neuromas.compare.cells import Cell, Stored, cell, read, write
+from neuromas.compare.cells import Cell, Stored, cell_of, read, write
 from neuromas.compare.code_version import code_version
 from neuromas.compare.grid import find_method
 from neuromas.compare.methods import METHODS, CellSpec
@@ -32,24 +32,24 @@ from neuromas.training.questions import data_checksum
 CONFIG = TrainConfig(eval_size=12, num_steps=6)
 
 
-def place_of(method: str, out: Path, seed: int = 0, checksum: str = "a") -> Cell:
-    return cell(CellSpec(f"class:{RIVALS}:{method}", replace(CONFIG, seed=seed)), out, checksum)
+def rival_cell(method: str, out: Path, seed: int = 0, checksum: str = "a") -> Cell:
+    return cell_of(CellSpec(f"class:{RIVALS}:{method}", replace(CONFIG, seed=seed)), out, checksum)
 
 
 def test_a_cell_is_named_by_all_that_decides_it(tmp_path: Path) -> None:
-    first = place_of("Fine", tmp_path)
-    assert place_of("Fine", tmp_path) == first
+    first = rival_cell("Fine", tmp_path)
+    assert rival_cell("Fine", tmp_path) == first
     spec = first.spec
     others = [
-        place_of("Fine", tmp_path, seed=1),
-        place_of("Fine", tmp_path, checksum="b"),
-        cell(replace(spec, config=replace(CONFIG, lr=0.5)), tmp_path, "a"),
-        cell(replace(spec, method="direct"), tmp_path, "a"),
+        rival_cell("Fine", tmp_path, seed=1),
+        rival_cell("Fine", tmp_path, checksum="b"),
+        cell_of(replace(spec, config=replace(CONFIG, lr=0.5)), tmp_path, "a"),
+        cell_of(replace(spec, method="direct"), tmp_path, "a"),
     ]
     assert len({other.path for other in (first, *others)}) == 5
     # What changes no number changes no name.
     for same in (replace(CONFIG, device="cpu"), replace(CONFIG, save_every=3), replace(CONFIG, run_dir=Path("x"))):
-        assert cell(replace(spec, config=same), tmp_path, "a").path == first.path
+        assert cell_of(replace(spec, config=same), tmp_path, "a").path == first.path
 
 
 def test_changed_questions_make_other_cells(tmp_path: Path) -> None:
@@ -122,51 +122,51 @@ def test_the_code_version_knows_fields_and_their_functions() -> None:
 
 
 def test_methods_that_train_alike_share_a_run_and_no_cell(tmp_path: Path) -> None:
-    one, vote = (cell(CellSpec(name, CONFIG), tmp_path, "a") for name in ("single_rl", "single_rl_vote_3"))
+    one, vote = (cell_of(CellSpec(name, CONFIG), tmp_path, "a") for name in ("single_rl", "single_rl_vote_3"))
     assert one.run == vote.run
     assert one.path != vote.path
-    assert cell(CellSpec("neuromas_3", CONFIG), tmp_path, "a").run != one.run
+    assert cell_of(CellSpec("neuromas_3", CONFIG), tmp_path, "a").run != one.run
 
 
 def test_what_is_stored_comes_back(tmp_path: Path) -> None:
-    place = place_of("Fine", tmp_path)
-    assert read(place) is None
-    place.run.mkdir(parents=True)
-    result = find_method(place.spec.method).run(place.spec, place.run)
-    write(place, Stored("c", result, None, 1.0))
-    assert read(place) == Stored("c", result, None, 1.0)
-    assert [path.name for path in place.path.parent.iterdir()] == [place.path.name]
+    cell = rival_cell("Fine", tmp_path)
+    assert read(cell) is None
+    cell.run.mkdir(parents=True)
+    result = find_method(cell.spec.method).run(cell.spec, cell.run)
+    write(cell, Stored("c", result, None, 1.0))
+    assert read(cell) == Stored("c", result, None, 1.0)
+    assert [path.name for path in cell.path.parent.iterdir()] == [cell.path.name]
 
 
 def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
-    place = place_of("Fine", tmp_path)
-    place.path.parent.mkdir(parents=True)
-    place.path.write_text('{"code": "a", ')
-    with pytest.raises(ValueError, match=f"cell {place.path} is damaged"):
-        read(place)
+    cell = rival_cell("Fine", tmp_path)
+    cell.path.parent.mkdir(parents=True)
+    cell.path.write_text('{"code": "a", ')
+    with pytest.raises(ValueError, match=f"cell {cell.path} is damaged"):
+        read(cell)
 
 
 def test_a_death_in_the_middle_costs_one_cell(tmp_path: Path) -> None:
-    places = [place_of("Killed", tmp_path, seed) for seed in range(4)]
+    cells = [rival_cell("Killed", tmp_path, seed) for seed in range(4)]
     seen: list[tuple[int, str | None]] = []
-    make_all(places, 1, lambda place, stored: seen.append((place.spec.config.seed, stored.error)))
-    message = f"its process was killed by SIGKILL (out of memory?); see {places[1].log}"
+    make_all(cells, 1, lambda cell, stored: seen.append((cell.spec.config.seed, stored.error)))
+    message = f"its process was killed by SIGKILL (out of memory?); see {cells[1].log}"
     assert seen == [(0, None), (1, message), (2, None), (3, None)]
-    stored = [read(place) for place in places]
+    stored = [read(cell) for cell in cells]
     assert [bool(s and s.result) for s in stored] == [True, False, True, True]
     assert stored[1] is not None
     assert stored[1].error == message
     # What a method prints goes to its log, and does not get between the lines of the protocol.
-    assert "a method may print" in places[0].log.read_text()
+    assert "a method may print" in cells[0].log.read_text()
 
 
 def test_an_error_is_one_line_and_the_log_has_the_rest(tmp_path: Path) -> None:
-    place = place_of("Dies", tmp_path)
-    make_all([place], 2, lambda *_: None)
-    stored = read(place)
+    cell = rival_cell("Dies", tmp_path)
+    make_all([cell], 2, lambda *_: None)
+    stored = read(cell)
     assert stored is not None
     assert (stored.result, stored.error) == (None, "RuntimeError: out of ideas")
-    assert "Traceback" in place.log.read_text()
+    assert "Traceback" in cell.log.read_text()
 
 
 GRID = f"""

@@ -63,7 +63,7 @@ def test_the_reference_meets_every_method_that_no_pair_names(tmp_path: Path) -> 
         ("seed = 1", r"unknown key 'seed'; known are backbones, .*tolerance"),
         ("[quick]\nfast = 1", "unknown key 'quick.fast'"),
         ("[train]\nspeed = 1", "unknown key 'train.speed'"),
-        ("[train]\nseed = 1", r"\[train\] may not set 'seed': it is one for all methods"),
+        ("[train]\nseed = 1", r"\[train\] may not set 'seed': it is the same for all methods"),
         ("[method.direct]\neval_size = 1", r"\[method.direct\] may not set 'eval_size'"),
         ("[method.malt]\nlr = 1", r"\[method.malt\] is about none of the methods direct, neuromas_3, single_rl"),
         ("[task.dyck]\nlr = 1", r"\[task.dyck\] is about none of the tasks navigate, web_of_lies"),
@@ -84,7 +84,7 @@ def test_the_reference_meets_every_method_that_no_pair_names(tmp_path: Path) -> 
         ("[tuning]\nseeds = [5]", r"tuning.lr must be a list of one or more learning rates above 0, such as 1e-3, got None"),
         ("[tuning]\nlr = [-1e-3]", r"tuning.lr must be a list .*, got \[-0.001\]"),
         ("[tuning]\nlr = [1e-3, 2e-3]", r"tuning.seeds must be one or more seeds of at least 0 that are not scored, got \[\]"),
-        ("[tuning]\nlr = [1e-3, 2e-3]\nseeds = [1]", r"that are not scored, got \[1\] beside seeds \[0, 1\]"),
+        ("[tuning]\nlr = [1e-3, 2e-3]\nseeds = [1]", r"that are not scored, got \[1\] with scored seeds \[0, 1\]"),
         ("[tuning]\nlr = [1e-3]\nrank = [0]", r"tuning.rank must be at least 1, got \[0\]"),
         ("[tuning]\nlr = [1e-3]\nalpha = [1]", "unknown key 'tuning.alpha'; known are tuning.lr, tuning.rank, tuning.seeds"),
         ("[tuning]\nlr = [1e-3]\n[method.single_rl]\nlr = 1e-4", r"\[method.single_rl\] may not set 'lr': \[tuning\] chooses"),
@@ -93,7 +93,7 @@ def test_the_reference_meets_every_method_that_no_pair_names(tmp_path: Path) -> 
 )  # fmt: skip
 def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
-        # Keys before tables, tables behind.
+        # Keys come before tables.
         load(tmp_path, HEAD + change)
     assert "\n" not in str(raised.value)
     assert "mine.toml" in str(raised.value)

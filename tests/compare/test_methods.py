@@ -1,7 +1,7 @@
 """Untrained methods on a scripted engine: each makes its published calls, in order, and reads what it should.
 
-1. A conversation's calls are (key, text); a text is what the model reads behind the question.
-2. Conversations do not wait for each other, and a draw depends on (seed, example, key) alone.
+1. A conversation's calls are (key, text); a text is what the model reads after the question.
+2. Conversations do not wait for each other, and sampling depends on (seed, example, key) alone.
 3. Calls, prompt tokens and sampled tokens are those of the calls that were made.
 4. What answers was asked for in the task's answer format.
 """
@@ -18,7 +18,7 @@ from paths import DOCS
 
 from neuromas import Backbone
 from neuromas.compare.methods import METHODS
-from neuromas.compare.methods.conversation import Call, Conversation, Spoken
+from neuromas.compare.methods.conversation import Answered, Call, Conversation
 from neuromas.compare.methods.converse import answers_of, converse
 from neuromas.compare.methods.gptswarm import (
     FINAL,
@@ -49,21 +49,21 @@ PAGE = DOCS / "methods.md"
 YES, NO, NOTHING = "Answer: Yes", "Answer: No", "hm"
 
 Script = Callable[[str, str], str]
-"""What to say to (key, text)."""
+"""Returns the text that a call of (key, text) writes."""
 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    """Only its tokenizer is used: a scripted engine speaks."""
+    """Return a policy of which only the tokenizer is used: a scripted engine writes the texts."""
     return Policy(Backbone.tiny(0))
 
 
 @dataclass
 class Held:
-    """A conversation that was held: its calls in order, by key, and what came of it."""
+    """A conversation that was held: its calls in order, by key, and its answer."""
 
     calls: dict[str, str] = field(default_factory=dict)
-    spoken: Spoken = field(default_factory=lambda: Spoken(EXAMPLES[0]))
+    answered: Answered = field(default_factory=lambda: Answered(EXAMPLES[0]))
 
     @property
     def keys(self) -> list[str]:
@@ -75,7 +75,7 @@ Hold = Callable[..., Held]
 
 @pytest.fixture
 def hold(policy: Policy) -> Hold:
-    """Holds a method's conversation about the first example."""
+    """Return a function that holds a method's conversation about the first example."""
 
     def hold(name: str, script: Script, *, task: Task = TASK, **settings: object) -> Held:
         method = METHODS[name]
@@ -89,19 +89,19 @@ def hold(policy: Policy) -> Hold:
             return script(key, held.calls[key])
 
         footer = policy.backbone.decode(policy.prompt("", "").suffix_ids)
-        talk = method.talk(EXAMPLES[0], task, **{**method.settings, **settings})
-        (held.spoken,) = run([(EXAMPLES[0], talk)], policy, ScriptedEngine(say))
+        conversation = method.conversation(EXAMPLES[0], task, **{**method.settings, **settings})
+        (held.answered,) = run([(EXAMPLES[0], conversation)], policy, ScriptedEngine(say))
         return held
 
     return hold
 
 
-def run(talks: Sequence[tuple[Example, Conversation]], policy: Policy, engine: Engine) -> list[Spoken]:
-    return converse(talks, policy, engine, seed=("evaluate", 0), temperature=1.0, max_new_tokens=9)
+def run(conversations: Sequence[tuple[Example, Conversation]], policy: Policy, engine: Engine) -> list[Answered]:
+    return converse(conversations, policy, engine, seed=("evaluate", 0), temperature=1.0, max_new_tokens=9)
 
 
 def in_turn(*texts: str) -> Script:
-    """Say these texts one after the other, whatever is asked."""
+    """Return a script that says these texts one after the other, whatever is asked."""
     waiting = iter(texts)
     return lambda key, text: next(waiting)
 
@@ -122,19 +122,19 @@ def two_rounds(example: Example, task: Task) -> Conversation:
 
 def test_calls_tokens_and_answer_are_those_of_the_calls_made(policy: Policy) -> None:
     engine = ScriptedEngine(lambda request: f"<{request.seed[-1]}>")
-    (spoken,) = run([(EXAMPLES[0], two_rounds(EXAMPLES[0], TASK))], policy, engine)
+    (answered,) = run([(EXAMPLES[0], two_rounds(EXAMPLES[0], TASK))], policy, engine)
     assert [request.seed for request in engine.requests] == [("evaluate", 0, "a", key) for key in "xyz"]
     prompts = [policy.prompt("Question a?", text) for text in ("one", "two", "<x>+<y>")]
     assert [request.prompt for request in engine.requests] == prompts
-    assert spoken.text == "<z>!"
-    assert spoken.calls == 3
-    assert spoken.prompt_tokens == sum(len(p.prefix_ids) + len(p.suffix_ids) for p in prompts)
+    assert answered.text == "<z>!"
+    assert answered.calls == 3
+    assert answered.prompt_tokens == sum(len(p.prefix_ids) + len(p.suffix_ids) for p in prompts)
     # The scripted engine counts a token for each byte, and <x>, <y>, <z> have three.
-    assert spoken.sampled_tokens == 9
+    assert answered.sampled_tokens == 9
 
 
 class NewestFirst:
-    """An engine that answers what came last."""
+    """An engine that answers the newest request first."""
 
     def __init__(self) -> None:
         self.answered: list[tuple[int | str, ...]] = []
@@ -152,9 +152,9 @@ class NewestFirst:
 
 def test_no_conversation_waits_for_another(policy: Policy) -> None:
     engine = NewestFirst()
-    spoken = run([(e, two_rounds(e, TASK)) for e in EXAMPLES], policy, engine)
+    answered = run([(e, two_rounds(e, TASK)) for e in EXAMPLES], policy, engine)
     assert engine.answered == [("b", "y"), ("b", "x"), ("b", "z"), ("a", "y"), ("a", "x"), ("a", "z")]
-    assert [(each.example.id, each.text, each.calls, each.sampled_tokens) for each in spoken] == [
+    assert [(each.example.id, each.text, each.calls, each.sampled_tokens) for each in answered] == [
         ("a", "<z>!", 3, 9),
         ("b", "<z>!", 3, 9),
     ]
@@ -165,7 +165,7 @@ def test_two_calls_of_one_name_are_our_error(policy: Policy) -> None:
         (text, _) = yield [Call("x", ""), Call("x", "")]
         return text
 
-    with pytest.raises(AssertionError, match="two calls are named 'x': they would draw alike"):
+    with pytest.raises(AssertionError, match="two calls are named 'x': their samples would be the same"):
         run([(EXAMPLES[0], twins(EXAMPLES[0], TASK))], policy, NewestFirst())
 
 
@@ -180,8 +180,8 @@ def test_a_prompt_that_leaves_no_room_is_said(policy: Policy) -> None:
         run([(EXAMPLES[0], long(EXAMPLES[0], TASK))], policy, NewestFirst())
 
 
-def test_an_answer_is_checked_and_put_beside_its_cost() -> None:
-    right, wrong, silent = (Spoken(EXAMPLES[0], text, 2, 30, 4) for text in (YES, NO, NOTHING))
+def test_an_answer_is_checked_and_returned_with_its_cost() -> None:
+    right, wrong, silent = (Answered(EXAMPLES[0], text, 2, 30, 4) for text in (YES, NO, NOTHING))
     answers = answers_of(TASK, [right, wrong, silent])
     assert [(a.given, a.reward) for a in answers] == [("Yes", 1.0), ("No", 0.0), (None, 0.0)]
     assert {(a.example, a.gold, a.calls, a.prompt_tokens, a.sampled_tokens) for a in answers} == {("a", "Yes", 2, 30, 4)}
@@ -207,33 +207,33 @@ def test_an_election(texts: list[str], weights: list[float] | None, winner: int)
 def test_direct_asks_once_for_the_answer(hold: Hold) -> None:
     held = hold("direct", in_turn(YES))
     assert held.calls == {"answer": FORMAT}
-    assert held.spoken.text == YES
+    assert held.answered.text == YES
 
 
 def test_chain_of_thought_asks_once_for_steps_and_answer(hold: Hold) -> None:
     held = hold("chain_of_thought", in_turn(YES))
     assert held.calls == {"answer": f"Think step by step, then answer.\n{FORMAT}"}
-    assert held.spoken.text == YES
+    assert held.answered.text == YES
 
 
 @pytest.mark.parametrize(("name", "count"), [("self_consistency", 3), ("self_consistency_5", 5), ("self_consistency_7", 7)])
 def test_self_consistency_votes_over_chains_of_thought(hold: Hold, name: str, count: int) -> None:
     held = hold(name, in_turn(NO, *[f"so {YES}"] * 2, *[NOTHING] * (count - 3)))
     assert held.calls == {f"sample/{k}": f"Think step by step, then answer.\n{FORMAT}" for k in range(count)}
-    assert held.spoken.text == f"so {YES}"
+    assert held.answered.text == f"so {YES}"
 
 
 def test_more_agents_votes_over_plain_answers(hold: Hold) -> None:
     held = hold("more_agents", in_turn(*[NO] * 4, *[YES] * 6))
     assert held.calls == {f"sample/{k}": FORMAT for k in range(10)}
-    assert held.spoken.text == YES
+    assert held.answered.text == YES
 
 
 def test_more_agents_picks_the_program_most_like_the_others(hold: Hold) -> None:
     task = Navigate()
     task.verifier = "python"
     held = hold("more_agents", in_turn("lambda: 0", "return a + b", "return a + c"), task=task, samples=3)
-    assert held.spoken.text == "return a + b"
+    assert held.answered.text == "return a + b"
 
 
 def test_bleu_by_hand() -> None:
@@ -254,14 +254,14 @@ def test_self_refine_stops_when_the_answer_is_called_correct(hold: Hold) -> None
         "refine/1": f"Answers so far:\n1. {NO}\n2. Wrong. {YES}\n{ask}\n{FORMAT}",
     }
     # What was judged stands, not what the judgement says.
-    assert held.spoken.text == f"Wrong. {YES}"
+    assert held.answered.text == f"Wrong. {YES}"
 
 
 @pytest.mark.parametrize(("name", "calls"), [("self_refine", 5), ("self_refine_once", 2)])
 def test_self_refine_ends_at_its_limit(hold: Hold, name: str, calls: int) -> None:
     held = hold(name, lambda key, text: f"{key} {YES}")
-    assert held.spoken.calls == calls
-    assert held.spoken.text == f"refine/{calls - 2} {YES}"
+    assert held.answered.calls == calls
+    assert held.answered.text == f"refine/{calls - 2} {YES}"
 
 
 def test_debaters_read_each_others_last_answers_and_the_last_round_votes(hold: Hold) -> None:
@@ -273,7 +273,7 @@ def test_debaters_read_each_others_last_answers_and_the_last_round_votes(hold: H
         "Your answer: I1\nAnswers of other agents:\n1. I0\n2. I2\n"
         f"Use them as additional information and give an updated answer.\n{FORMAT}"
     )
-    assert held.spoken.text == YES
+    assert held.answered.text == YES
 
 
 def test_a_mixture_reads_the_whole_layer_before_and_nothing_else(hold: Hold) -> None:
@@ -286,7 +286,7 @@ def test_a_mixture_reads_the_whole_layer_before_and_nothing_else(hold: Hold) -> 
             f"Answers of others:\n{read}\nSome may be biased or wrong: judge them critically and merge them into one answer.\n"
             f"{FORMAT}"
         )
-    assert held.spoken.text == "aggregate"
+    assert held.answered.text == "aggregate"
 
 
 def test_the_pipeline_plans_solves_criticises_and_judges(hold: Hold) -> None:
@@ -296,7 +296,7 @@ def test_the_pipeline_plans_solves_criticises_and_judges(hold: Hold) -> None:
     assert held.calls["solver"] == f"You are a solver. Follow the plan.\nPlan: by planner\n{FORMAT}"
     assert held.calls["critic"].splitlines()[1:] == ["Plan: by planner", "Solution: by solver"]
     assert held.calls["judge"].splitlines()[1:] == ["Solution: by solver", "Critique: by critic", FORMAT]
-    assert held.spoken.text == "by judge"
+    assert held.answered.text == "by judge"
 
 
 def test_macnet_criticises_on_edges_revises_and_merges(hold: Hold) -> None:
@@ -317,13 +317,13 @@ def test_macnet_criticises_on_edges_revises_and_merges(hold: Hold) -> None:
         f"You are a programmer.\nAnswers:\n1. (actor/1-3)\n2. (actor/2-3)\nMerge them into one.\n{FORMAT}"
     )
     assert held.calls["critic/3-5"].splitlines()[1] == "An answer: (merge/3)"
-    assert (held.spoken.text, held.spoken.calls) == ("(merge/5)", 17)
+    assert (held.answered.text, held.answered.calls) == ("(merge/5)", 17)
 
 
 def test_a_chain_of_macnet_merges_nothing(hold: Hold) -> None:
     held = hold("macnet", lambda key, text: f"({key})", width=1, depth=1)
     assert held.keys == ["actor/1", "critic/1-2", "actor/1-2"]
-    assert held.spoken.text == "(actor/1-2)"
+    assert held.answered.text == "(actor/1-2)"
 
 
 def test_tree_of_thoughts_keeps_the_best_states(hold: Hold) -> None:
@@ -343,18 +343,18 @@ def test_tree_of_thoughts_keeps_the_best_states(hold: Hold) -> None:
     assert held.calls["step/1/value/1/0"] == f"Steps so far:\n1. good\n{judge}"
     assert held.calls["step/2/state/0/thought/0"] == f"Steps so far:\n1. good\n{FORMAT}"
     assert held.calls["step/2/value/1/1"] == f"Steps so far:\n1. good\n2. {YES}\n{judge}"
-    assert held.spoken.text == YES
+    assert held.answered.text == YES
 
 
 def test_a_thought_that_is_there_twice_is_valued_once(hold: Hold) -> None:
     held = hold("tree_of_thoughts", by_key({}, otherwise=YES), steps=2, samples=3, votes=3, keep=2)
-    assert held.spoken.calls == (3 + 3) + (3 + 3)
-    assert held.spoken.text == YES
+    assert held.answered.calls == (3 + 3) + (3 + 3)
+    assert held.answered.text == YES
 
 
 def test_tree_of_thoughts_by_default_makes_sixty_calls(hold: Hold) -> None:
     # 3 thoughts, 3 * 3 values; then twice 2 * 3 thoughts, 6 * 3 values.
-    assert hold("tree_of_thoughts", lambda key, text: key).spoken.calls == 3 + 9 + 2 * (6 + 18)
+    assert hold("tree_of_thoughts", lambda key, text: key).answered.calls == 3 + 9 + 2 * (6 + 18)
 
 
 def test_self_check_goes_through_the_steps_of_each_solution(hold: Hold) -> None:
@@ -377,15 +377,15 @@ def test_self_check_goes_through_the_steps_of_each_solution(hold: Hold) -> None:
     assert held.calls["again/0/0"] == f"Find this: {NOTHING}"
     assert held.calls["compare/0/1"].splitlines()[:2] == [f"First: {YES}", "Second: nowhere"]
     # Yes: 2 sigmoid(-4) + 2 sigmoid(-2) = 0.036 + 0.238; No: 2 sigmoid(0) = 1.
-    assert held.spoken.text == f"Step 1: {NO}"
-    assert held.spoken.calls == 3 + 4 * 4
+    assert held.answered.text == f"Step 1: {NO}"
+    assert held.answered.calls == 3 + 4 * 4
 
 
 def test_self_check_without_failures_is_a_plain_vote(hold: Hold) -> None:
     solutions = {"solution/0": NO, "solution/1": YES, "solution/2": YES}
-    assert hold("self_check", by_key(solutions, otherwise="supports")).spoken.text == YES
+    assert hold("self_check", by_key(solutions, otherwise="supports")).answered.text == YES
     # Unclear and contradicted, by the default weights: 2 sigmoid(-0.2) and 2 sigmoid(-0.5) are both above one half.
-    assert hold("self_check", by_key(solutions | {"compare/1/0": "contradicts"})).spoken.text == YES
+    assert hold("self_check", by_key(solutions | {"compare/1/0": "contradicts"})).answered.text == YES
 
 
 def test_steps() -> None:
@@ -467,7 +467,7 @@ def test_values_of_tree_of_thoughts(text: str, word: str | None) -> None:
 )
 def test_self_refine_ends_when_it_is_said_to_be_correct(hold: Hold, text: str, ends: bool) -> None:
     held = hold("self_refine_once", in_turn(NO, f"{text}\n{YES}"))
-    assert (held.spoken.text == NO) is ends
+    assert (held.answered.text == NO) is ends
 
 
 def test_a_step_that_is_said_not_to_be_used_is_not_known(hold: Hold) -> None:
@@ -488,8 +488,8 @@ def hold_swarm(policy: Policy, edges: set[tuple[int, int]], script: Script) -> H
         held.calls[key] = policy.backbone.decode(request.prompt.suffix_ids)
         return script(key, held.calls[key])
 
-    talk = swarm(EXAMPLES[0], TASK, edges=frozenset(edges), truthful=2)
-    (held.spoken,) = run([(EXAMPLES[0], talk)], policy, ScriptedEngine(say))
+    conversation = swarm(EXAMPLES[0], TASK, edges=frozenset(edges), truthful=2)
+    (held.answered,) = run([(EXAMPLES[0], conversation)], policy, ScriptedEngine(say))
     return held
 
 
@@ -501,12 +501,12 @@ def test_agents_of_a_swarm_read_along_edges_and_those_before_the_vote_vote(polic
     assert held.calls["agent/2"].startswith(f"Give a wrong answer on purpose.\n{FORMAT}")
     assert held.calls["agent/0"].startswith(f"Answers of others:\n1. I lie\n{FORMAT}")
     assert held.calls["agent/1"].startswith(f"Answers of others:\n1. {NO}\n2. I lie\n{FORMAT}")
-    assert held.spoken.text == NO  # a tie goes to the first
+    assert held.answered.text == NO  # a tie goes to the first
 
 
 def test_a_swarm_without_a_way_to_the_vote_says_nothing(policy: Policy) -> None:
     held = hold_swarm(policy, {(0, 1), (1, 2)}, by_key({}))
-    assert (held.spoken.text, held.spoken.calls) == ("", 0)
+    assert (held.answered.text, held.answered.calls) == ("", 0)
 
 
 def test_drawn_graphs_have_no_cycles_and_slopes_are_those_of_their_log_probability() -> None:
@@ -544,22 +544,22 @@ def test_a_swarm_learns_to_leave_its_liars_out_and_counts_what_that_took(policy:
         text = policy.backbone.decode(request.prompt.suffix_ids)
         return NO if "wrong" in text else YES
 
-    def hold(talks: list[tuple[Example, Conversation]], seed: tuple[int | str, ...]) -> list[Spoken]:
-        spoken.append(run(talks, policy, ScriptedEngine(say)))
-        return spoken[-1]
+    def hold(conversations: list[tuple[Example, Conversation]], seed: tuple[int | str, ...]) -> list[Answered]:
+        answered.append(run(conversations, policy, ScriptedEngine(say)))
+        return answered[-1]
 
     class AlwaysYes(Navigate):
         def training_batch(self, seed: int, step: int, count: int) -> list[Example]:
             return [Example(f"{step}/{k}", "Question?", "Yes", FORMAT) for k in range(count)]
 
-    spoken: list[list[Spoken]] = []
+    answered: list[list[Answered]] = []
     thetas, ledger = method.learn(AlwaysYes(), 0, hold)
     # One liar cannot outvote the first agent, two can.
     assert thetas[(0, FINAL)] > 0.5
     assert min(thetas[(1, FINAL)], thetas[(2, FINAL)]) < -0.5
-    talk = swarm(EXAMPLES[0], TASK, edges=likely_graph(thetas), truthful=1)
-    assert run([(EXAMPLES[0], talk)], policy, ScriptedEngine(say))[0].text == YES
-    said = [each for batch in spoken for each in batch]
+    conversation = swarm(EXAMPLES[0], TASK, edges=likely_graph(thetas), truthful=1)
+    assert run([(EXAMPLES[0], conversation)], policy, ScriptedEngine(say))[0].text == YES
+    said = [each for batch in answered for each in batch]
     assert ledger == {
         "trainable_parameters": 9, "steps": 60, "optimizer_steps": 60, "questions": 240, "rollouts": 240,
         "calls": sum(each.calls for each in said),
@@ -573,9 +573,9 @@ def test_a_swarm_learns_to_leave_its_liars_out_and_counts_what_that_took(policy:
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if isinstance(method, Untrained)])
 def test_what_answers_was_asked_in_the_answer_format(hold: Hold, name: str) -> None:
     held = hold(name, lambda key, text: f"{key} says {YES}")
-    key = held.spoken.text.partition(" says ")[0]
+    key = held.answered.text.partition(" says ")[0]
     assert held.calls[key].endswith(FORMAT)
-    assert TASK.parse_answer(held.spoken.text) == "Yes"
+    assert TASK.parse_answer(held.answered.text) == "Yes"
 
 
 def test_the_methods_of_the_page_are_methods(hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,7 +585,7 @@ def test_the_methods_of_the_page_are_methods(hold: Hold, monkeypatch: pytest.Mon
     exec(compile(program, "docs/methods.md", "exec"), {})
     held = hold("twice", in_turn(NO, YES))
     assert held.calls["second"] == f"Your answer was: {NO}\nThink again.\n{FORMAT}"
-    assert held.spoken.text == YES
+    assert held.answered.text == YES
     wide = METHODS["wide"]
     assert isinstance(wide, Trained)
     assert wide.change(TrainConfig()).topology.widths == (3, 1)

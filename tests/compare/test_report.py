@@ -1,4 +1,4 @@
-"""Comparisons: scores with all that belongs to them, differences of matched pairs only, and no hole without a line.
+"""Comparisons: scores with all that belongs to them, differences of matched pairs only, and one line for each gap.
 
 1. What is not matched as declared has no number in any form of the report.
 2. A method that died, a cell that was not run, a task without a floor, a cell of other code: one line each.
@@ -18,7 +18,7 @@ from neuromas.compare.analysis import amounts_of, compare
 from neuromas.compare.budget_match import QUANTITIES, mismatches
 from neuromas.compare.cells import Stored
 from neuromas.compare.figures import growth_marks
-from neuromas.compare.findings import Comparison, Difference, spell_difference, to_json
+from neuromas.compare.findings import Comparison, Difference, format_difference, to_json
 from neuromas.compare.grid import Grid, load_grid
 from neuromas.compare.methods import METHODS, Answer, CellResult
 from neuromas.compare.report import write_report
@@ -55,7 +55,7 @@ def grid_of(tmp_path: Path, text: str = GRID) -> Grid:
 def run_all(
     tmp_path: Path, change: Mapping[tuple[str, int], CellResult | str | None] | None = None, text: str = GRID
 ) -> Comparison:
-    """Compare a grid's cells; `change` puts another result, an error, or nothing in the place of (method, seed)."""
+    """Compare a grid's cells; `change` replaces the result of (method, seed) by another result, an error, or nothing."""
     grid, found = grid_of(tmp_path, text), []
     for spec in grid.cells:
         result = (change or {}).get((spec.method, spec.config.seed), METHODS[spec.method].run(spec, tmp_path))
@@ -76,14 +76,14 @@ def pages(comparison: Comparison, out: Path) -> tuple[str, str]:
 
 
 def answers(golds: str, given: str, **kwargs: int) -> tuple[Answer, ...]:
-    """Answers Y or N, or - for none, to questions q0, q1, ..."""
+    """Return the answers Y or N, or - for none, to questions q0, q1, ..."""
     return tuple(
         Answer(f"q{i}", gold, None if said == "-" else said, float(gold == said), kwargs.get("calls", 1), 10, 5)
         for i, (gold, said) in enumerate(zip(golds, given, strict=True))
     )
 
 
-def test_a_matched_pair_is_compared_with_everything_beside_it(rivals: dict[str, Rival], tmp_path: Path) -> None:
+def test_a_matched_pair_is_compared_and_its_other_differences_are_listed(rivals: dict[str, Rival], tmp_path: Path) -> None:
     comparison = run_all(tmp_path)
     (table,) = comparison.tables
     found, team, single = table.differences[0], table.scores["team"], table.scores["single"]
@@ -97,7 +97,7 @@ def test_a_matched_pair_is_compared_with_everything_beside_it(rivals: dict[str, 
     assert sum(team.answers.values()) == 120
     assert "calls per answer 3 against 1" in found.unmatched
     assert not any(text.startswith("trainable parameters") for text in found.unmatched)
-    assert spell_difference(found).startswith(f"{100 * found.mean:+.1f} points (95% interval +")
+    assert format_difference(found).startswith(f"{100 * found.mean:+.1f} points (95% interval +")
     assert comparison.overall[0].mean == pytest.approx(found.mean)
 
 
@@ -134,7 +134,7 @@ def test_an_unmatched_pair_has_no_number(
     found = comparison.tables[0].differences[0]
     assert found == Difference(refused=f"seed 0: {line}; declared as matched to within 2%")
     assert comparison.overall[0] == Difference(refused=f"refused on 1 of 1 tasks: navigate: {found.refused}")
-    assert spell_difference(found) == f"not compared: {found.refused}"
+    assert format_difference(found) == f"not compared: {found.refused}"
     page, table = pages(comparison, tmp_path)
     assert f"NOT COMPARED: {found.refused}" in table
     assert f"not compared: {found.refused}" in page
@@ -161,7 +161,7 @@ def test_amounts_of_nothing_match(tmp_path: Path) -> None:
 
 
 def test_questions_are_those_that_training_asked(rivals: dict[str, Rival], tmp_path: Path) -> None:
-    """With a budget of tokens the settings say how many a first step asks, and nothing of the others."""
+    """With a budget of tokens the settings tell the questions of the first step, and not those of the others."""
     spec = grid_of(tmp_path, GRID.replace("[train]", "[train]\nstep_tokens = 1000")).cells[0]
     found = METHODS["team"].run(spec, tmp_path)
     assert found.training
@@ -193,7 +193,7 @@ def test_a_method_that_died_is_a_line(rivals: dict[str, Rival], tmp_path: Path) 
     assert "1 score missing or incomplete" in text
 
 
-def test_a_task_that_nobody_answered_is_a_table_of_lines(rivals: dict[str, Rival], tmp_path: Path) -> None:
+def test_a_task_without_answers_is_a_table_of_lines(rivals: dict[str, Rival], tmp_path: Path) -> None:
     change = {(m, s): None if s else "RuntimeError: gone" for m in ("team", "single") for s in (0, 1, 2)}
     comparison = run_all(tmp_path, change)
     assert comparison.tables[0].missing["single"] == "seed 0 died: RuntimeError: gone; seed 1, 2 not run yet"
@@ -313,7 +313,7 @@ def test_both_readings_are_compared_each_with_its_own_answers(rivals: dict[str, 
     for seed in (0, 1, 2):
         team = replace(result(tmp_path, "team", seed), answers={"test": answers("YYYNNNNN", "YYYYYYYY")}, best_step=4)
         changed["team", seed] = replace(team, best_answers={"test": answers("YYYNNNNN", "YYYNNN-Y")})
-        # What validates nothing has one answer, in both readings.
+        # A method without validation has one answer, which is the best and the last.
         changed["single", seed] = replace(result(tmp_path, "single", seed), answers={"test": answers("YYYNNNNN", "YNNNYYN-")})
     comparison = run_all(tmp_path, changed)
     assert comparison.last is not None
@@ -351,7 +351,7 @@ def test_a_difference_at_the_floor_or_the_ceiling_is_uninformative(
     comparison = run_all(tmp_path, changed)
     assert comparison.tables[0].differences[0].uninformative == reason
     said = f"UNINFORMATIVE on 1 of 1 tasks: navigate ({reason})"
-    assert (said in spell_difference(comparison.overall[0])) == (reason is not None)
+    assert (said in format_difference(comparison.overall[0])) == (reason is not None)
     assert ("○" in pages(comparison, tmp_path)[1].split("## Scores")[0].split("| --- |")[1]) == (reason is not None)
 
 

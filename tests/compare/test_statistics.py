@@ -85,8 +85,8 @@ def test_crossed_by_hand() -> None:
     # MS_runs = 3 * (0.25 + 0.25) / 1 = 1.5; MS_questions = 2 * (0.25 + 0.25 + 0) / 2 = 0.5.
     table = np.array([[-0.5, 0.5, 0.0], [0.5, 1.5, 1.0]])
     estimate = statistics.crossed_estimate(table)
-    # Additive: nothing is left over, so the variance is (1.5 + 0.5) / 6 and the freedom 2^2 / (1.5^2 / 1 + 0.5^2 / 2).
-    assert (estimate.mean, estimate.error**2, estimate.freedom) == pytest.approx((0.5, 2 / 6, 4 / 2.375))
+    # Additive: no residual, so the variance is (1.5 + 0.5) / 6 and the degrees of freedom 2^2 / (1.5^2 / 1 + 0.5^2 / 2).
+    assert (estimate.mean, estimate.standard_error**2, estimate.degrees_of_freedom) == pytest.approx((0.5, 2 / 6, 4 / 2.375))
 
 
 def test_runs_that_repeat_each_other_add_nothing() -> None:
@@ -102,7 +102,7 @@ def test_intervals_of_a_perfect_or_constant_score_are_no_points() -> None:
     assert statistics.share_interval(np.ones((5, 20))) == pytest.approx(wilson(20, 20))
     assert statistics.crossed_estimate(np.zeros((3, 20))).p_value() == 1
     assert Estimate(0.5, 0.0, 3.0).p_value() == 0
-    assert math.isinf(statistics.crossed_estimate(np.ones((3, 1))).error)
+    assert math.isinf(statistics.crossed_estimate(np.ones((3, 1))).standard_error)
 
 
 def test_permutation_is_exact_where_it_can_be_enumerated() -> None:
@@ -124,8 +124,8 @@ def test_bootstrap_is_scipys() -> None:
 
 def test_the_mean_over_tasks_adds_variances() -> None:
     mean = statistics.mean_of([Estimate(0.1, 0.03, 4.0), Estimate(0.3, 0.04, 10.0)])
-    assert (mean.mean, mean.error) == pytest.approx((0.2, 0.025))
-    assert mean.freedom == pytest.approx(0.000625**2 / (0.000225**2 / 4 + 0.0004**2 / 10))
+    assert (mean.mean, mean.standard_error) == pytest.approx((0.2, 0.025))
+    assert mean.degrees_of_freedom == pytest.approx(0.000625**2 / (0.000225**2 / 4 + 0.0004**2 / 10))
     assert statistics.mean_of([Estimate(0.1, 0.0, 4.0)]).p_value() == 0
     # A single question says nothing, and nor does a mean with it.
     alone = statistics.crossed_estimate(np.array([[1.0]]))
@@ -179,7 +179,7 @@ def test_intervals_hold_their_share_for_all_sizes() -> None:
         assert wilson(0, n)[0] == 0.0
 
 
-def test_all_right_and_all_wrong_have_an_interval_whatever_the_weights() -> None:
+def test_all_right_and_all_wrong_have_an_interval_for_any_weights() -> None:
     for share in (0.0, 1.0000000000000002):
         low, high = share_interval(np.full((3, 91), share), independent([2] * 11 + [1] * 80))
         assert 0 <= low <= high <= 1

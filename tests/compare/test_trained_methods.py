@@ -1,4 +1,4 @@
-"""Trained methods from end to end on tiny backbones, and what networks can do for them: roles, votes, trees, a shared adapter.
+"""Trained methods from end to end on tiny backbones, and the settings that they need: roles, votes, trees, a shared adapter.
 
 1. Single-LLM RL, the shared adapter and NeuroMAS-3 have equally many trainable parameters, as given or by default.
 2. A cell that was stopped goes on, and ends as if it had not been.
@@ -40,7 +40,7 @@ Cell = Callable[[str], CellResult]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone that says little but Yes, No or nothing."""
+    """Return a backbone that rarely writes anything but Yes, No or nothing."""
     return save_model(make_model("qwen3", says=("Yes", "No")), tmp_path_factory.mktemp("speaker"))
 
 
@@ -64,7 +64,7 @@ def trained(name: str) -> Trained:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, CellResult]:
-    """Cells that were run, by method: each is run once for all tests that look at it."""
+    """Cells that were run, by method: each is run once for all tests that use it."""
     return {}
 
 
@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cell(spec: CellSpec, results: dict[str, CellResult], runs: Path) -> Cell:
-    """Runs a method, in the folder of what it trains as."""
+    """Return a function that runs a method in the folder of the run that it shares."""
 
     def run(name: str) -> CellResult:
         if name not in results:
@@ -89,7 +89,7 @@ CALLS = {
     "single_rl": 1, "single_rl_vote_3": 3, "shared_adapter": 3, "neuromas_roles": 3, "magrpo": 3, "malt": 3, "neuromas_3": 3,
     "neuromas_5": 5, "neuromas_7": 7,
 }  # fmt: skip
-"""Of an answer and of a training rollout, which makes one vote."""
+"""Calls of an answer and of a training rollout, which has one vote."""
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -120,7 +120,7 @@ def test_a_trained_cell_reports_answers_parameters_training_and_curve(spec: Cell
     assert result.settings["lr"] == 0.01
 
 
-def test_equal_parameters_whatever_the_graph(cell: Cell) -> None:
+def test_equal_parameters_for_any_graph(cell: Cell) -> None:
     # Two layers; q_proj 32 + 32 features, v_proj 32 + 16, rank 2: 2 * 2 * 112 a node.
     node = 448
     counts = {name: cell(name).trainable_parameters for name in CALLS}
@@ -240,7 +240,7 @@ def test_a_swarm_cell_counts_its_learning(spec: CellSpec, tmp_path: Path) -> Non
 
 
 def prompts_of(name: str, spec: CellSpec, backbone: Backbone) -> dict[int, str]:
-    """What each node of a method's network reads behind the question, if nodes say who they are."""
+    """Return what each node of a method's network reads after the question, if nodes name themselves."""
     config = trained(name).change(spec.config).check()
     topology = config.topology.build()
 
@@ -310,7 +310,7 @@ def test_rollouts_of_a_tree_share_what_comes_before_their_branches(folder: Path)
 
 
 def test_a_tree_gives_each_text_the_value_of_its_leaves() -> None:
-    """What a text that rollouts share gets in the sum over them, for rewards of the 8 leaves of a tree of 2 branches."""
+    """Return the weight of a text that rollouts share in the sum over them, for the 8 rewards of a tree of 2 branches."""
     leaves = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]])
     summed = advantages(leaves, "leave_one_out", alike=4).view(2, 4).sum(1)
     # Values of the two first texts: 3/4 and 1/4. What is left out is the other one's: four leaves, each 3/4 - 1/4 on average.

@@ -1,4 +1,4 @@
-"""What cells train with: the same trials for every trained method, chosen by validation, and tokens that follow another method.
+"""Settings of cells: the same trials for every trained method, chosen by validation, and tokens that follow another method.
 
 1. Every trained method has as many trials as every other, on every task, on seeds that are not scored.
 2. The highest validation accuracy chooses; the sooner one of equals.
@@ -63,10 +63,10 @@ def test_every_trained_method_has_equally_many_trials_on_seeds_that_are_not_scor
 def test_validation_chooses_and_the_first_of_equals_wins_unless_it_learns_later(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, best_at(2e-3))
     for method in ("single_rl", "single_rl_vote_3", "neuromas_3"):
-        settled = tuning.settle(cell(tuning, method, seed=1))
-        assert settled is not None
-        assert (settled.config.lr, settled.config.seed, settled.trial) == (2e-3, 1, False)
-    assert tuning.settle(cell(tuning, "direct")) == cell(tuning, "direct")
+        resolved = tuning.resolve(cell(tuning, method, seed=1))
+        assert resolved is not None
+        assert (resolved.config.lr, resolved.config.seed, resolved.trial) == (2e-3, 1, False)
+    assert tuning.resolve(cell(tuning, "direct")) == cell(tuning, "direct")
     assert [row.chosen for row in tuning.table(cell(tuning, "single_rl"))] == [False, False, True]
     curves = {5e-4: [0.2, 0.8], 1e-3: [0.8, 0.8], 2e-3: [0.8, 0.8]}
     tuning = tuning_of(tmp_path, lambda spec: curves[spec.config.lr])
@@ -77,7 +77,7 @@ def test_validation_chooses_and_the_first_of_equals_wins_unless_it_learns_later(
 
 def test_nothing_is_chosen_while_a_trial_is_missing(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, lambda spec: None if spec.config.lr == 1e-3 else [0.5])
-    assert tuning.settle(cell(tuning, "neuromas_3")) is None
+    assert tuning.resolve(cell(tuning, "neuromas_3")) is None
     assert [row.accuracy for row in tuning.table(cell(tuning, "neuromas_3"))] == [0.5, None, 0.5]
     assert not any(row.chosen for row in tuning.table(cell(tuning, "neuromas_3")))
 
@@ -89,12 +89,12 @@ def test_a_candidate_whose_trial_died_is_not_chosen(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, curves)
     lookup = tuning.results
     tuning.results = lambda spec: "ValueError: the loss is nan" if spec.trial and spec.config.lr == 2e-3 else lookup(spec)
-    settled = tuning.settle(cell(tuning, "neuromas_3"))
-    assert settled is not None
-    assert settled.config.lr == 1e-3
+    resolved = tuning.resolve(cell(tuning, "neuromas_3"))
+    assert resolved is not None
+    assert resolved.config.lr == 1e-3
     assert [row.died for row in tuning.table(cell(tuning, "neuromas_3"))] == [None, None, "ValueError: the loss is nan"]
     tuning.results = lambda spec: "ValueError: the loss is nan" if spec.trial else None
-    assert tuning.settle(cell(tuning, "neuromas_3")) is None
+    assert tuning.resolve(cell(tuning, "neuromas_3")) is None
     assert tuning.why_not(cell(tuning, "neuromas_3")) == "all its trials died: ValueError: the loss is nan"
 
 
@@ -124,33 +124,33 @@ def test_what_is_scored_chooses_nothing(tmp_path: Path) -> None:
 def test_a_method_trains_to_the_tokens_of_another_with_the_same_seed(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, best_at(2e-3))
     follower = next(t for t in tuning.trials() if t.method == "single_rl_long_continued" and t.config.lr == 5e-4)
-    settled = tuning.settle(follower)
-    assert settled is not None
-    # 1000 tokens for each seed up to 11, and 200 of the team's chosen learning rate, whatever its own is.
-    assert (settled.config.train_tokens, settled.config.lr) == (12_200, 5e-4)
-    settled = tuning.settle(cell(tuning, "single_rl_long_continued", seed=1))
-    assert settled is not None
-    assert settled.config.train_tokens == 2_200
-    assert replace(settled.config, train_tokens=0) == replace(cell(tuning, "single_rl", seed=1).config, lr=2e-3)
+    resolved = tuning.resolve(follower)
+    assert resolved is not None
+    # 1000 tokens for each seed up to 11, and 200 of the team's chosen learning rate, independent of its own.
+    assert (resolved.config.train_tokens, resolved.config.lr) == (12_200, 5e-4)
+    resolved = tuning.resolve(cell(tuning, "single_rl_long_continued", seed=1))
+    assert resolved is not None
+    assert resolved.config.train_tokens == 2_200
+    assert replace(resolved.config, train_tokens=0) == replace(cell(tuning, "single_rl", seed=1).config, lr=2e-3)
 
 
 def test_a_method_waits_for_the_tokens_that_it_trains_to(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, lambda spec: [0.5] if spec.trial else None)
-    assert tuning.settle(cell(tuning, "neuromas_3")) is not None
-    assert tuning.settle(cell(tuning, "single_rl_long_continued")) is None
+    assert tuning.resolve(cell(tuning, "neuromas_3")) is not None
+    assert tuning.resolve(cell(tuning, "single_rl_long_continued")) is None
 
 
 def test_a_single_candidate_needs_no_trials_and_ranks_are_tried_too(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, best_at(1e-3), HEAD.replace("lr = [5e-4, 1e-3, 2e-3]\nseeds = [11]", "lr = [1e-3]"))
     assert tuning.trials() == []
-    settled = tuning.settle(cell(tuning, "neuromas_3"))
-    assert settled is not None
-    assert settled.config.lr == 1e-3
+    resolved = tuning.resolve(cell(tuning, "neuromas_3"))
+    assert resolved is not None
+    assert resolved.config.lr == 1e-3
     assert tuning.table(cell(tuning, "neuromas_3")) == []
     tuning = tuning_of(tmp_path, lambda spec: [0.1 * (spec.config.adapter.rank or 0)], HEAD + "rank = [2, 4]\n")
-    settled = tuning.settle(cell(tuning, "single_rl"))
-    assert settled is not None
-    assert (settled.config.adapter.rank, settled.config.lr) == (4, 5e-4)
+    resolved = tuning.resolve(cell(tuning, "single_rl"))
+    assert resolved is not None
+    assert (resolved.config.adapter.rank, resolved.config.lr) == (4, 5e-4)
     assert len(tuning.trials()) == 3 * 6
 
 

@@ -1,4 +1,4 @@
-"""The compared methods by name, as `neuromas compare` takes them. What loads torch is loaded when a method runs."""
+"""The compared methods by name, as `neuromas compare` takes them. Modules that load torch are imported when a method runs."""
 
 from neuromas.compare.methods import (
     debate,

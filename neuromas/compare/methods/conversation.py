@@ -1,4 +1,4 @@
-"""Untrained methods as conversations: plain functions that say what to ask the bare backbone next, and end with an answer.
+"""Untrained methods as conversations: plain functions that yield what to ask the bare backbone next, and return an answer.
 
 A conversation is written for one example, as a generator. It yields lists of calls that may run at once, is handed their
 texts in the same order, and returns the text that answers:
@@ -22,7 +22,7 @@ class Call:
     """One text to be written. The model reads the question, then `text`."""
 
     key: str
-    """Names the draw: it depends on (seed, example, key) alone. Unique in a conversation."""
+    """Seeds the sampling, which depends on (seed, example, key) alone. Unique in a conversation."""
     text: str
 
 
@@ -30,8 +30,8 @@ Conversation = Generator[list[Call], list[str], str]
 
 
 @dataclass(slots=True)
-class Spoken:
-    """An example's answering text and what it took."""
+class Answered:
+    """An example with the text that answers it, and what that text cost."""
 
     example: Example
     text: str = ""
@@ -46,5 +46,5 @@ def lines(*parts: str) -> str:
 
 
 def listing(head: str, texts: Sequence[str]) -> str:
-    """Return numbered texts under a heading, nothing for no texts."""
+    """Return the texts as a numbered list under a heading; an empty string where there are none."""
     return lines(head, *(f"{number}. {text.strip()}" for number, text in enumerate(texts, start=1))) if texts else ""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from neuromas.compare.methods.conversation import Conversation, Spoken
+from neuromas.compare.methods.conversation import Answered, Conversation
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec
 from neuromas.config import TrainConfig
 from neuromas.model.backbone import Backbone
@@ -19,124 +19,126 @@ from neuromas.training.ledger import spending
 from neuromas.training.questions import evaluation_sets
 from neuromas.types import Example, Group, Request, Sample
 
-NOBODY = 0
-"""Who speaks where there are no nodes: the bare backbone."""
+BARE_BACKBONE = 0
+"""Number of the node in requests to the bare backbone, which has no nodes."""
 
 
 @dataclass(slots=True)
-class _Talk:
-    """A conversation on its way."""
+class _RunningConversation:
+    """A conversation that has not ended, with the texts that it has so far."""
 
     conversation: Conversation
-    spoken: Spoken
+    answered: Answered
     texts: list[str | None] = field(default_factory=list)
-    """What the calls of the current list have written so far."""
+    """Texts of the calls of the current list; None for a call that still runs."""
     keys: set[str] = field(default_factory=set)
 
 
 class _Round:
-    """All conversations of one call of the engine; each goes on as soon as its own texts are there."""
+    """Runs all conversations through one call of the engine; each goes on as soon as its own texts are complete."""
 
-    def __init__(self, talks: list[_Talk], policy: Policy, seed: tuple[int | str, ...], max_new_tokens: int) -> None:
-        self.talks, self.policy, self.seed, self.max_new_tokens = talks, policy, seed, max_new_tokens
+    def __init__(
+        self, conversations: list[_RunningConversation], policy: Policy, seed: tuple[int | str, ...], max_new_tokens: int
+    ) -> None:
+        self.conversations, self.policy, self.seed, self.max_new_tokens = conversations, policy, seed, max_new_tokens
         self.limit = policy.backbone.max_tokens
-        self.places: list[tuple[int, int]] = []
-        """(conversation, place in its current list) of each request."""
+        self.indices: list[tuple[int, int]] = []
+        """(index of the conversation, index in its current list of calls) of each request."""
 
     def start(self) -> list[tuple[int, Request]]:
-        return [request for which in range(len(self.talks)) for request in self._advance(which, None)]
+        return [request for index in range(len(self.conversations)) for request in self._advance(index, None)]
 
     def receive(self, key: int, sample: Sample) -> list[tuple[int, Request]]:
-        which, place = self.places[key]
-        talk = self.talks[which]
-        talk.spoken.sampled_tokens += len(sample.token_ids)
-        talk.texts[place] = sample.text
-        if any(text is None for text in talk.texts):
+        index, call_index = self.indices[key]
+        running = self.conversations[index]
+        running.answered.sampled_tokens += len(sample.token_ids)
+        running.texts[call_index] = sample.text
+        if any(text is None for text in running.texts):
             return []
-        return self._advance(which, [text for text in talk.texts if text is not None])
+        return self._advance(index, [text for text in running.texts if text is not None])
 
-    def _advance(self, which: int, texts: list[str] | None) -> list[tuple[int, Request]]:
-        talk = self.talks[which]
+    def _advance(self, index: int, texts: list[str] | None) -> list[tuple[int, Request]]:
+        running = self.conversations[index]
         try:
-            calls = next(talk.conversation) if texts is None else talk.conversation.send(texts)
+            calls = next(running.conversation) if texts is None else running.conversation.send(texts)
             while not calls:
-                calls = talk.conversation.send([])
+                calls = running.conversation.send([])
         except StopIteration as end:
-            talk.spoken.text = end.value
+            running.answered.text = end.value
             return []
-        talk.texts = [None] * len(calls)
+        running.texts = [None] * len(calls)
         requests = []
-        for place, call in enumerate(calls):
-            assert call.key not in talk.keys, f"two calls are named {call.key!r}: they would draw alike"
-            talk.keys.add(call.key)
-            self.places.append((which, place))
-            requests.append((len(self.places) - 1, self._request(talk.spoken, call.key, call.text)))
+        for call_index, call in enumerate(calls):
+            assert call.key not in running.keys, f"two calls are named {call.key!r}: their samples would be the same"
+            running.keys.add(call.key)
+            self.indices.append((index, call_index))
+            requests.append((len(self.indices) - 1, self._request(running.answered, call.key, call.text)))
         return requests
 
-    def _request(self, spoken: Spoken, key: str, text: str) -> Request:
-        prompt = self.policy.prompt(spoken.example.question, text)
+    def _request(self, answered: Answered, key: str, text: str) -> Request:
+        prompt = self.policy.prompt(answered.example.question, text)
         length = len(prompt.prefix_ids) + len(prompt.suffix_ids)
         if self.limit is not None and length + self.max_new_tokens > self.limit:
             raise ValueError(
                 f"call {key} reads {length} tokens and may write --max-new-tokens {self.max_new_tokens}, the backbone reads "
                 f"{self.limit}; shorten what is written, or give the method fewer agents or samples"
             )
-        spoken.calls += 1
-        spoken.prompt_tokens += length
-        return Request(NOBODY, prompt, (*self.seed, spoken.example.id, key))
+        answered.calls += 1
+        answered.prompt_tokens += length
+        return Request(BARE_BACKBONE, prompt, (*self.seed, answered.example.id, key))
 
 
 def converse(
-    talks: Sequence[tuple[Example, Conversation]],
+    conversations: Sequence[tuple[Example, Conversation]],
     policy: Policy,
     engine: Engine,
     *,
     seed: Sequence[int | str],
     temperature: float,
     max_new_tokens: int,
-) -> list[Spoken]:
-    """Hold all conversations at once, without a barrier between them, and return their answers in order.
+) -> list[Answered]:
+    """Run all conversations at once, without a barrier between them, and return their answers in order.
 
-    The policy is the bare backbone. A draw depends on (seed, example, key of the call) alone.
+    The policy is the bare backbone. Sampling depends on (seed, example, key of the call) alone.
     Raises ValueError if a call's prompt leaves no room for its text.
     """
-    running = [_Talk(conversation, Spoken(example)) for example, conversation in talks]
+    running = [_RunningConversation(conversation, Answered(example)) for example, conversation in conversations]
     rounds = _Round(running, policy, tuple(seed), max_new_tokens)
     engine.generate(rounds.start(), rounds.receive, temperature=temperature, max_new_tokens=max_new_tokens)
-    return [talk.spoken for talk in running]
+    return [each.answered for each in running]
 
 
-def answers_of(task: Task, spoken: Sequence[Spoken]) -> tuple[Answer, ...]:
-    """Check the answers and put them beside what they cost."""
-    rewards = task.rewards([(each.example, each.text) for each in spoken])
+def answers_of(task: Task, answered: Sequence[Answered]) -> tuple[Answer, ...]:
+    """Check the answers and return each with its reward and cost."""
+    rewards = task.rewards([(each.example, each.text) for each in answered])
     return tuple(
         Answer(
             example=each.example.id, gold=each.example.answer, given=task.parse_answer(each.text), reward=float(reward),
             calls=each.calls, prompt_tokens=each.prompt_tokens, sampled_tokens=each.sampled_tokens,
         )
-        for each, reward in zip(spoken, rewards, strict=True)
+        for each, reward in zip(answered, rewards, strict=True)
     )  # fmt: skip
 
 
-def voted(task: Task, group: Group) -> Spoken:
-    """Return the answer that a group's rollouts elect, at the cost of all of them."""
+def majority_answer(task: Task, group: Group) -> Answered:
+    """Return the majority answer of a group's rollouts, at the cost of all of them."""
     spent = spending([group])
     texts = [rollout.answer for rollout in group]
     winner = texts[majority_vote(texts, task.parse_answer)]
-    return Spoken(group[0].example, winner, spent.calls, spent.prompt_tokens, spent.sampled_tokens)
+    return Answered(group[0].example, winner, spent.calls, spent.prompt_tokens, spent.sampled_tokens)
 
 
-def in_parts(
+def answer_in_parts(
     examples: Sequence[Example],
-    answer: Callable[[Sequence[Example]], list[Spoken]],
+    answer: Callable[[Sequence[Example]], list[Answered]],
     between: Callable[[], None] = lambda: None,
-) -> list[Spoken]:
-    """Answer examples part by part, so that memory does not grow with their number; `between` is called before each."""
-    spoken: list[Spoken] = []
+) -> list[Answered]:
+    """Answer examples part by part, so that memory does not grow with their number; `between` is called before each part."""
+    answered: list[Answered] = []
     for start in range(0, len(examples), EXAMPLES_AT_ONCE):
         between()
-        spoken += answer(examples[start : start + EXAMPLES_AT_ONCE])
-    return spoken
+        answered += answer(examples[start : start + EXAMPLES_AT_ONCE])
+    return answered
 
 
 def settings_of(config: TrainConfig, **more: object) -> dict[str, object]:
@@ -144,7 +146,7 @@ def settings_of(config: TrainConfig, **more: object) -> dict[str, object]:
 
 
 class Answerer:
-    """A cell's task, evaluation sets and bare backbone, ready for conversations."""
+    """Holds a cell's task, evaluation sets and bare backbone, and runs conversations with them."""
 
     def __init__(self, config: TrainConfig, temperature: float) -> None:
         self.config, self.temperature = config.check(), temperature
@@ -154,24 +156,28 @@ class Answerer:
         self.policy = Policy(backbone)
         self.engine = TorchEngine(self.policy)
 
-    def converse(self, talks: Sequence[tuple[Example, Conversation]], seed: Sequence[int | str]) -> list[Spoken]:
-        """Hold conversations on the bare backbone, as the cell's settings say."""
+    def converse(self, conversations: Sequence[tuple[Example, Conversation]], seed: Sequence[int | str]) -> list[Answered]:
+        """Run conversations on the bare backbone with the cell's settings."""
         return converse(
-            talks, self.policy, self.engine, seed=seed, temperature=self.temperature,
+            conversations, self.policy, self.engine, seed=seed, temperature=self.temperature,
             max_new_tokens=self.config.max_new_tokens,
         )  # fmt: skip
 
-    def answers(self, talk: Callable[[Example], Conversation]) -> dict[str, tuple[Answer, ...]]:
-        """Hold a conversation about each example of each evaluation set."""
+    def answers(self, conversation: Callable[[Example], Conversation]) -> dict[str, tuple[Answer, ...]]:
+        """Return the answers to each evaluation set, by one conversation for each example."""
 
-        def answer(examples: Sequence[Example]) -> list[Spoken]:
-            return self.converse([(example, talk(example)) for example in examples], ("evaluate", self.config.seed))
+        def answer(examples: Sequence[Example]) -> list[Answered]:
+            return self.converse([(example, conversation(example)) for example in examples], ("evaluate", self.config.seed))
 
-        return {name: answers_of(self.task, in_parts(examples, answer)) for name, examples in self.sets.items()}
+        return {name: answers_of(self.task, answer_in_parts(examples, answer)) for name, examples in self.sets.items()}
 
 
 def run_untrained(
-    name: str, talk: Callable[..., Conversation], settings: Mapping[str, int | float], spec: CellSpec, temperature: float
+    name: str,
+    conversation: Callable[..., Conversation],
+    settings: Mapping[str, int | float],
+    spec: CellSpec,
+    temperature: float,
 ) -> CellResult:
     """Answer the cell's evaluation sets by conversations of (example, task, **settings)."""
     answerer = Answerer(spec.config, temperature)
@@ -179,7 +185,7 @@ def run_untrained(
         method=name,
         task=answerer.task.name,
         seed=spec.config.seed,
-        answers=answerer.answers(lambda example: talk(example, answerer.task, **settings)),
+        answers=answerer.answers(lambda example: conversation(example, answerer.task, **settings)),
         trainable_parameters=0,
         training=None,
         settings=settings_of(spec.config, evaluation_temperature=temperature, **settings),

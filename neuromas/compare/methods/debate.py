@@ -8,7 +8,7 @@ from neuromas.types import Example
 
 
 def debate(example: Example, task: Task, *, agents: int, rounds: int) -> Conversation:
-    """Let agents answer alone; in each later round each reads the others' last answers in full, and its own, and answers anew.
+    """Let agents answer alone; in each later round each agent reads all last answers in full, and answers again.
 
     The majority of the last round is the answer. Differs: an agent reads its own last answer as text, where the repository
     keeps a chat history of all of its rounds.
@@ -34,7 +34,7 @@ METHODS = (
         name="debate",
         title="Multi-agent debate",
         source="Du et al. 2023, arXiv 2305.14325; repository composable-models/llm_multiagent_debate",
-        talk=debate,
+        conversation=debate,
         settings={"agents": 3, "rounds": 2},
         temperature=1.0,
     ),

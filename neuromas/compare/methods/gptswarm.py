@@ -1,8 +1,8 @@
 """GPTSwarm: agents whose edges are learned by REINFORCE, on a frozen backbone (Zhuge et al. 2024, arXiv 2402.16823).
 
 Each possible edge between agents, and from an agent to the final vote, is there with probability sigmoid(theta). Graphs are
-drawn edge by edge, edges that would close a cycle left out; theta follows (utility - moving average) * grad log p(graph) with
-Adam. At the end edges with a probability above one half are kept.
+drawn edge by edge, and edges that would close a cycle are left out; theta follows (utility - moving average) * grad log
+p(graph) with Adam. At the end edges with a probability above one half are kept.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neuromas.compare.methods.conversation import Call, Conversation, Spoken, lines, listing
+from neuromas.compare.methods.conversation import Answered, Call, Conversation, lines, listing
 from neuromas.compare.methods.method import CellResult, CellSpec
 from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Task
@@ -19,17 +19,17 @@ from neuromas.types import Example
 
 LIE = "Give a wrong answer on purpose."
 FINAL = -1
-"""Where an edge to the final vote leads."""
+"""The target of an edge that leads to the final vote."""
 
 Edge = tuple[int, int]
-Converse = Callable[[list[tuple[Example, Conversation]], tuple[int | str, ...]], list[Spoken]]
-"""Holds conversations, given the seed of their draws."""
+Converse = Callable[[list[tuple[Example, Conversation]], tuple[int | str, ...]], list[Answered]]
+"""Runs conversations, given the seed of their samples."""
 
 
 def swarm(example: Example, task: Task, *, edges: frozenset[Edge], truthful: int) -> Conversation:
-    """Let agents answer, each reading the answers of the agents with an edge to it, and put those before the vote to the vote.
+    """Let each agent read the answers of the agents with an edge to it and answer; those with an edge to the vote vote.
 
-    Agents 0 to `truthful` - 1 answer, the others lie. Only agents from which a way leads to the vote are called, as the
+    Agents 0 to `truthful` - 1 answer, the others lie. Only agents from which a path leads to the vote are called, as the
     others change no answer; if there is none, the answer is empty.
     """
     wanted = _upstream(edges)
@@ -54,7 +54,7 @@ def swarm(example: Example, task: Task, *, edges: frozenset[Edge], truthful: int
 
 
 def _upstream(edges: frozenset[Edge]) -> set[int]:
-    """Return the agents from which a way leads to the vote."""
+    """Return the agents from which a path leads to the vote."""
     found = {FINAL}
     while more := {a for a, b in edges if b in found} - found:
         found |= more
@@ -67,9 +67,9 @@ def possible_edges(agents: int) -> list[Edge]:
 
 
 def draw_graph(thetas: Mapping[Edge, float], rng: random.Random) -> tuple[frozenset[Edge], dict[Edge, float]]:
-    """Draw edges one by one; return those drawn and d log p(graph) / d theta of each edge that was up to chance.
+    """Draw edges one by one; return those drawn and d log p(graph) / d theta of each edge that was left to chance.
 
-    Of a Bernoulli variable with p = sigmoid(theta): 1 - p if it is drawn, -p if not.
+    For a Bernoulli variable with p = sigmoid(theta) this is 1 - p if it is drawn, -p if not.
     """
     edges: set[Edge] = set()
     slopes: dict[Edge, float] = {}
@@ -85,7 +85,7 @@ def draw_graph(thetas: Mapping[Edge, float], rng: random.Random) -> tuple[frozen
 
 
 def likely_graph(thetas: Mapping[Edge, float]) -> frozenset[Edge]:
-    """Return the edges with a probability above one half, in order, those left out that would close a cycle."""
+    """Return the edges with a probability above one half, in order, without those that would close a cycle."""
     edges: set[Edge] = set()
     for edge, theta in thetas.items():
         if theta > 0 and not _closes_cycle(edges, edge):
@@ -102,7 +102,7 @@ def _closes_cycle(edges: set[Edge], edge: Edge) -> bool:
 
 @dataclass
 class EdgeLearner:
-    """Thetas and Adam (Kingma and Ba 2015) on them: a handful of numbers."""
+    """Holds the thetas and updates them by Adam (Kingma and Ba 2015)."""
 
     thetas: dict[Edge, float]
     lr: float
@@ -112,7 +112,7 @@ class EdgeLearner:
     _moments: dict[Edge, tuple[float, float]] = field(default_factory=dict)
 
     def update(self, slopes: Sequence[Mapping[Edge, float]], utilities: Sequence[float]) -> None:
-        """Go one step up the mean of (utility - average) * slope over the drawn graphs."""
+        """Take one step up the mean of (utility - average) * slope over the drawn graphs."""
         mean = sum(utilities) / len(utilities)
         average = mean if self.average is None else self.average
         self.average = 0.9 * average + 0.1 * mean
@@ -132,8 +132,8 @@ class GPTSwarm:
     """Learn the edges on training questions, then answer with the likely graph.
 
     Settings are those of the repository's MMLU run: 3 agents that answer and 3 that lie, 200 iterations of 4 questions, lr 0.1.
-    Differs: agents that cannot reach the vote are not called. Its learning is cheap but not free: `training` counts it, its
-    trainable parameters are the thetas. It is kept nowhere: a cell that is stopped learns its edges again, and alike.
+    Differs: agents that cannot reach the vote are not called. Its learning is cheap but not free: `training` counts it, and
+    its trainable parameters are the thetas. They are not saved: a cell that is stopped learns the same edges again.
     """
 
     name: str = "gptswarm"
@@ -143,11 +143,11 @@ class GPTSwarm:
     adversarial: int = 3
     iterations: int = 200
     questions: int = 4
-    """Of an iteration, each with a graph of its own."""
+    """Questions of an iteration, each with a graph of its own."""
     lr: float = 0.1
     temperature: float = 0.2
     trained: bool = False
-    """No: only edges are learned, the backbone stays bare."""
+    """False: only edges are learned, no adapters."""
 
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
         from neuromas.compare.methods.converse import Answerer, settings_of  # loads torch
@@ -169,21 +169,23 @@ class GPTSwarm:
         )  # fmt: skip
 
     def learn(self, task: Task, seed: int, converse: Converse) -> tuple[dict[Edge, float], dict[str, int]]:
-        """Return the learned thetas and what learning took."""
+        """Return the learned thetas and the ledger of learning them."""
         learner = EdgeLearner(dict.fromkeys(possible_edges(self.truthful + self.adversarial), 0.0), self.lr)
         spent = {"calls": 0, "prompt_tokens": 0, "sampled_tokens": 0}
         for iteration in range(self.iterations):
             rng = random.Random(f"gptswarm/{seed}/{iteration}")
             examples = task.training_batch(seed, iteration, self.questions)
             drawn = [draw_graph(learner.thetas, rng) for _ in examples]
-            talks = [swarm(e, task, edges=edges, truthful=self.truthful) for e, (edges, _) in zip(examples, drawn, strict=True)]
-            spoken = converse(list(zip(examples, talks, strict=True)), ("gptswarm", seed, iteration))
+            conversations = [
+                swarm(e, task, edges=edges, truthful=self.truthful) for e, (edges, _) in zip(examples, drawn, strict=True)
+            ]
+            answered = converse(list(zip(examples, conversations, strict=True)), ("gptswarm", seed, iteration))
             for quantity in spent:
-                spent[quantity] += sum(getattr(each, quantity) for each in spoken)
-            utilities = task.rewards([(each.example, each.text) for each in spoken])
+                spent[quantity] += sum(getattr(each, quantity) for each in answered)
+            utilities = task.rewards([(each.example, each.text) for each in answered])
             learner.update([slopes for _, slopes in drawn], utilities)
-        asked = self.iterations * self.questions
-        counts = {"steps": self.iterations, "optimizer_steps": self.iterations, "questions": asked, "rollouts": asked}
+        total = self.iterations * self.questions
+        counts = {"steps": self.iterations, "optimizer_steps": self.iterations, "questions": total, "rollouts": total}
         return learner.thetas, {"trainable_parameters": len(learner.thetas), **counts, **spent}
 
 

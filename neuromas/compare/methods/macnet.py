@@ -7,15 +7,15 @@ from neuromas.tasks import Task
 from neuromas.types import Example
 
 ROLES = ("a mathematician", "a logician", "a programmer", "a careful reader", "an editor", "a teacher", "a scientist")
-"""Profiles of the actors, in turn; the source draws them from a pool that a model wrote."""
+"""Profiles that the actors get in turn; the source draws them from a pool that a model wrote."""
 CRITIC = "You are a critic."
 
 
 def macnet(example: Example, task: Task, *, width: int, depth: int) -> Conversation:
     """Pass an answer through `depth` layers of `width` actors and a last actor, fully connected (the source's `mlp`).
 
-    First actors answer. On each edge a critic reads its sender's answer and gives an instruction, and the actor behind the
-    edge revises the answer by it; an actor with several edges then merges its revisions. Only answers travel on, no talk.
+    The first actors answer. On each edge a critic reads the sender's answer and gives an instruction, and the actor at the end
+    of the edge revises the answer by it; an actor with several edges then merges its revisions. Only answers are passed on.
     Differs: greedy, where the source merges at a temperature that falls with depth; five actors instead of 16 and more.
     """
     graph = Topology.layered([width] * depth + [1])
@@ -66,7 +66,7 @@ METHODS = (
         name="macnet",
         title="MacNet (DAG with roles)",
         source="Qian et al. 2024, arXiv 2406.07155; repository ChatDev, branch macnet",
-        talk=macnet,
+        conversation=macnet,
         settings={"width": 2, "depth": 2},
     ),
 )

@@ -1,4 +1,4 @@
-"""What every compared method takes and gives: a cell of the grid methods x tasks x seeds, and its honest account."""
+"""The records that every compared method takes and returns: a cell of the grid methods x tasks x seeds, and its result."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +9,13 @@ from neuromas.config import TrainConfig
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One evaluated question: what was answered, whether it was right, and what the answer cost."""
+    """One evaluated question: its answer, the reward and the cost."""
 
     example: str
     """Id of the example."""
     gold: str
     given: str | None
-    """The answer in normal form, None where none could be read."""
+    """The answer in normal form, None where none could be parsed."""
     reward: float
     calls: int
     prompt_tokens: int
@@ -24,7 +24,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """Validation accuracy in the course of training."""
+    """Validation accuracy after some training steps."""
 
     step: int
     sampled_tokens: int
@@ -33,18 +33,21 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class CellSpec:
-    """One cell: a method on a task with a seed. `config` holds task, seed, backbone, budgets and evaluation sizes for all
-    methods alike; a method changes in it what makes it this method (topology, adapter) and nothing else."""
+    """One cell: a method on a task with a seed.
+
+    `config` holds task, seed, backbone, budgets and evaluation sizes, the same for all methods; a method changes in it what
+    defines the method (topology, adapter) and nothing else.
+    """
 
     method: str
     config: TrainConfig
     trial: bool = False
-    """Whether it only helps to choose settings: it trains and validates, and answers nothing."""
+    """True for a trial of settings: it trains and validates, and answers no evaluation set."""
 
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """What a cell measured."""
+    """The result of a cell."""
 
     method: str
     task: str
@@ -58,7 +61,7 @@ class CellResult:
     best_answers: dict[str, tuple[Answer, ...]] = field(default_factory=dict)
     """The same with the adapters of the best validation in training; empty where nothing was validated."""
     best_step: int | None = None
-    """Training steps done by then."""
+    """Training steps done before the best validation."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The resolved settings of this cell."""
 
@@ -68,13 +71,13 @@ class Method(Protocol):
     """A compared method."""
 
     name: str
-    """As `neuromas compare` takes it, e.g. `self_consistency`."""
+    """The name in `methods` of a comparison file, e.g. `self_consistency`."""
     title: str
-    """As a table shows it."""
+    """The name in tables."""
     source: str
-    """Paper and where in it, or what it stands for."""
+    """The paper and the part of it, or what the method controls for."""
     trained: bool
 
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
-        """Train where it is trained (in `folder`, resumable), answer the evaluation sets, give the account."""
+        """Train if the method trains (in `folder`, resumable), answer the evaluation sets, and return the result."""
         ...

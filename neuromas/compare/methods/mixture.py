@@ -7,7 +7,7 @@ from neuromas.types import Example
 
 
 def mixture_of_agents(example: Example, task: Task, *, layers: int, proposers: int) -> Conversation:
-    """Let layers of proposers answer, each but the first reading all answers of the layer before; one aggregator ends it.
+    """Let layers of proposers answer, each but the first reading all answers of the layer before; an aggregator merges them.
 
     The aggregator is the last layer. Differs: all agents are samples of one backbone (Self-MoA), not different models.
     """
@@ -28,7 +28,7 @@ METHODS = (
         name="mixture_of_agents",
         title="Mixture of Agents",
         source="Wang et al. 2024, arXiv 2406.04692; repository togethercomputer/MoA",
-        talk=mixture_of_agents,
+        conversation=mixture_of_agents,
         settings={"layers": 3, "proposers": 6},
         temperature=0.7,
     ),

@@ -1,4 +1,4 @@
-"""NeuroMAS and what it is compared with: networks that train by the same loop and differ in one thing each."""
+"""NeuroMAS and the networks that it is compared with: all train by the same loop and differ in one thing each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,10 +10,10 @@ from neuromas.graph.growth import Opening
 
 PAPER = "arXiv 2605.16757"
 NODES = 3
-"""A cell's settings are meant for the network of three nodes: a given rank is that of one of its nodes."""
+"""Nodes of the network that a cell's settings describe: a given rank is that of one of its nodes."""
 
 VOTE_TEMPERATURE = 0.7
-"""As self-consistency samples (Wang et al. 2023)."""
+"""The temperature of self-consistency (Wang et al. 2023)."""
 
 FORMAT_BONUS = 0.2
 THREE, FIVE, SEVEN = (1, 1, 1), (2, 2, 1), (2, 2, 2, 1)
@@ -27,9 +27,9 @@ ROLES = (
 
 @dataclass(kw_only=True)
 class Trained:
-    """A method that trains a network. `change` makes of a cell's settings what this method trains with.
+    """A method that trains a network. `change` turns a cell's settings into those that this method trains with.
 
-    The run is `folder`/run. Methods of one `trains_as` train alike: given the same folder, the second one finds the run done.
+    The run is `folder`/run. Methods of one `trains_as` train alike: given the same folder, the second one finds a finished run.
     """
 
     name: str
@@ -37,19 +37,20 @@ class Trained:
     source: str
     change: Callable[[TrainConfig], TrainConfig]
     votes: int = 1
-    """Rollouts of an answer; the majority of what the task can read in them is the answer, ties to the first."""
+    """Rollouts of a question; the majority of the answers that the task can parse is the answer, ties go to the first."""
     temperature: float = 0.0
-    """Of those rollouts; 0 is greedy, as the paper evaluates."""
+    """Temperature of those rollouts; 0 is greedy, as the paper evaluates."""
     trains_as: str = ""
+    """Name of the method whose run this one uses; empty: its own name."""
     tokens_of: str = ""
-    """Trains until it has sampled as many tokens as this method has on the same task with the same seed."""
+    """Name of a method: training ends at as many sampled tokens as that method has on the same task with the same seed."""
     trained: bool = True
 
     def __post_init__(self) -> None:
         self.trains_as = self.trains_as or self.name
 
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
-        """Train in `folder`, or go on there, and answer the evaluation sets."""
+        """Train in `folder`, or resume the run there, and answer the evaluation sets."""
         from neuromas.compare.methods.train_cell import run_trained  # loads torch
 
         return run_trained(self.name, self.change(spec.config), spec, folder, votes=self.votes, temperature=self.temperature)
@@ -71,11 +72,11 @@ class UntrainedNetwork:
         return run_untrained_network(self.name, self.change(spec.config))
 
 
-def whole(adapter: AdapterConfig) -> AdapterConfig:
+def enlarged(adapter: AdapterConfig) -> AdapterConfig:
     """Return the settings of one adapter with as many parameters as the three nodes' together.
 
-    A given rank is multiplied, and with it alpha, so that alpha / rank stays. A budget, or nothing given, means all adapters
-    together as it is.
+    A given rank is multiplied, and alpha with it, so that alpha / rank stays. A budget, or the default, already means all
+    adapters together.
     """
     if adapter.rank is None:
         return adapter
@@ -83,16 +84,16 @@ def whole(adapter: AdapterConfig) -> AdapterConfig:
 
 
 def neuromas(*widths: int) -> Callable[[TrainConfig], TrainConfig]:
-    """Return what sets the layers; rank, budget and skip edges stay."""
+    """Return a change of settings that sets the layers; rank, budget and skip edges stay."""
     return lambda config: replace(config, topology=TopologyConfig(widths=widths, skip=config.topology.skip))
 
 
 def grown(*stages: tuple[int, ...], opening: Opening = "immediate") -> Callable[[TrainConfig], TrainConfig]:
-    """Return what makes a network grow from stage to stage, each of equally many steps; new adapters start at zero.
+    """Return a change of settings that grows a network in stages of equally many steps; new adapters start at zero.
 
-    Each stage has the learning rate's whole warm-up and cosine, as the network from scratch has it.
+    Each stage has the learning rate's full warm-up and cosine, as the network from scratch has it.
 
-    `immediate` is the paper's. An annealed opening takes half of its stage.
+    The paper opens new nodes immediately (`immediate`). An annealed opening takes half of its stage.
     """
 
     def change(config: TrainConfig) -> TrainConfig:
@@ -100,8 +101,8 @@ def grown(*stages: tuple[int, ...], opening: Opening = "immediate") -> Callable[
         if each < 2:
             raise ValueError(f"a network that grows needs --num-steps of at least {2 * len(stages)}, got {config.num_steps}")
         entries = [
-            GrowthConfig(at_step=each * place, widths=widths, opening=opening, open_steps=each // 2, restart_lr=True)
-            for place, widths in enumerate(stages[1:], start=1)
+            GrowthConfig(at_step=each * stage, widths=widths, opening=opening, open_steps=each // 2, restart_lr=True)
+            for stage, widths in enumerate(stages[1:], start=1)
         ]
         return replace(neuromas(*stages[0])(config), growth=tuple(entries))
 
@@ -109,43 +110,44 @@ def grown(*stages: tuple[int, ...], opening: Opening = "immediate") -> Callable[
 
 
 def shaped(config: TrainConfig) -> TrainConfig:
-    """NeuroMAS-3 with a bonus for well-formed text on top of the terminal reward."""
+    """Return the settings of NeuroMAS-3 with a bonus for well-formed text on top of the terminal reward."""
     return replace(neuromas(1, 1, 1)(config), format_bonus=config.format_bonus or FORMAT_BONUS)
 
 
 def suffix_only(config: TrainConfig) -> TrainConfig:
-    """NeuroMAS-3 whose adapters act behind the question alone, which all nodes then share as the bare backbone reads it."""
+    """Return the settings of NeuroMAS-3 whose adapters act only after the question: all nodes share its cache."""
     config = neuromas(*THREE)(config)
     return replace(config, adapter=replace(config.adapter, scope="suffix"))
 
 
 def single(config: TrainConfig) -> TrainConfig:
-    """One node with one adapter of equally many parameters."""
-    return replace(config, topology=TopologyConfig(widths=(1,)), adapter=whole(config.adapter))
+    """Return the settings of one node with one adapter of as many parameters as the team's."""
+    return replace(config, topology=TopologyConfig(widths=(1,)), adapter=enlarged(config.adapter))
 
 
 def long(config: TrainConfig) -> TrainConfig:
-    """One node with one adapter of equally many parameters, whose one call may be as long as the three nodes' together."""
+    """Return the settings of `single` with a call that may be as long as the three nodes' together."""
     return replace(single(config), max_new_tokens=NODES * config.max_new_tokens)
 
 
 def shared(config: TrainConfig) -> TrainConfig:
-    """The same graph, one adapter of equally many parameters in all nodes."""
+    """Return the settings of the same graph with one adapter in all nodes, of as many parameters as the team's."""
     config = neuromas(1, 1, 1)(config)
-    return replace(config, adapter=replace(whole(config.adapter), shared=True))
+    return replace(config, adapter=replace(enlarged(config.adapter), shared=True))
 
 
 def with_roles(config: TrainConfig) -> TrainConfig:
+    """Return the settings of NeuroMAS-3 with a role sentence for each node."""
     config = neuromas(1, 1, 1)(config)
     return replace(config, topology=replace(config.topology, roles=ROLES))
 
 
 def magrpo(config: TrainConfig) -> TrainConfig:
-    """Agents side by side, one joint reward, minus the mean of the group (MAGRPO: Liu et al. 2025, arXiv 2508.04652).
+    """Return settings of agents side by side with one joint reward, minus the group's mean (Liu et al. 2025, arXiv 2508.04652).
 
-    The source's agents write parts of one text (a helper and a main function); where one answer is asked for, nothing says
-    how to join theirs, so ours is the majority of what they answer, ties to the first. Its settings are 2 agents, whole
-    models, G of 4, one or more turns; ours 3, adapters, the cell's group and one turn, as matched budgets ask.
+    The source's agents write parts of one text (a helper and a main function), and it does not say how to join their answers to
+    a question, so ours is their majority answer, ties go to the first. The source has 2 agents, full models, groups of 4, one
+    or more turns; we have 3 agents, adapters, the cell's group and one turn, as matched budgets require.
     """
     return replace(config, topology=TopologyConfig(widths=(NODES,), vote=True), centring="group_mean")
 
@@ -158,11 +160,11 @@ MALT_ROLES = (
 
 
 def malt(config: TrainConfig) -> TrainConfig:
-    """Generator, verifier and refiner, with credit by the values of a search tree (Motwani et al. 2025, arXiv 2412.01928).
+    """Return settings of generator, verifier and refiner, with credit by a search tree (Motwani et al. 2025, arXiv 2412.01928).
 
-    Rollouts of a question are the leaves of a tree. In the sum over rollouts a text that several of them share weighs with the
-    sum of their advantages: the mean reward of its leaves, which is MALT's value of it, against that of all other leaves.
-    Differs: on-policy REINFORCE by that value, where MALT labels texts above one half and trains off-line by SFT and DPO; as
+    Rollouts of a question are the leaves of a tree. In the sum over rollouts a text that several of them share is weighted with
+    the sum of their advantages: the mean reward of its leaves, which is MALT's value of it, against that of all other leaves.
+    Differs: on-policy REINFORCE by that value, where MALT labels texts above one half and trains offline by SFT and DPO; as
     many branches as the group allows (2 with 8 rollouts), not 3; one pass to answer, not the majority of 3. Shared texts are
     sampled, and counted, once for each rollout that holds them, so that rollouts and calls match the other methods'.
     """
@@ -218,7 +220,7 @@ METHODS = (
     Trained(name="neuromas_3", title="NeuroMAS-3", source=PAPER, change=neuromas(*THREE)),
     Trained(
         name="neuromas_3_suffix",
-        title="NeuroMAS-3, adapters behind the question",
+        title="NeuroMAS-3, adapters after the question",
         source="control: scope of the adapters",
         change=suffix_only,
     ),

@@ -1,4 +1,4 @@
-"""What the paper's networks come to: trainable parameters of its table 1, from a configuration alone.
+"""Trainable parameters of the paper's networks (table 1), counted from a configuration alone.
 
 `python -m neuromas.compare.methods.paper_sizes` prints them. The paper states 6.9M, 11.5M and 16.1M for 3, 5 and 7 nodes
 on Qwen3-0.6B and no rank or target; rank 16 on q_proj and v_proj, PEFT's targets for this model, gives exactly these.
@@ -22,7 +22,7 @@ ROWS = {
 
 
 def qwen3_0_6b() -> Qwen3Config:
-    """Return the architecture of Qwen/Qwen3-0.6B, written out, so that nothing has to be fetched to count."""
+    """Return the architecture of Qwen/Qwen3-0.6B, written out, so that counting needs no download."""
     return Qwen3Config(
         vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=40960,

@@ -44,6 +44,6 @@ METHODS = (
         name="pipeline",
         title="Planner-solver-critic-judge",
         source="semantic-role workflow that arXiv 2605.16757 argues against; written here",
-        talk=pipeline,
+        conversation=pipeline,
     ),
 )

@@ -1,4 +1,4 @@
-"""One answer, or the vote over several that know nothing of each other."""
+"""One answer, or the majority vote over several independent samples."""
 
 from neuromas.compare.methods.conversation import Call, Conversation, lines
 from neuromas.compare.methods.similarity import most_similar
@@ -11,7 +11,7 @@ STEP_BY_STEP = "Think step by step, then answer."
 
 
 def direct(example: Example, task: Task) -> Conversation:
-    """Ask once; the model reads the question and how to answer."""
+    """Ask once; the model reads the question and the answer format."""
     (text,) = yield [Call("answer", example.answer_format)]
     return text
 
@@ -26,9 +26,9 @@ def chain_of_thought(example: Example, task: Task) -> Conversation:
 
 
 def self_consistency(example: Example, task: Task, *, samples: int) -> Conversation:
-    """Sample chains of thought, return the majority's (Wang et al. 2023, arXiv 2203.11171).
+    """Sample chains of thought and return the majority answer (Wang et al. 2023, arXiv 2203.11171).
 
-    Differs: zero-shot chains; as many samples as the network that it stands beside makes calls, where the paper has up to 40.
+    Differs: zero-shot chains; as many samples as the compared network makes calls, where the paper has up to 40.
     """
     text = lines(STEP_BY_STEP, example.answer_format)
     texts = yield [Call(f"sample/{index}", text) for index in range(samples)]
@@ -36,7 +36,7 @@ def self_consistency(example: Example, task: Task, *, samples: int) -> Conversat
 
 
 def more_agents(example: Example, task: Task, *, samples: int) -> Conversation:
-    """Sample answers, return the majority's; of programs, the one most like the others (Li et al. 2024, arXiv 2402.05120).
+    """Sample answers and return the majority answer, or the program most like the others (Li et al. 2024, arXiv 2402.05120).
 
     Differs: 10 samples, where the paper goes to 40; no tests shown in a question are used to drop programs beforehand.
     """
@@ -51,20 +51,20 @@ METHODS = (
         name="direct",
         title="Direct prompting",
         source="one greedy call (arXiv 2605.16757, table 1)",
-        talk=direct,
+        conversation=direct,
     ),
     Untrained(
         name="chain_of_thought",
         title="Chain of thought",
         source="Wei et al. 2022, arXiv 2201.11903; zero-shot: Kojima et al. 2022, arXiv 2205.11916",
-        talk=chain_of_thought,
+        conversation=chain_of_thought,
     ),
     *(
         Untrained(
             name="self_consistency" if samples == 3 else f"self_consistency_{samples}",
             title=f"Self-consistency@{samples}",
             source="Wang et al. 2023, arXiv 2203.11171",
-            talk=self_consistency,
+            conversation=self_consistency,
             settings={"samples": samples},
             temperature=0.7,
         )
@@ -74,7 +74,7 @@ METHODS = (
         name="more_agents",
         title="More agents (vote)",
         source="Li et al. 2024, More Agents Is All You Need, arXiv 2402.05120; repository AgentForest",
-        talk=more_agents,
+        conversation=more_agents,
         settings={"samples": 10},
         temperature=1.0,
     ),

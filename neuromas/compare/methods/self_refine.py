@@ -1,4 +1,4 @@
-"""Self-Refine: answer, criticise and rewrite until it is called correct (Madaan et al. 2023, arXiv 2303.17651)."""
+"""Self-Refine: answer, criticise and rewrite until the model calls it correct (Madaan et al. 2023, arXiv 2303.17651)."""
 
 from neuromas.compare.methods.conversation import Call, Conversation, lines, listing
 from neuromas.compare.methods.statements import stated
@@ -10,11 +10,11 @@ ENOUGH = "it is correct"
 
 
 def self_refine(example: Example, task: Task, *, attempts: int) -> Conversation:
-    """Answer; then up to `attempts` times one call judges the last answer and rewrites it. All answers so far are read.
+    """Answer; then up to `attempts` times one call reads all answers so far, judges the last one and rewrites it.
 
-    A judgement that states "it is correct" ends it, and the answer that it judged stands, as in the repository's GSM code.
+    A judgement that states "it is correct" ends the loop and keeps the answer that it judged, as in the repository's GSM code.
     Differs: "I do not think it is correct" and a repeated "if it is correct" do not end it; greedy throughout, where the
-    repository draws feedback at 0.7; no worked examples.
+    repository samples feedback at 0.7; no worked examples.
     """
     (text,) = yield [Call("answer", example.answer_format)]
     answers = [text]
@@ -37,12 +37,12 @@ def self_refine(example: Example, task: Task, *, attempts: int) -> Conversation:
 
 SOURCE = "Madaan et al. 2023, arXiv 2303.17651; repository madaan/self-refine (GSM)"
 METHODS = (
-    Untrained(name="self_refine", title="Self-Refine", source=SOURCE, talk=self_refine, settings={"attempts": 4}),
+    Untrained(name="self_refine", title="Self-Refine", source=SOURCE, conversation=self_refine, settings={"attempts": 4}),
     Untrained(
         name="self_refine_once",
         title="Self-Refine (2 calls)",
         source=f"{SOURCE}; two calls as in arXiv 2605.16757, table 1",
-        talk=self_refine,
+        conversation=self_refine,
         settings={"attempts": 1},
     ),
 )

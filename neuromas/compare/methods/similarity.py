@@ -1,4 +1,4 @@
-"""Which of several programs is most like the others, by BLEU."""
+"""Finds the program that is most like the others, by BLEU."""
 
 import math
 import re
@@ -9,7 +9,7 @@ LONGEST = 4
 
 
 def most_similar(texts: Sequence[str]) -> int:
-    """Return the place of the text with the highest summed BLEU to the others, the first of equals."""
+    """Return the index of the text with the highest summed BLEU to the others, the first of equals."""
     words = [re.findall(r"\w+|[^\w\s]", text) for text in texts]
     sums = [sum(bleu(mine, other) for k, other in enumerate(words) if k != i) for i, mine in enumerate(words)]
     return sums.index(max(sums))

@@ -1,4 +1,4 @@
-"""What a text states of a few words: "sure", not "unsure" or "not sure"; for the methods that act on a judgement in words."""
+"""Finds which of a few words a text states ("sure", not "unsure" or "not sure"), for methods that act on a judgement."""
 
 import re
 
@@ -10,7 +10,7 @@ _TURN = re.compile(r"\b(?:but|yet|however|only|except|instead|rather)\b|,\s*(?:i
 def stated(text: str, pattern: str) -> set[str]:
     """Return the words, in small letters, that a text names and does not ask for, deny, doubt or suppose.
 
-    What denies a word stands before it in its sentence, behind the last turn ("but").
+    A denial of a word stands before it in its sentence, after the last turn ("but").
 
     >>> stated("It does not support it, but contradicts it.", "supports?|contradicts?")
     {'contradicts'}

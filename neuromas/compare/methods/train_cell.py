@@ -1,11 +1,11 @@
-"""Trains the networks of compared methods by the common loop, and answers with them."""
+"""Trains the networks of compared methods by the common loop, and answers evaluation sets with them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from neuromas.compare.methods.conversation import Spoken
-from neuromas.compare.methods.converse import answers_of, in_parts, settings_of, voted
+from neuromas.compare.methods.conversation import Answered
+from neuromas.compare.methods.converse import answer_in_parts, answers_of, majority_answer, settings_of
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint
 from neuromas.config import TrainConfig
 from neuromas.rollout.network import Network
@@ -29,17 +29,17 @@ def answer_sets(
     seed: int,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[Answer, ...]]:
-    """Answer every set by the vote of `votes` rollouts an example."""
+    """Answer every set by the majority vote of `votes` rollouts for each example."""
 
-    def answer(examples: Sequence[Example]) -> list[Spoken]:
+    def answer(examples: Sequence[Example]) -> list[Answered]:
         groups = network.rollout(examples, votes, seed=("evaluate", seed), temperature=temperature)
-        return [voted(task, group) for group in groups]
+        return [majority_answer(task, group) for group in groups]
 
-    return {name: answers_of(task, in_parts(examples, answer, between)) for name, examples in sets.items()}
+    return {name: answers_of(task, answer_in_parts(examples, answer, between)) for name, examples in sets.items()}
 
 
 def curve_of(run: RunDirectory) -> tuple[CurvePoint, ...]:
-    """Return the looks at the validation problems, with the tokens that nodes had written by then."""
+    """Return the validations of a run, each with the tokens that were sampled before it."""
     points, tokens = [], 0.0
     for record in run.metrics():
         tokens += record["sampled_tokens/sum"]
@@ -49,10 +49,10 @@ def curve_of(run: RunDirectory) -> tuple[CurvePoint, ...]:
 
 
 def run_trained(name: str, config: TrainConfig, spec: CellSpec, folder: Path, *, votes: int, temperature: float) -> CellResult:
-    """Train a method's network, going on where it stands, and answer the evaluation sets; a trial answers nothing.
+    """Train a method's network, resuming its run, and answer the evaluation sets; a trial answers none.
 
-    `config` is the cell's as the method changes it. Unlike `loop.train` it scores nothing before training. Raises what that
-    raises.
+    `config` is the cell's as the method changes it. Unlike `loop.train` this scores nothing before training. It raises the same
+    errors.
     """
     config = replace(config, run_dir=folder / "run")
     plan = resolve(config)

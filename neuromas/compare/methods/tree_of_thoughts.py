@@ -9,7 +9,7 @@ from neuromas.tasks import Task
 from neuromas.types import Example
 
 VALUES = {"impossible": 0.001, "likely": 1.0, "sure": 20.0}
-"""The repository's values of the words of a judgement; no such word, or two that leave open which, count 0."""
+"""The repository's values of the words of a judgement; a text with no such word, or with two of them, counts 0."""
 
 State = tuple[str, ...]
 
@@ -17,7 +17,7 @@ State = tuple[str, ...]
 def tree_of_thoughts(example: Example, task: Task, *, steps: int, samples: int, votes: int, keep: int) -> Conversation:
     """At each step sample next thoughts of every kept state, value the new states by `votes` calls each, keep the best.
 
-    The last thought is the answer; that of the best state is returned. A state that is there twice is valued once and kept
+    The last thought of the best state is returned as the answer. A state that occurs twice is valued once and kept
     once, where the repository keeps its repetition with value 0. Differs: no few-shot prompts of one game, and fewer thoughts
     and states than its 5 kept (Game of 24) or 5 samples and 5 votes (writing).
     """
@@ -38,7 +38,7 @@ def tree_of_thoughts(example: Example, task: Task, *, steps: int, samples: int, 
             for k in range(votes)
         ]
         values = {s: sum(map(read_value, judgements[i * votes : (i + 1) * votes])) for i, s in enumerate(distinct)}
-        # sorted is stable: of equals the earlier one is kept.
+        # sorted is stable: the earlier one of equals is kept.
         states = [state for state, _ in sorted(values.items(), key=lambda item: -item[1])][:keep]
     return states[0][-1]
 
@@ -47,7 +47,7 @@ _QUESTION = "Can these steps lead to the right answer? Write sure, likely or imp
 
 
 def read_value(judgement: str) -> float:
-    """Return the value of the word that the last clause to state one states: "likely" of "not sure, but likely"."""
+    """Return the value of the word in the last clause that states one, e.g. of "likely" in "not sure, but likely"."""
     words, denied = "|".join(VALUES), set[str]()
     for clause in reversed(re.split(r"[.,;:!?\n]+", judgement.lower())):
         named = stated(clause, words)
@@ -62,7 +62,7 @@ METHODS = (
         name="tree_of_thoughts",
         title="Tree of Thoughts (BFS)",
         source="Yao et al. 2023, arXiv 2305.10601; repository princeton-nlp/tree-of-thought-llm",
-        talk=tree_of_thoughts,
+        conversation=tree_of_thoughts,
         settings={"steps": 3, "samples": 3, "votes": 3, "keep": 2},
         temperature=0.7,
     ),

@@ -1,4 +1,4 @@
-"""Untrained methods: a conversation, and what it needs to be a row of a comparison."""
+"""Untrained methods: a conversation with the fields that a compared method has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,20 +10,20 @@ from neuromas.compare.methods.method import CellResult, CellSpec
 
 @dataclass(kw_only=True)
 class Untrained:
-    """A method that only asks: one conversation an example, on the bare backbone."""
+    """A method that trains nothing: it runs one conversation for each example on the bare backbone."""
 
     name: str
     title: str
     source: str
-    talk: Callable[..., Conversation]
-    """Makes the conversation of (example, task, **settings)."""
+    conversation: Callable[..., Conversation]
+    """Returns the conversation for (example, task, **settings)."""
     settings: dict[str, int | float] = field(default_factory=dict)
     temperature: float = 0.0
-    """Of all calls of the method: an engine has one temperature at a time. 0 is greedy, as the paper evaluates."""
+    """Temperature of all calls of the method: an engine has one temperature at a time. 0 is greedy, as the paper evaluates."""
     trained: bool = False
 
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
-        """Answer the evaluation sets; nothing is kept in `folder`."""
+        """Answer the evaluation sets; nothing is written to `folder`."""
         from neuromas.compare.methods.converse import run_untrained  # loads torch
 
-        return run_untrained(self.name, self.talk, self.settings, spec, self.temperature)
+        return run_untrained(self.name, self.conversation, self.settings, spec, self.temperature)
