@@ -1,11 +1,11 @@
-"""Where the program starts: a signal that comes while it loads ends it, without a word of Python's."""
+"""Entry point of the program: Ctrl-C while it loads ends it without a traceback."""
 
 import signal
 
 
 def main() -> None:
-    """Load the command line and run it."""
-    # Loading takes a while, and there is nothing yet that would have to be put in order.
+    """Load the command line interface and run it."""
+    # Loading takes a while, and nothing has to be cleaned up yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from neuromas.cli import main as cli
 

@@ -12,8 +12,8 @@ from neuromas.bundled import find_backbone
 from neuromas.cli.flags import parse_flags
 from neuromas.training.questions import open_run
 
-MOST_ASKED = 1_000_000
-"""Characters of a question: standard input may have no end."""
+MAX_QUESTION = 1_000_000
+"""Longest question in characters: standard input may have no end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,19 +25,20 @@ class AskArguments:
     question: tyro.conf.Positional[str]
     """The question; `-` reads it from standard input."""
     allow_code: bool = False
-    """Execute the Python file that the run's task is in (class:FILE.py:CLASS)."""
+    """Execute the Python file that holds the run's task (class:FILE.py:CLASS)."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
 
 def run(args: Sequence[str]) -> None:
+    """Run the command `ask`."""
     parsed = parse_flags(AskArguments, args, "ask")
     if parsed.question == "-":
-        question = sys.stdin.buffer.read(4 * MOST_ASKED + 1).decode(errors="surrogateescape")
+        question = sys.stdin.buffer.read(4 * MAX_QUESTION + 1).decode(errors="surrogateescape")
     else:
         question = parsed.question
-    if len(question) > MOST_ASKED:
-        raise ValueError(f"QUESTION must be at most {MOST_ASKED:,} characters")
+    if len(question) > MAX_QUESTION:
+        raise ValueError(f"QUESTION must be at most {MAX_QUESTION:,} characters")
     if not question.strip():
         raise ValueError("QUESTION must not be empty")
     if not question.isascii() and question.encode(errors="replace").decode() != question:

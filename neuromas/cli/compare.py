@@ -13,35 +13,36 @@ from neuromas.config import Device
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareArguments:
-    """Run a comparison, methods x tasks x seeds, and write its report. What is there already is not run again."""
+    """Run a comparison, methods x tasks x seeds, and write its report. Cells that are done are not run again."""
 
     grid: tyro.conf.Positional[Path]
     """TOML file that names methods, tasks, seeds and pairs."""
     quick: bool = False
-    """Take the file's [quick] table: smaller, in minutes."""
+    """Use the file's [quick] table: a smaller comparison, in minutes."""
     jobs: int = 1
     """Cells that run at a time, in processes that share the cores."""
     out: Path | None = None
     """Folder of cells and report. None: runs/compare-NAME."""
     dry_run: bool = False
-    """Print cells, budgets and what is matched, and stop."""
+    """Print cells, budgets and matched quantities, and stop."""
     report_only: bool = False
-    """Write the report of the cells that are there; run nothing."""
+    """Write the report of the cells that are done; run nothing."""
     keep_old: bool = False
-    """Take cells that other code made as they are; they are named in the report."""
+    """Keep cells that other code made; the report names them."""
     tasks: tuple[str, ...] = ()
-    """Tasks in place of the file's."""
+    """Tasks instead of the file's."""
     seeds: tuple[int, ...] = ()
-    """Seeds in place of the file's."""
+    """Seeds instead of the file's."""
     backbone: tuple[str, ...] = ()
-    """Backbones in place of the file's."""
+    """Backbones instead of the file's."""
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
-    """Folder of benchmark files. None: as the file says."""
+    """Folder of benchmark files. None: the file's."""
     device: Device | None = None
-    """Where to run. None: as the file says."""
+    """Device to run on. None: the file's."""
 
 
 def run(args: Sequence[str]) -> None:
+    """Run the command `compare`."""
     parsed = parse_flags(CompareArguments, args, "compare")
     if parsed.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {parsed.jobs}")

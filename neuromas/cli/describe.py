@@ -1,4 +1,4 @@
-"""Networks and rollouts, drawn in the terminal and described as JSON."""
+"""Draws networks and rollouts in the terminal, and describes them as JSON."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,9 +27,9 @@ from neuromas.types import Rollout
 
 
 def describe_plan(config: TrainConfig, remark: str = "") -> str:
-    """Return what a run of this config would be, as text: the drawing, the budget, a remark on the task, all settings.
+    """Return the plan of a run as text: the drawing, the budget, a remark on the task, all settings.
 
-    Raises ValueError if its adapters would not fit into memory.
+    Raises ValueError if the adapters do not fit into memory.
     """
     console, description = Console(width=100, highlight=False, markup=False), _planned(config)
     trainable, device = description["trainable_parameters"], torch.device(resolve_device(config.device))
@@ -41,7 +41,7 @@ def describe_plan(config: TrainConfig, remark: str = "") -> str:
 
 
 def describe(what: TrainConfig | RunDirectory) -> dict[str, Any]:
-    """Describe a run or a config; ValueError names a file of the run that is damaged."""
+    """Return the description of a run or of a config; ValueError names a file of the run that is damaged."""
     if isinstance(what, TrainConfig):
         return _planned(what)
     run = what
@@ -61,7 +61,7 @@ def describe(what: TrainConfig | RunDirectory) -> dict[str, Any]:
         description["growth"] = _records(run)[: len(taken)] + [growth.record() for growth in growths[len(taken) :]]
         description["parent"] = _origin(run)
     if run.checkpoints():
-        # A ledger that is not what was saved is no ledger.
+        # `newest` checks the checkpoint, and its ledger with it.
         folder, _ = run.newest()
         description["checkpoint"] = folder.name
         description["ledger"] = run.read_json(f"checkpoints/{folder.name}/ledger.json", dict)
@@ -69,7 +69,7 @@ def describe(what: TrainConfig | RunDirectory) -> dict[str, Any]:
 
 
 def _records(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return what is stored of a run's growths."""
+    """Return the stored records of a run's growths."""
     records = run.read_json("growth.json", list) or []
     try:
         for record in records:
@@ -80,7 +80,7 @@ def _records(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _origin(run: RunDirectory) -> dict[str, Any] | None:
-    """Return which run a run has grown from, None if from none."""
+    """Return the run, checkpoint and checksum that a run has grown from; None if it has not grown from a run."""
     origin = run.read_json("parent.json", dict)
     if origin is not None and not origin.keys() >= {"run", "checkpoint", "checksum"}:
         raise damaged(run.path / "parent.json", "it lacks run, checkpoint or checksum")
@@ -88,21 +88,21 @@ def _origin(run: RunDirectory) -> dict[str, Any] | None:
 
 
 def _planned(config: TrainConfig) -> dict[str, Any]:
-    """Describe a run to be: the network that it ends with, and how it grows to that."""
+    """Return the description of a config: the network at the end, and the growths before it."""
     growths = config.growths()
     description = _description(config, growths[-1].grown if growths else config.topology.build(), growths, config.num_steps)
     return description | {"growth": [growth.record() for growth in growths]} if growths else description
 
 
 def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth], step: int) -> dict[str, Any]:
-    """Describe a network that has taken these growths on and done so many steps."""
+    """Return the description of a network that has taken these growths and done `step` steps."""
     name = config.task.name
-    # Nodes that join get the rank of those that were there first.
+    # New nodes get the rank of the first ones.
     count = sizes(config)
     new = taken[-1].new if taken else ()
     probability = taken[-1].open_probability(step) if taken else 1.0
     return {
-        # A task of one's own is a file that would have to be executed.
+        # A task in a Python file is not loaded: that would execute the file.
         "task": name if name.startswith(OWN_CODE) else from_config(config.task).name,
         "backbone": config.backbone,
         "backbone_parameters": count.backbone,
@@ -132,6 +132,7 @@ def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth
 
 
 def print_description(description: dict[str, Any], console: Console | None = None) -> None:
+    """Print a description of a run or of a config, with the drawing of its network."""
     console = console or Console(highlight=False, markup=False)
     console.print(_drawing(description))
     edges = "  ".join(f"{node['id']}─▶{recipient}" for node in description["nodes"] for recipient in node["writes_to"])
@@ -166,7 +167,7 @@ _MARKS = {"kept": "({})", "new": "[{}]", "opening": "<{}>"}
 
 
 def _opening(description: dict[str, Any]) -> str:
-    """Say how to read the drawing of a grown network: what was kept, what is new, what is open."""
+    """Return the legend of the drawing of a grown network: which nodes are kept, new and open."""
     if description["open_probability"] >= 1:
         return "drawing: (k) kept, [k] new in the last growth; all open"
     share = f"{description['open_probability']:.0%}"
@@ -176,7 +177,7 @@ def _opening(description: dict[str, Any]) -> str:
 
 
 def _drawing(description: dict[str, Any]) -> Table:
-    """Draw one column per layer, its nodes below each other; the edges are listed beneath."""
+    """Return a drawing of one column per layer, with its nodes below each other; the edges are listed beneath."""
     nodes = description["nodes"]
     depth = max(node["layer"] for node in nodes)
     layers = [
@@ -210,10 +211,11 @@ def print_rollout(rollout: Rollout, task: Task) -> None:
     console.print(
         Panel(Text(printable(rollout.answer)), title=f"node {rollout.completions[-1].node} answers", title_align="left")
     )
-    console.print(printable(f"answer: {task.parse_answer(rollout.answer) or '(none that the task can read)'}"))
+    console.print(printable(f"answer: {task.parse_answer(rollout.answer) or '(none that the task can parse)'}"))
 
 
 def rollout_json(rollout: Rollout, task: Task) -> dict[str, Any]:
+    """Return a rollout's messages and answer as JSON-ready data."""
     return {
         "question": rollout.example.question,
         "messages": [

@@ -23,26 +23,27 @@ class EvalArguments:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     file: Annotated[Path | None, tyro.conf.arg(aliases=["--task.file"])] = None
-    """Score on this file: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`. None: the task's own problems."""
+    """File to score on: BIG-Bench-Hard JSON, or JSONL with `question` and `answer`. None: the task's own problems."""
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
-    """Read the benchmark's items from here. None: from where the run had them."""
+    """File or folder of the benchmark's items. None: the run's."""
     split: Split = "test"
-    """Which of its problems."""
+    """Split of the task's problems."""
     size: int = 500
-    """How many of them, at most."""
+    """Most problems to score on."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     seed: int = 0
-    """Seed of the draws where the temperature is above 0."""
+    """Seed of the samples where the temperature is above 0."""
     untrained: bool = False
-    """Score the network as it was before training."""
+    """Score the network before training."""
     allow_code: bool = False
-    """Execute the Python file that the run's task is in (class:FILE.py:CLASS)."""
+    """Execute the Python file that holds the run's task (class:FILE.py:CLASS)."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
 
 def run(args: Sequence[str]) -> None:
+    """Run the command `eval`."""
     parsed = parse_flags(EvalArguments, args, "eval")
     if not 1 <= parsed.size <= MOST_COUNTED:
         raise ValueError(f"--size must be 1 to {MOST_COUNTED:,}, got {parsed.size}")
@@ -59,12 +60,12 @@ def run(args: Sequence[str]) -> None:
     result, groups = evaluate(network, task, examples, temperature=parsed.temperature, seed=parsed.seed)
     report, lines = result.to_json(), [str(result)]
     if parsed.file:
-        # A score on items that training has met says little about new ones.
+        # A score on items that training has drawn says little about new ones.
         try:
             drawn = drawn_in_training(opened, step, examples)
         except ValueError as error:
             report["drawn_in_training"] = None
-            lines.append(f"{parsed.file.name}: how many of its items were drawn in training cannot be told: {error}")
+            lines.append(f"{parsed.file.name}: the number of its items that were drawn in training is unknown: {error}")
         else:
             others = [group for group in groups if group[0].example.id not in drawn]
             report["drawn_in_training"] = len(groups) - len(others)

@@ -1,4 +1,4 @@
-"""How every command parses its flags."""
+"""Parses the flags of every command."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import tyro
 
 
 def parse_flags(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
-    """Parse flags; a mistake in them is a ValueError of one line, as every other mistake."""
+    """Return the parsed flags; a mistake in them is a ValueError of one line, as every other mistake."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

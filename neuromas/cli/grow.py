@@ -31,7 +31,7 @@ class GrowArguments:
     lr: float | None = None
     """Peak learning rate. None: the old run's."""
     step_tokens: int | None = None
-    """Sampled tokens of a step, see `neuromas train`. None: as the old run."""
+    """Sampled tokens of a step, see `neuromas train`. None: the old run's."""
     run_dir: Path | None = None
     """Folder of the new run. None: RUN-to-WIDTHS."""
     task: str | None = None
@@ -39,16 +39,17 @@ class GrowArguments:
     backbone: str | None = None
     """Checked only: a network grows on the backbone that it has."""
     allow_code: bool = False
-    """Execute the Python file that the run's task is in (class:FILE.py:CLASS)."""
+    """Execute the Python file that holds the run's task (class:FILE.py:CLASS)."""
     dry_run: bool = False
-    """Print what would be kept and what new, the grown network and all settings, and stop."""
+    """Print the kept and the new nodes, the grown network and all settings, and stop."""
 
 
 def run(args: Sequence[str]) -> None:
+    """Run the command `grow`."""
     parsed = parse_flags(GrowArguments, args, "grow")
     entry = parsed.growth
     if not (entry.widths or entry.connect or entry.edges):
-        raise ValueError("grow needs --to, --connect or --edges: what to grow to, e.g. --to 2 2 1")
+        raise ValueError("grow needs --to, --connect or --edges, e.g. --to 2 2 1")
     if any(width < 1 for width in entry.widths):
         raise ValueError(f"--to must be positive widths, e.g. 2 2 1, got {' '.join(map(str, entry.widths))}")
     parent = RunDirectory.open(parsed.run)

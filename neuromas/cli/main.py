@@ -1,4 +1,4 @@
-"""The command line: one module a command, which parses, calls and prints.
+"""The command line interface: one module for each command, which parses flags, calls the package and prints.
 
 Results go to standard output, progress and errors to standard error.
 """
@@ -22,10 +22,11 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
 
 COMMANDS = ("train", "grow", "compare", "eval", "ask", "show", "tasks")
-"""Names of modules beside this one, each with a `run` of arguments; loaded when called, so that the others cost no time."""
+"""Modules of this package, each with a function `run` of arguments; only the one that is called is loaded."""
 
 
 def main() -> None:
+    """Run the command of the command line; exit with 2 after an error of the user."""
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
@@ -43,7 +44,7 @@ def main() -> None:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader has closed the pipe, as `head` does; there is nobody left to tell.
+        # The reader has closed the pipe, as `head` does.
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The curve of a run as a picture."""
+"""Draws the curve of a run."""
 
 from pathlib import Path
 
@@ -22,13 +22,13 @@ def plot_run(run: RunDirectory) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, rewards, color="tab:blue", alpha=0.25, linewidth=1)
     axes.plot(steps, smooth, color="tab:blue", label=f"training reward, mean of {SMOOTHING_STEPS} steps")
-    looks = [record for record in records if "validation/accuracy/mean" in record]
-    if looks:
-        accuracy = [look["validation/accuracy/mean"] for look in looks]
-        below = [a - look["validation/low/value"] for a, look in zip(accuracy, looks, strict=True)]
-        above = [look["validation/high/value"] - a for a, look in zip(accuracy, looks, strict=True)]
+    validations = [record for record in records if "validation/accuracy/mean" in record]
+    if validations:
+        accuracy = [record["validation/accuracy/mean"] for record in validations]
+        below = [a - record["validation/low/value"] for a, record in zip(accuracy, validations, strict=True)]
+        above = [record["validation/high/value"] - a for a, record in zip(accuracy, validations, strict=True)]
         axes.errorbar(
-            [look["step"] + 1 for look in looks], accuracy, yerr=[below, above], color="tab:orange", marker="o", capsize=3,
+            [record["step"] + 1 for record in validations], accuracy, yerr=[below, above], color="tab:orange", marker="o", capsize=3,
             label="validation accuracy, greedy, 95% interval",
         )  # fmt: skip
     scores = {when: run.scores(when) for when in ("before", "after")}
@@ -37,13 +37,14 @@ def plot_run(run: RunDirectory) -> Path:
     first = records[0]["step"] if records else 0
     for when, at in (("before", first), ("after", run.config.num_steps)):
         for name, color in zip(scores.get(when, {}), ("tab:green", "tab:red"), strict=False):
-            s = scores[when][name]
+            score = scores[when][name]
             axes.errorbar(
-                [at], [s["accuracy"]], yerr=[[s["accuracy"] - s["low"]], [s["high"] - s["accuracy"]]], color=color,
-                marker="s", capsize=3, linestyle="none", label=f"{name} (n {s['n']})" if when == "after" else None,
+                [at], [score["accuracy"]], color=color,
+                yerr=[[score["accuracy"] - score["low"]], [score["high"] - score["accuracy"]]],
+                marker="s", capsize=3, linestyle="none", label=f"{name} (n {score['n']})" if when == "after" else None,
             )  # fmt: skip
             if when == "after":
-                axes.axhline(s["floor"], color=color, linestyle="--", linewidth=1, label=f"floor of {name}")
+                axes.axhline(score["floor"], color=color, linestyle="--", linewidth=1, label=f"floor of {name}")
     shapes = [run.topology, *(growth.grown for growth in run.config.growths())]
     widths = " to ".join("-".join(map(str, widths_of(shape))) for shape in shapes)
     axes.set(

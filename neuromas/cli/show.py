@@ -1,4 +1,4 @@
-"""`neuromas show`: draw a network and what it costs."""
+"""`neuromas show`: draw a network and its budget."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from neuromas.training.run_directory import RunDirectory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShowArguments:
-    """Draw a network, who writes to whom, and what it costs."""
+    """Draw a network, its edges and its budget."""
 
     what: tyro.conf.Positional[Path]
     """Folder of a run, or a TOML config."""
@@ -23,6 +23,7 @@ class ShowArguments:
 
 
 def run(args: Sequence[str]) -> None:
+    """Run the command `show`."""
     parsed = parse_flags(ShowArguments, args, "show")
     what = load_toml(parsed.what).check() if parsed.what.suffix == ".toml" else RunDirectory.open(parsed.what)
     from neuromas.cli.describe import describe, print_description

@@ -1,4 +1,4 @@
-"""What tasks there are, and how their examples read: the tables of `neuromas tasks`."""
+"""The table of tasks and the example prompts of `neuromas tasks`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,15 @@ from neuromas.tasks import BENCHMARKS, FORMS, TASKS, DatasetTask, Task, floor, f
 from neuromas.types import Message, MessageStatus
 
 FLOOR_SIZE = 500
-"""Generated test problems from which a family's floor is taken, as many as --eval-size has by default."""
+"""Generated test problems on which a family's floor is computed, as many as --eval-size has by default."""
 COLUMNS = ("train", "validation", "dev", "test")
 
 
 def listing(data: Path | None = None) -> list[dict[str, Any]]:
-    """Describe every task: its splits, floor and verifier; with `data`, benchmarks are counted, and those not in it left out.
+    """Return a row for every task: its splits, floor and verifier.
 
-    Nothing is fetched: without `data` a benchmark's counts and floor are None.
+    With `data` the items of benchmarks are counted, and benchmarks that it does not hold are left out. Nothing is downloaded:
+    without `data` a benchmark's counts and floor are None.
     """
     rows = [describe(name, get_task(name)) for name in TASKS]
     for name in BENCHMARKS:
@@ -28,7 +29,7 @@ def listing(data: Path | None = None) -> list[dict[str, Any]]:
 
 
 def has_items(task: Task) -> bool:
-    """Say whether the data given holds this task; other mistakes in it are errors still."""
+    """Return whether the given data holds this task; other mistakes in it are still errors."""
     assert isinstance(task, DatasetTask)
     try:
         return bool(task.splits)
@@ -39,7 +40,7 @@ def has_items(task: Task) -> bool:
 
 
 def describe(name: str, task: Task, *, unread: bool = False) -> dict[str, Any]:
-    """Describe a task; the floor is that of the whole test split, or of validation where there is no test split here."""
+    """Return a task's row; the floor is that of the whole test split, or of validation where there is no test split."""
     row: dict[str, Any] = {"task": name, "verifier": task.verifier, "floor": None, "floor_of": None, "splits": {}}
     if unread:
         return row
@@ -65,13 +66,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def more_tasks() -> str:
+    """Return a sentence that names the further forms of task names."""
     return (
         f"Also: {', '.join(form for form in FORMS if form.partition(':')[0] not in ('bbh', 'mmlu'))}; docs/tasks.md explains."
     )
 
 
-def readings(config: TaskConfig) -> dict[str, Any]:
-    """Return an example of a task and what each node of a chain of three would read of it."""
+def example_prompts(config: TaskConfig) -> dict[str, Any]:
+    """Return an example of a task with the prompts of the three nodes of a chain."""
     task, topology = from_config(config), Topology.layered([1, 1, 1])
     split = config.split
     if isinstance(task, DatasetTask) and not task.has(split):

@@ -15,27 +15,27 @@ from neuromas.system.terminal import printable
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TasksArguments:
-    """List every task: items of each split, floor (score of the best constant answer), verifier. Fetches nothing.
+    """List every task: items of each split, floor (score of the best constant answer), verifier. Downloads nothing.
 
-    `neuromas tasks show NAME` prints an example as each node would read it.
+    `neuromas tasks show NAME` prints an example as each node reads it.
     """
 
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
-    """Folder of benchmark files: count them, and leave out the benchmarks that it does not hold. None: counts stay open."""
+    """Folder of benchmark files: their items are counted, and benchmarks that it lacks are left out. None: no counts."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TasksShowArguments:
-    """Print an example of a task as each node of a chain of three would read it."""
+    """Print an example of a task as each node of a chain of three reads it."""
 
     name: tyro.conf.Positional[str]
-    """Name of the task, as --task has it."""
+    """Name of the task, as for --task."""
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--task.data"])] = None
-    """File or folder of a benchmark's items. None: from the Hugging Face hub."""
+    """File or folder of a benchmark's items. None: the Hugging Face hub."""
     split: Annotated[Split, tyro.conf.arg(aliases=["--task.split"])] = "test"
-    """Which split's first example; another one where the data has no such split."""
+    """Split whose first example is shown; the first other split where the data lacks it."""
     difficulty: Annotated[int | None, tyro.conf.arg(aliases=["--task.difficulty"])] = None
     """How hard generated problems are, in the task's own unit."""
     verifier: Annotated[Verifier, tyro.conf.arg(aliases=["--task.verifier"])] = "exact"
@@ -45,6 +45,7 @@ class TasksShowArguments:
 
 
 def run(args: Sequence[str]) -> None:
+    """Run the command `tasks`."""
     from neuromas.cli import task_list
 
     if args and args[0] == "show":
@@ -52,13 +53,13 @@ def run(args: Sequence[str]) -> None:
         config = TaskConfig(
             name=shown.name, difficulty=shown.difficulty, data=shown.data, split=shown.split, verifier=shown.verifier
         )
-        reading = task_list.readings(config)
+        prompts = task_list.example_prompts(config)
         if shown.json:
-            print(json.dumps(reading))
+            print(json.dumps(prompts))
             return
-        for node in reading["nodes"]:
+        for node in prompts["nodes"]:
             print(printable(f"--- node {node['node']} reads\n{node['reads']}"))
-        print(printable(f"--- gold answer, split {reading['split']}, verifier {reading['verifier']}\n{reading['gold']}"))
+        print(printable(f"--- gold answer, split {prompts['split']}, verifier {prompts['verifier']}\n{prompts['gold']}"))
         return
     parsed = parse_flags(TasksArguments, args, "tasks")
     rows = task_list.listing(parsed.data)

@@ -27,21 +27,22 @@ class TrainArguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     resume: bool = False
-    """Go on from the last checkpoint of --run-dir, with that run's settings; starts it if there is no such folder yet."""
+    """Resume from the last checkpoint of --run-dir, with that run's settings; start a run if there is no such folder."""
     allow_code: bool = False
-    """Execute the Python file that the task of a run to --resume is in; a task that is named here need not be allowed."""
+    """Execute the Python file that holds the task of a run to --resume; not needed for a task that the flags name."""
     dry_run: bool = False
     """Print the network, its trainable parameters and the resolved settings, and stop."""
 
 
 def run(args: Sequence[str]) -> None:
+    """Run the command `train`."""
     base, rest = TrainConfig(), list(args)
     if rest and not rest[0].startswith("-"):
         base = load_toml(Path(rest.pop(0)))
     parsed = parse_flags(TrainArguments, rest, "train", default=TrainArguments(config=base))
     run_path = parsed.config.run_path
     if parsed.resume and (run_path / "config.json").is_file() and len(args) == len(rest):
-        # Without a config file, what the flags leave open comes from the run itself.
+        # Without a config file, settings that the flags do not name come from the run itself.
         run, named = RunDirectory.open(run_path), parsed.config.task.name
         parsed = parse_flags(TrainArguments, rest, "train", default=TrainArguments(config=run.config))
         check_code(run, parsed.allow_code or named == run.config.task.name)
@@ -52,10 +53,10 @@ def run(args: Sequence[str]) -> None:
 
 
 def print_plan(config: TrainConfig) -> None:
-    """Print what a run would be, after whatever would refuse it but its folder."""
+    """Print the plan of a run after all checks of a run but that of its folder."""
     find_backbone(config.backbone)
     plan = resolve(config)
-    from neuromas.cli.describe import describe_plan  # loads torch, which a wrong flag need not wait for
+    from neuromas.cli.describe import describe_plan  # loads torch; a wrong flag is refused before
 
     print(describe_plan(config, plan.questions.task.remark))
 
@@ -65,7 +66,7 @@ def train_and_report(config: TrainConfig, *, resume: bool = False, parent: RunDi
     run = RunDirectory.find(config, resume=resume)
     find_backbone(config.backbone)
     plan = resolve(config)
-    # What is wrong so far is told without waiting for torch, which these load.
+    # These load torch: mistakes are reported before.
     from neuromas.cli.plot import plot_run
     from neuromas.training.loop import train
     from neuromas.training.signals import Interrupted
@@ -75,10 +76,10 @@ def train_and_report(config: TrainConfig, *, resume: bool = False, parent: RunDi
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         if parent:
-            print(f"that is: neuromas train --resume --run-dir {run.path}", file=sys.stderr)
+            print(f"resume it by: neuromas train --resume --run-dir {run.path}", file=sys.stderr)
         sys.exit(130)
     for when, results in scores.items():
         for name, result in results.items():
             print(f"{when} training, {name}: {result}")
     print(f"curve: {plot_run(run)}")
-    print(f"look into it: neuromas show {run.path}")
+    print(f"details: neuromas show {run.path}")

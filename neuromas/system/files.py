@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whoever is killed while they are written; and files that are read, whatever they are."""
+"""Writes files and folders atomically, so that a process that is killed leaves no part of one; reads files with checks."""
 
 import errno
 import hashlib
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 2**30
-"""Of a file of text that is read: beyond, it is no config and no list of questions."""
+"""Most bytes of a text file that is read: a larger one is no config and no list of questions."""
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file down to the disk; whoever is killed may leave a part of it."""
+    """Write a file and flush it to the disk; a process that is killed here may leave a part of it."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -24,7 +24,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that whoever is killed, or loses power, leaves the old one or the new one, never a part."""
+    """Replace a file atomically: a crash or a loss of power leaves the old file or the new one, never a part."""
     fresh = path.with_name(f"{path.name}.new")
     write_file(fresh, data)
     fresh.replace(path)
@@ -32,7 +32,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Write the names in a folder, or what a file holds, down to the disk."""
+    """Flush the names in a folder, or the data of a file, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +41,7 @@ def sync(path: Path) -> None:
 
 
 def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder of files so that whoever is killed, or loses power, leaves all of it or none under its name."""
+    """Write a folder of files atomically: a crash or a loss of power leaves all files or no folder of that name."""
     partial = final.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name, data in files.items():
@@ -54,12 +54,13 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
 
 
 def checksum_of(data: bytes) -> str:
+    """Return a checksum of 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def read_file(path: Path, most: int | None = MOST_BYTES) -> bytes:
-    """Return what a file holds; OSError, also for what has no end or no beginning: a device, a pipe, more than `most` bytes."""
-    # A pipe without a writer would keep a plain open waiting.
+    """Return the bytes of a file; OSError also for a device, a pipe, or more than `most` bytes."""
+    # Without O_NONBLOCK, opening a pipe without a writer waits for ever.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         found = os.fstat(file.fileno())
         if stat.S_ISDIR(found.st_mode):
@@ -72,12 +73,12 @@ def read_file(path: Path, most: int | None = MOST_BYTES) -> bytes:
 
 
 def damaged(path: Path, error: object) -> ValueError:
-    """Return what to say of a file of a run that does not hold what it should."""
+    """Return the error for a run's file whose contents are wrong."""
     return ValueError(f"{path} is damaged ({error}); restore it, or delete it to go on without it")
 
 
 def read_or_damaged(path: Path, most: int | None = MOST_BYTES) -> bytes:
-    """Return what a file of a run holds; ValueError that names it."""
+    """Return the bytes of a run's file; ValueError names the file."""
     try:
         return read_file(path, most)
     except OSError as error:
@@ -85,7 +86,7 @@ def read_or_damaged(path: Path, most: int | None = MOST_BYTES) -> bytes:
 
 
 def parse_json(path: Path, data: bytes, kind: type) -> Any:
-    """Return what a run's file of this content says; ValueError that names it if it is damaged or no `kind`."""
+    """Return the JSON value of a run's file; ValueError names the file if it is damaged or its value is no `kind`."""
     try:
         found = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -100,11 +101,11 @@ def _no_number(name: str) -> None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; ValueError names it."""
+    """Return the tables of a TOML file; ValueError names the file."""
     try:
         return tomllib.loads(read_file(path).decode())
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
-    # Beside what TOML refuses: bytes that are no UTF-8, numbers of thousands of digits, tables in tables without end.
+    # Errors of TOML, of UTF-8, of numbers with thousands of digits, and of tables nested too deeply.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error

@@ -1,4 +1,4 @@
-"""Dataclasses from nested dictionaries, as TOML and JSON files hold them; a mistake names the key."""
+"""Builds dataclasses from nested dictionaries of TOML and JSON files; the error for a mistake names the key."""
 
 import dataclasses
 from pathlib import Path
@@ -9,13 +9,13 @@ C = TypeVar("C")
 
 
 def require(ok: bool, flag: str, expected: str, got: object) -> None:
-    """Raise ValueError that names the flag or key, what was expected and what was got, unless it is right."""
+    """Raise ValueError that names the flag or key, the expected and the given value, unless `ok`."""
     if not ok:
         raise ValueError(f"{flag} must be {expected}, got {got!r}")
 
 
 def from_dict(cls: type[C], data: dict[str, Any], *, where: str, prefix: str = "", base: C | None = None) -> C:
-    """Build a config from nested dictionaries over `base`; an unknown key raises ValueError with the known ones.
+    """Return a config from nested dictionaries over `base`; an unknown key raises ValueError with the known ones.
 
     Values are converted to the fields' types: lists to tuples, texts to paths, whole numbers to floats.
     """
@@ -36,7 +36,7 @@ def from_dict(cls: type[C], data: dict[str, Any], *, where: str, prefix: str = "
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Give a TOML or JSON value the type that its field declares; ValueError if it has another."""
+    """Return a TOML or JSON value as the type that its field declares; ValueError if it has another type."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     options = get_args(kind)
@@ -53,9 +53,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         require(len(kinds) == len(value), where, f"a list of {len(kinds)}", value)
         if dataclasses.is_dataclass(options[0]) and isinstance(options[0], type):
             tables = []
-            for place, table in enumerate(value):
-                require(isinstance(table, dict), f"{where}[{place}]", "a table", table)
-                tables.append(from_dict(options[0], table, where=f"{where}[{place}]"))
+            for index, table in enumerate(value):
+                require(isinstance(table, dict), f"{where}[{index}]", "a table", table)
+                tables.append(from_dict(options[0], table, where=f"{where}[{index}]"))
             return tuple(tables)
         return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
     accepted = {float: (int, float), Path: (str, Path)}.get(kind, (kind,))

@@ -1,21 +1,21 @@
-"""Text that others wrote, made fit for a terminal."""
+"""Escapes text of models and files for the terminal."""
 
 import unicodedata
 
 _KEPT = "\n\t\u200c\u200d"
-"""Line breaks, tabs, and what joins letters and parts of emoji."""
+"""Line breaks, tabs, and the characters that join letters and parts of emoji."""
 
 
 def printable(text: str, keep: str = _KEPT) -> str:
-    r"""Return a text with every character that steers a terminal spelled out, e.g. `\x1b`.
+    r"""Return a text with every character escaped that controls a terminal, e.g. as `\x1b`.
 
-    That are control characters (C0, C1), what turns the direction of writing or is invisible (Cf), other line separators, and
-    halves of surrogate pairs, which cannot be printed at all. What a model or a file says may hold any of them.
+    These are control characters (C0, C1), characters that are invisible or turn the direction of writing (Cf), other line
+    separators, and halves of surrogate pairs, which cannot be printed. The text of a model or a file may hold any of them.
     """
-    return "".join(c if c.isprintable() or c in keep or not _steers(c) else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in keep or not _controls(c) else ascii(c)[1:-1] for c in text)
 
 
-def _steers(character: str) -> bool:
+def _controls(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 

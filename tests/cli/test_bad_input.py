@@ -1,4 +1,4 @@
-"""Input that nobody means to give, and what others wrote: one clear line, before long work, and nothing left behind."""
+"""Mistakes in the input, and files of others: one clear line, before long work, and no folder is left."""
 
 import json
 import os
@@ -39,7 +39,7 @@ Refuses = Callable[..., None]
 
 @pytest.fixture
 def refuses(call: Call, tmp_path: Path, tiny_folder: Path) -> Refuses:
-    """Starts a run and asserts that it is refused with one line and leaves no folder."""
+    """Return a function that starts a run and asserts that it is refused with one line and leaves no folder."""
 
     def refuses(message: str, *flags: object) -> None:
         run = tmp_path / "refused"
@@ -191,7 +191,7 @@ class X(Navigate):
 
 
 def test_code_of_a_run_is_not_executed_unasked(call: Call, trained: Path, tmp_path: Path) -> None:
-    """A run may come from anywhere; its config names the file that its task is in."""
+    """Return a run with a task in a Python file: such a run may come from anywhere."""
     run, file = tmp_path / "run", tmp_path / "own.py"
     file.write_text(OWN)
     shutil.copytree(trained, run, symlinks=True)
@@ -223,18 +223,18 @@ def test_code_of_a_backbone_is_never_executed(refuses: Refuses, tmp_path: Path, 
 
 
 def test_hand_edited_files_of_a_run_are_named(call: Call, trained: Path, tmp_path: Path) -> None:
-    """Every value of every file in turn becomes something else: a line, or what it says; never a traceback."""
+    """Each value of each file is replaced by another one: the command prints one line of error or its result, no traceback."""
     rng, seen = random.Random(0), 0
     others: list[object] = [None, 3, -1.5, "x", [], [{}], {}, {"a": []}, True]
     for path in sorted(trained.glob("*.json")):
         data = json.loads(path.read_text())
-        places = list(_places(data))
-        for place in [(), *rng.sample(places, min(4, len(places)))]:
+        paths = list(_value_paths(data))
+        for at_path in [(), *rng.sample(paths, min(4, len(paths)))]:
             run = tmp_path / "run"
             shutil.copytree(trained, run, symlinks=True)
-            (run / path.name).write_text(json.dumps(_with(data, place, rng.choice(others))))
+            (run / path.name).write_text(json.dumps(_with(data, at_path, rng.choice(others))))
             shown = call("show", run)
-            assert (shown.status, bool(shown.out)) in ((0, True), (2, False)), (path.name, place)
+            assert (shown.status, bool(shown.out)) in ((0, True), (2, False)), (path.name, at_path)
             if shown.status:
                 assert_refused(shown, r"is damaged|must be|is not the topology of|expected|task must be|exclude|unknown key")
             seen += shown.status == 2
@@ -264,16 +264,16 @@ def test_a_run_does_not_go_on_from_damaged_files(call: Call, trained: Path, tmp_
     assert call("train", "--resume", "--run-dir", run).status == 0
 
 
-def _places(data: object, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def _value_paths(data: object, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    return [place for key, value in items for place in [(*at, key), *_places(value, (*at, key))]]
+    return [at_path for key, value in items for at_path in [(*at, key), *_value_paths(value, (*at, key))]]
 
 
-def _with(data: Any, place: tuple[Any, ...], value: object) -> Any:
-    if not place:
+def _with(data: Any, at_path: tuple[Any, ...], value: object) -> Any:
+    if not at_path:
         return value
     copied = dict(data) if isinstance(data, dict) else list(data)
-    copied[place[0]] = _with(data[place[0]], place[1:], value)
+    copied[at_path[0]] = _with(data[at_path[0]], at_path[1:], value)
     return copied
 
 
@@ -295,8 +295,8 @@ def test_questions_that_have_changed_are_noticed(call: Call, tiny_folder: Path, 
     lines = [*numbered(4, split="train"), {"question": "Last?", "answer": "9", "split": "test"}]
     flags = ["train", *FLAGS, "--backbone", tiny_folder, "--run-dir", run, "--task", f"jsonl:{write_lines(file, lines)}"]
     assert call(*flags).status == 0
-    for place, what in ((1, "training"), (4, "test")):
-        write_lines(file, [{**line, "answer": "7"} if at == place else line for at, line in enumerate(lines)])
+    for index, what in ((1, "training"), (4, "test")):
+        write_lines(file, [{**line, "answer": "7"} if at == index else line for at, line in enumerate(lines)])
         message = rf"was started with other questions or answers \({what}\); resume with the same data or name another"
         assert_refused(call(*flags, "--resume"), message)
     write_lines(file, lines)
@@ -385,7 +385,7 @@ def test_a_terminal_without_columns(call: Call, trained: Path, monkeypatch: pyte
     ("while_loading", "left"), [("neuromas.cli.main", (-signal.SIGINT, "", "")), ("tyro", (130, "", "\nstopped\n"))]
 )
 def test_a_signal_while_it_loads_is_the_end_of_it_and_no_traceback(while_loading: str, left: tuple[int, str, str]) -> None:
-    """From the first line of ours on; what the interpreter does before is not ours."""
+    """Ctrl-C ends the program silently from our first line on; the interpreter's start is not ours."""
     code = (
         "import os, signal, sys\n"
         "sys.argv = ['neuromas', 'tasks']\n"

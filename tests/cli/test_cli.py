@@ -1,4 +1,4 @@
-"""The command line: bad input is one clear line and exit status 2, before any long work; `--json` is one object."""
+"""The command line interface: bad input is one clear line and exit status 2, before any long work; `--json` is one object."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from neuromas.sandbox import choose_isolation
 from neuromas.tasks import code, get_task
 
 CHAIN = ["--widths", "1", "1", "1"]
-"""Back to the default: explicit edges take the place of widths."""
+"""Resets widths to the default: explicit edges replace them."""
 
 
 # Before a model is touched
@@ -76,7 +76,7 @@ def test_a_toml_that_is_not_there(call: Call, command: str) -> None:
         (["--task.file", "none.json"], r"task\.file none\.json cannot be read: No such file or directory"),
     ],
 )
-def test_a_flag_that_makes_no_sense_leaves_no_run_behind(
+def test_a_wrong_flag_leaves_no_run_folder(
     call: Call, tmp_path: Path, tiny_folder: Path, flags: list[str], message: str
 ) -> None:
     run = tmp_path / "run"
@@ -92,7 +92,7 @@ def test_a_dry_run_does_not_mind_a_run_that_is_there(call: Call, tiny_folder: Pa
 
 @pytest.fixture
 def no_isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A machine with neither sandlock nor bubblewrap."""
+    """Simulate a machine with neither sandlock nor bubblewrap."""
     monkeypatch.setitem(sys.modules, "sandlock", None)
     monkeypatch.setenv("PATH", str(tmp_path))
     for found in (choose_isolation, code._sandbox):
@@ -204,7 +204,7 @@ def test_a_run_directory_that_is_something_else(call: Call, tmp_path: Path) -> N
 
 @pytest.fixture
 def damaged(trained: Path, tmp_path: Path) -> Path:
-    """A run whose only checkpoint is truncated."""
+    """Return a run whose only checkpoint is truncated."""
     run = tmp_path / "damaged"
     shutil.copytree(trained, run, symlinks=True)
     truncated(run / "checkpoints" / "step-000001" / "optimizer.safetensors")
@@ -276,7 +276,7 @@ def test_a_path_that_the_system_refuses(call: Call, tiny_folder: Path) -> None:
 
 
 def one_object(outcome: Outcome) -> dict[str, object]:
-    """The single JSON object that standard output holds, with nothing on standard error."""
+    """Return the single JSON object on standard output; standard error is empty."""
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.count("\n") == 1
     data = json.loads(outcome.out)
@@ -303,7 +303,7 @@ def test_show_json_of_a_config(call: Call, tmp_path: Path, tiny_folder: Path) ->
     # 13000 / (3 nodes * 2048) = 2.1, so rank 2.
     assert (shown["rank"], shown["trainable_parameters"], shown["calls_per_answer"]) == (2, 12288, 3)
     assert "evaluation" not in shown
-    # 40 steps of 16 questions, 8 rollouts each; with a budget of tokens nobody knows how many there will be.
+    # 40 steps of 16 questions, 8 rollouts each; with a budget of tokens their number is not known.
     assert (shown["training_rollouts"], "training_sampled_tokens" in shown) == (5120, False)
     path.write_text(f"step_tokens = 500\n{path.read_text()}")
     shown = one_object(call("show", path, "--json"))
@@ -388,7 +388,7 @@ def test_data_that_is_gone_leaves_the_count_open(call: Call, trained: Path, tmp_
     (run / "config.json").write_text(json.dumps(config))
     score, count = call("eval", run, "--file", path).out.splitlines()
     assert "(n 1, " in score
-    assert re.search(r"how many of its items were drawn in training cannot be told: task\.data none is not there", count)
+    assert re.search(r"the number of its items that were drawn in training is unknown: task\.data none is not there", count)
     assert one_object(call("eval", run, "--file", path, "--json"))["drawn_in_training"] is None
 
 

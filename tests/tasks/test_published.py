@@ -537,7 +537,7 @@ def test_the_listing_without_data_fetches_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_example_reads_as_each_node_of_a_chain_gets_it() -> None:
-    reading = task_list.readings(TaskConfig(name="navigate"))
+    reading = task_list.example_prompts(TaskConfig(name="navigate"))
     first, second, third = (node["reads"] for node in reading["nodes"])
     assert all(text.startswith(reading["question"]) for text in (first, second, third))
     assert first.endswith('You are node 1 in layer 1.\nWrite "TO node 2:" and your message.')

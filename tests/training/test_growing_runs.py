@@ -396,7 +396,7 @@ def test_killed_while_it_is_made_a_child_is_no_run_and_is_made_again(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], r"grow needs --to, --connect or --edges: what to grow to, e\.g\. --to 2 2 1$"),
+        ([], r"grow needs --to, --connect or --edges, e\.g\. --to 2 2 1$"),
         (["--to", 1, 1], r"widths \[1, 1, 1\] does not fit into \[1, 1\]; nodes and layers are added, never removed$"),
         (["--to", 1, 0, 1], r"--to must be positive widths, e\.g\. 2 2 1, got 1 0 1$"),
         (["--to", 1, 1, 1], r"growth changes nothing: the network has widths \[1, 1, 1\] and these edges already$"),
