@@ -28,8 +28,8 @@ def plot_run(run: RunDirectory) -> Path:
         below = [a - record["validation/low/value"] for a, record in zip(accuracy, validations, strict=True)]
         above = [record["validation/high/value"] - a for a, record in zip(accuracy, validations, strict=True)]
         axes.errorbar(
-            [record["step"] + 1 for record in validations], accuracy, yerr=[below, above], color="tab:orange", marker="o", capsize=3,
-            label="validation accuracy, greedy, 95% interval",
+            [record["step"] + 1 for record in validations], accuracy, yerr=[below, above], color="tab:orange", marker="o",
+            capsize=3, label="validation accuracy, greedy, 95% interval",
         )  # fmt: skip
     scores = {when: run.scores(when) for when in ("before", "after")}
     for growth in run.config.growth:

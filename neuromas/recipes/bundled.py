@@ -2,9 +2,9 @@
 
     python -m neuromas.recipes.bundled --out neuromas/bundled
 
-A training row is one question followed by several nodes' turns, each of which sees the question and itself only, so the
-question is computed once for all of them; what is left of the row is filled with single-step cards of all families. Only what
-nodes write is learned.
+A training row is one question followed by several nodes' turns, each of which attends to the question and to itself only, so
+the question is computed once for all of them; the rest of the row is filled with single-step cards of all families. Only the
+texts that nodes write are learned.
 """
 
 import math
@@ -39,7 +39,7 @@ class Recipe:
     """Make the bundled backbone."""
 
     out: Path
-    """Folder that gets the model, the tokenizer and the card."""
+    """Folder for the model, the tokenizer and the card."""
     steps: int = 6000
     """Optimizer steps."""
     rows: int = 16
@@ -47,7 +47,7 @@ class Recipe:
     row_tokens: int = 512
     """Tokens of a row."""
     lr: float = 2e-3
-    """Peak learning rate; warms up over 200 steps, then falls along a cosine to a hundredth."""
+    """Peak learning rate; it warms up over 200 steps, then falls along a cosine to a hundredth."""
     vocab_size: int = 1152
     hidden: int = 128
     layers: int = 4
@@ -57,9 +57,9 @@ class Recipe:
     card_only: bool = False
     """Measure the backbone in `out` again and rewrite its card."""
     compile: bool = False
-    """Compile the model: a third faster on a CPU, needs a C++ compiler."""
+    """Compile the model: this is a third faster on a CPU and needs a C++ compiler."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train; on an NVIDIA chip the same recipe takes minutes."""
+    """Device to train on; on an NVIDIA GPU the same recipe takes minutes."""
 
 
 def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
@@ -99,7 +99,7 @@ def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 class Row:
-    """One packed training row: a question, turns that each see it and themselves, then cards."""
+    """One packed training row: a question, turns that each attend to it and to themselves, then cards."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, example: Example) -> None:
         self._encode = tokenizer.backend_tokenizer.encode
@@ -111,7 +111,7 @@ class Row:
         self.positions = list(range(len(self.ids)))
         self.prefix = len(self.ids)
         self.pieces: list[list[int]] = []
-        """Where the learned pieces of the turns lie in the row."""
+        """Indices of the tokens of each learned piece of the turns."""
 
     def _text(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=False).ids
@@ -130,12 +130,13 @@ class Row:
         return True
 
     def add_turn(self, turn: skills.Turn) -> bool:
-        """Append a turn if it fits."""
+        """Append a turn and return True if it fits."""
         prompt = [*self._text(turn.prompt), self._special[END], self._special[ASSISTANT]]
         parts = [(self._text(piece.text), piece.learned) for piece in turn.pieces]
         return self._append(max(self.segments) + 1, self.prefix, [(prompt, False), *parts, ([self._special[END]], True)])
 
     def fill_with_cards(self, rng: random.Random) -> None:
+        """Append cards until the next one does not fit."""
         position = 0
         while True:
             parts = [(self._text(piece.text), piece.learned) for piece in skills.draw_card(rng)]
@@ -145,10 +146,11 @@ class Row:
 
 
 def draw_row(rng: random.Random, tokenizer: PreTrainedTokenizerFast, length: int) -> Row:
+    """Draw a training row of at most `length` tokens."""
     trace = skills.draw_problem(rng)
     example = trace.example()
     row = Row(tokenizer, length, example)
-    # A long question gets turns nevertheless; at least a fifth of the row is left to the cards.
+    # A long question gets turns too; at least a fifth of the row is left for the cards.
     end = min(0.8 * length, 0.55 * length + row.prefix / 2)
     while len(row.ids) < end and row.add_turn(skills.draw_turn(rng, trace, example)):
         pass
@@ -158,16 +160,17 @@ def draw_row(rng: random.Random, tokenizer: PreTrainedTokenizerFast, length: int
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Rows as tensors: (rows, length), the mask (rows, 1, length, length)."""
+    """Rows as tensors of shape (rows, length); the mask has shape (rows, 1, length, length)."""
 
     ids: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
     targets: torch.Tensor
-    """The next token where it is learned, else -100."""
+    """The next token if it is learned, else -100."""
 
 
 def pack(rows: list[Row], length: int, device: str) -> PackedBatch:
+    """Return rows as a batch, padded to `length`."""
     ids = np.zeros((len(rows), length), np.int64)
     positions, segments = np.zeros_like(ids), np.full_like(ids, -2)
     learned = np.zeros_like(ids, bool)
@@ -189,7 +192,7 @@ def pack(rows: list[Row], length: int, device: str) -> PackedBatch:
 
 
 def logits(model: Qwen3ForCausalLM, batch: PackedBatch) -> torch.Tensor:
-    """Return logits at learned positions only, (learned tokens, V)."""
+    """Return the logits of shape (learned tokens, V) at learned positions only."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16):
         hidden = model.model(
             input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
@@ -198,9 +201,9 @@ def logits(model: Qwen3ForCausalLM, batch: PackedBatch) -> torch.Tensor:
 
 
 def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, length: int, count: int) -> dict[str, float]:
-    """Return the share of single steps (restated, result right) that are greedily right, given what came before, by task.
+    """Return by task the share of single steps that greedy decoding gets right, restatement and result, given the text before.
 
-    Measured on the tasks' validation problems, from the start and the middle of each and at its end.
+    It is measured on the tasks' validation problems, at the start, the middle and the end of each.
     """
     device = str(model.device)
     accuracy = {}
@@ -217,7 +220,7 @@ def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, l
                 hits = torch.zeros(batch.ids.shape, dtype=torch.bool, device=device)
                 hits[batch.targets >= 0] = logits(model, batch).argmax(-1) == batch.targets[batch.targets >= 0]
             hit = hits[0].tolist()
-            # A turn's last piece is its stop token. A step's last token says whether the work goes on: a choice, not a result.
+            # A turn's last piece is its stop token. A step's last token tells whether the work continues: that is a choice.
             steps = [piece[:-1] for piece in row.pieces if len(piece) > 1]
             right += sum(all(hit[k - 1] for k in piece) for piece in steps)
             total += len(steps)
@@ -226,7 +229,7 @@ def step_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, l
 
 
 def make_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the rest; one learning rate fits both."""
+    """Return Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest; one learning rate fits both."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in known]
@@ -237,6 +240,7 @@ def make_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Opti
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Return the model with random weights."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.mlp,
@@ -249,6 +253,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
 
 
 def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Return the trained model."""
     torch.manual_seed(recipe.seed)
     model = make_model(recipe, tokenizer)
     model.to(torch.device(recipe.device))  # type: ignore[reportArgumentType]  # a decorator hides the method's signature
@@ -283,6 +288,7 @@ def train_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
 
 
 def main() -> None:
+    """Make the backbone, or only its card, and print the card."""
     recipe = tyro.cli(Recipe)
     if recipe.card_only:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.out)

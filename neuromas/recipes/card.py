@@ -1,4 +1,4 @@
-"""The bundled backbone's card: what it can do and what it does when nobody has trained it, measured."""
+"""Measures the bundled backbone before training, and writes its card."""
 
 import re
 from collections import Counter
@@ -60,7 +60,7 @@ _GUESS = re.compile("|".join(re.escape(guess).replace(r"\{\}", ".*") for guess i
 
 
 def behaviour(text: str) -> str:
-    """Name what a text does, as in `skills`."""
+    """Return the behaviour of a text, by the names of `skills`."""
     body = re.sub(r"^TO node \d+:", "", text.strip()).strip()
     if re.match(r"(start|from) ", body):
         return "work"
@@ -70,7 +70,7 @@ def behaviour(text: str) -> str:
 
 
 def write_card(folder: Path, step_accuracy: dict[str, float], step_examples: int) -> str:
-    """Measure the backbone in a folder, write its README.md, return the text."""
+    """Measure the backbone in a folder, write its README.md, and return the text."""
     network = Network(Topology.layered([1, 1, 1]), Backbone.load(str(folder.resolve())))
     single = Network(Topology.layered([1]), Backbone.load(str(folder.resolve())))
     rows, behaviours = [], []
@@ -86,8 +86,8 @@ def write_card(folder: Path, step_accuracy: dict[str, float], step_examples: int
             f"| {family.max_steps} | {fits:.0%} |"
         )
         shares = []
-        for place in (0, -1):
-            counts = Counter(behaviour(group[0].completions[place].sample.text) for group in groups)
+        for index in (0, -1):
+            counts = Counter(behaviour(group[0].completions[index].sample.text) for group in groups)
             shares.append(
                 ", ".join(f"{kind} {counts[kind] / len(groups):.0%}" for kind in ("work", "guess", "restate", "chatter"))
             )

@@ -1,9 +1,9 @@
-"""How a problem of each family is worked out step by step, as text.
+"""The interface of traces: the solution of a problem in steps, as text.
 
-A trace starts from a state and goes on by numbered steps: `start (0,0);1:3 left (-3,0);2:...`. A state is text that holds all
-that the next step needs beside the question, so that whoever reads it can go on.
+A trace starts from a state and continues with numbered steps: `start (0,0);1:3 left (-3,0);2:...`. A state is text that holds
+all that the next step needs besides the question, so that any reader can continue it.
 
-Questions to learn from are drawn with a mark that no benchmark item and no item of the task's generator has: a number above the
+Training questions are drawn with a mark that no benchmark item and no item of the task's generator has: a number above the
 task's largest, an unknown name, people out of order, a bracket of another kind. So they are disjoint from both by construction.
 """
 
@@ -17,21 +17,21 @@ from neuromas.types import Example
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One step from anywhere: what is given, and what follows."""
+    """One step from a random state: the given text, and the text to learn."""
 
     given: str
     learned: str
 
 
 class Trace(ABC):
-    """One problem and how to work it out."""
+    """One problem and its solution in steps."""
 
     tasks: ClassVar[tuple[str, ...]]
-    """Names of the tasks whose problems these are."""
+    """Names of the tasks with problems of this family."""
     max_steps: ClassVar[int]
     """Most steps of one message."""
     share: ClassVar[float] = 1.0
-    """How often its problems are drawn, against the other families."""
+    """Weight of the family when problems are drawn."""
     question: str
     answer_format: str
     start: str
@@ -40,22 +40,22 @@ class Trace(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, question: str) -> "Trace":
-        """Read an item of one of `tasks`."""
+        """Return the trace of a question of one of `tasks`."""
 
     @classmethod
     @abstractmethod
     def draw(cls, rng: random.Random) -> "Trace":
-        """Draw a problem to learn from, with the mark."""
+        """Draw a training problem, with the mark."""
 
     @abstractmethod
     def finished(self, done: int, state: str) -> bool:
-        """Say whether nothing is left to do after so many steps."""
+        """Return whether the problem is solved after `done` steps."""
 
     @abstractmethod
     def step(self, done: int, state: str) -> tuple[str, str]:
-        """Return the next step, as it is written before its result, and the state after it.
+        """Return the text of the next step before its result, and the state after it.
 
-        A step restates what it is about: naming states alone is learned badly.
+        A step restates its part of the problem: a model learns badly to name states alone.
         """
 
     @abstractmethod
@@ -64,18 +64,20 @@ class Trace(ABC):
 
     @abstractmethod
     def wrong(self, rng: random.Random, state: str) -> str:
-        """Return another state than the true one."""
+        """Draw a wrong state."""
 
     @abstractmethod
-    def guess(self, rng: random.Random) -> str: ...
+    def guess(self, rng: random.Random) -> str:
+        """Draw an answer without solving the problem."""
 
     @abstractmethod
     def sentences(self) -> list[str]:
-        """Return what can be restated of the question."""
+        """Return the sentences of the question that a message may restate."""
 
     @classmethod
     @abstractmethod
-    def card(cls, rng: random.Random) -> Card: ...
+    def card(cls, rng: random.Random) -> Card:
+        """Draw one step from a random state."""
 
     def states(self) -> list[str]:
         """Return the state before the first step and after every step."""
@@ -85,5 +87,5 @@ class Trace(ABC):
         return states
 
     def example(self) -> Example:
-        """Return the question as nodes read it, with the answer of the trace."""
+        """Return the example of the problem, with the answer of the trace."""
         return Example("", self.question, self.answer(self.states()[-1]), self.answer_format)

@@ -1,4 +1,4 @@
-"""Traces of problems told in sentences: a walk, a chain of people who tell of each other, swaps."""
+"""Traces of problems in sentences: walks, chains of statements about people, swaps."""
 
 import random
 from dataclasses import replace
@@ -13,11 +13,12 @@ from neuromas.tasks.web_of_lies import CLAIMS, NAMES, Web
 
 
 def state_text(state: State) -> str:
+    """Return a state of a walk as text."""
     return f"({state.x},{state.y})" + (f" {state.heading}" if state.heading else "")
 
 
 class NavigateTrace(Trace):
-    """The state is where the walker is, and in the turning style the heading."""
+    """A trace whose state is the position of the walker, and in the turning style the heading."""
 
     tasks = ("navigate",)
     max_steps = 4
@@ -47,8 +48,8 @@ class NavigateTrace(Trace):
 
     @staticmethod
     def _read(state: str) -> State:
-        place, _, heading = state.partition(" ")
-        x, y = place.strip("()").split(",")
+        position, _, heading = state.partition(" ")
+        x, y = position.strip("()").split(",")
         return State(int(x), int(y), heading or None)
 
     @staticmethod
@@ -85,7 +86,7 @@ class NavigateTrace(Trace):
 
 
 class WebTrace(Trace):
-    """The state is what the last person heard does: lies or tells the truth."""
+    """A trace whose state is what the last person does: lies or tells the truth."""
 
     tasks = ("web_of_lies",)
     max_steps = 2
@@ -139,7 +140,7 @@ class WebTrace(Trace):
 
 
 class TrackingTrace(Trace):
-    """From the last swap back to the first: the state is who had then what the one asked about has in the end."""
+    """A trace from the last swap back to the first: the state is the person who then held the object of the question."""
 
     tasks = tuple(f"tracking_shuffled_objects_{size}_objects" for size in ("three", "five", "seven"))
     max_steps = 3
@@ -169,11 +170,11 @@ class TrackingTrace(Trace):
         shuffle = self.shuffle
         left = len(shuffle.swaps) - done
         if left == 0:
-            place = shuffle.people.index(state)
-            # The options stand in the order of the people, so that counting them off finds the letter. To look up what somebody
-            # has, whose name stands in every swap, is not learned in thousands of steps (LOG.md).
-            counted = zip(shuffle.people[: place + 1], tracking.LETTERS, strict=False)
-            return f"0: {' '.join(f'{person} {letter}' for person, letter in counted)}", f"({tracking.LETTERS[place]})"
+            index = shuffle.people.index(state)
+            # The options are in the order of the people, so that counting them finds the letter. A model does not learn in
+            # thousands of steps to look up the object of a person whose name occurs in every swap (LOG.md).
+            counted = zip(shuffle.people[: index + 1], tracking.LETTERS, strict=False)
+            return f"0: {' '.join(f'{person} {letter}' for person, letter in counted)}", f"({tracking.LETTERS[index]})"
         a, b = (shuffle.people[k] for k in shuffle.swaps[left - 1])
         return f"{left}: {a} and {b}", {a: b, b: a}.get(state, state)
 

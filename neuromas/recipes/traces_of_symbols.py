@@ -1,4 +1,4 @@
-"""Traces of problems written in symbols: brackets, Boolean expressions, sums."""
+"""Traces of problems in symbols: brackets, Boolean expressions, sums."""
 
 import random
 from typing import ClassVar
@@ -11,7 +11,7 @@ from neuromas.tasks.multistep_arithmetic_two import LARGEST_NUMBER, OPERATIONS, 
 
 
 class DyckTrace(Trace):
-    """Four brackets a step; the state is which ones are open, outermost first, behind a bar."""
+    """A trace of four brackets in each step; the state is the open brackets, outermost first, after a bar."""
 
     tasks = ("dyck_languages",)
     max_steps = 3
@@ -54,7 +54,7 @@ class DyckTrace(Trace):
             if bracket in cls.closers:
                 open_.append(bracket)
             elif open_:
-                # After a wrong state nothing may be open, or something else: what a reader was told stays.
+                # After a wrong state no bracket, or another one, may be open: the reader continues from the given state.
                 open_.pop()
         return f"{number}: {' '.join(chunk)}", " ".join(["|", *open_])
 
@@ -91,7 +91,7 @@ class DyckTrace(Trace):
 
 
 class BooleanTrace(Trace):
-    """The state is the expression that is left; a step works out its first operation that can be."""
+    """A trace whose state is the remaining expression; a step evaluates its first operation between values."""
 
     tasks = ("boolean_expressions",)
     max_steps = 2
@@ -139,7 +139,7 @@ class BooleanTrace(Trace):
 
     @classmethod
     def _first_operation(cls, words: list[str]) -> tuple[int, int]:
-        """Return where the first operation between plain values stands that no neighbour binds more tightly, and its length."""
+        """Return the index and the length of the first operation between values that no neighbour binds more tightly."""
         values = ("True", "False")
         for k, word in enumerate(words):
             following = words[k + 1 : k + 3]
@@ -154,7 +154,7 @@ class BooleanTrace(Trace):
                 return k, 3
             if following[0] == "or" and before not in ("not", "and") and after != "and":
                 return k, 3
-        raise AssertionError(f"nothing to work out in {words}")
+        raise AssertionError(f"no operation in {words}")
 
     @staticmethod
     def _value(words: list[str]) -> str:
@@ -181,7 +181,7 @@ class BooleanTrace(Trace):
 
     @classmethod
     def card(cls, rng: random.Random) -> Card:
-        # A marked expression, a few steps on: what a message in the middle starts from.
+        # A marked expression after a few steps, as a message of a middle node starts from.
         trace = cls.draw(rng)
         states = trace.states()
         done = rng.randrange(len(states) - 1)
@@ -191,7 +191,7 @@ class BooleanTrace(Trace):
 
 
 class ArithmeticTrace(Trace):
-    """Number by number: the state is (sum so far, product so far), behind the value of the first parenthesis once known."""
+    """A trace of one number in each step; the state is (sum, product) so far, after the first parenthesis' value if known."""
 
     tasks = ("multistep_arithmetic_two",)
     max_steps = 3
@@ -211,7 +211,7 @@ class ArithmeticTrace(Trace):
     def draw(cls, rng: random.Random) -> "ArithmeticTrace":
         def draw_sum() -> Sum:
             count = rng.choice((3, 4, 4, 4, 5))
-            # A large number only now and then: products of them are beyond what the task asks for.
+            # Large numbers are rare: their products are larger than those of the task.
             numbers = [
                 rng.randint(-cls.largest, cls.largest) if rng.random() < 0.2 else rng.randint(-9, 9) for _ in range(count)
             ]

@@ -1,4 +1,4 @@
-"""Tasks by name: `get_task` makes any of them."""
+"""Tasks by name: `get_task` returns any of them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +39,7 @@ TASKS: dict[str, Callable[[int | None], GeneratedTask]] = {
     "tracking_shuffled_objects_seven_objects": partial(TrackingShuffledObjects, 7),
     "web_of_lies": WebOfLies,
 }
-"""What makes a task of each name, given its difficulty."""
+"""Name -> function that returns the task, given its difficulty."""
 
 
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
@@ -51,13 +51,13 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     **{f"bbh:{name}": partial(BigBenchHard, name, family=TASKS.get(name)) for name in BBH},
     **{f"mmlu:{name}": partial(Mmlu, name) for name in ("physics", *SUBJECTS)},
 }
-"""What makes a benchmark of each name, given its data and `train_on_evaluation`."""
+"""Name -> function that returns the benchmark, given its data and `train_on_evaluation`."""
 
 FORMS = ("bbh:TASK", "mmlu:SUBJECT", "reasoning_gym:NAME", "jsonl:PATH", "class:FILE.py:CLASS")
 
 
 def get_family(name: str, difficulty: int | None = None) -> GeneratedTask:
-    """Return the generated family of that name; ValueError lists the names there are, or says what its difficulty may be."""
+    """Return the generated family of that name; ValueError lists the known names, or its allowed difficulties."""
     if name not in TASKS:
         raise ValueError(f"family must be one of {sorted(TASKS)}, got {name!r}")
     return TASKS[name](difficulty)
@@ -71,9 +71,7 @@ def get_task(
     verifier: VerifierName = "exact",
     train_on_evaluation: bool = False,
 ) -> Task:
-    """Return the task of that name, without reading its data yet; ValueError lists the names there are, or says which setting
-    it does not have or can't have so.
-    """
+    """Return the task of that name, without reading its data; ValueError lists the known names, or names the wrong setting."""
     kind, colon, rest = name.partition(":")
     if name in TASKS:
         return get_family(name, difficulty)

@@ -1,7 +1,7 @@
-"""Reading one answer out of a text, and in a way that favours none: strict, so that naming several answers never pays.
+"""Parses the answer of a text. The rules are strict, so that naming several answers never pays, and favour no answer.
 
-What a text gives is read without a look at the gold answer, and in the same way whichever answer it is: with the answers' names
-exchanged, the same text gives the exchanged answer.
+The parser does not know the gold answer and treats all answers alike: with the answers' names exchanged, the same text gives
+the exchanged answer.
 """
 
 import re
@@ -22,14 +22,14 @@ _LABEL = re.compile(
 )
 _CLOSERS = r"[.,;!)\]}*_`\"'$\u00b0\u20ac\u00a3]*"
 _SIGNS = r"+/^=<>~|&%#@\\:\-\u00b0-\u00b7\u00d7\u00f7\u2010-\u2015\u2026\u2044\u2190-\u22ff"
-# What may follow an answer: its wrapping, then the end, a new line, or words, also behind a colon or dash. All else makes
-# another thing of it, a ratio, a range, a term of a calculation: 5:+, 5~6, 5/, A|F are no answers.
+# What may follow an answer: its wrapping, then the end, a new line, or words, also after a colon or dash. Other characters make
+# it a ratio, a range, or a term of a calculation: 5:+, 5~6, 5/, A|F are no answers.
 _ENDED = re.compile(
     rf"{_CLOSERS}(?:\s*$|[ \t\r]*\n|[ \t]++(?![{_SIGNS}])"
     r"|(?::|[ \t]+[\u2013\u2014-])\s+(?=[*_\"'(]*[^\W\d_]{2})|\u2014(?=[^\W\d_]{2})|\s*\\(?:text|mathrm|[ ,;!]))"
 )
 
-# Longer numbers are no answer of any family, and Python refuses to read them from 4,300 digits on.
+# No family has longer numbers as answers, and Python refuses to parse numbers from 4,300 digits on.
 _MAX_DIGITS = 100
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -38,30 +38,30 @@ _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit)\s*\{([^{}]*)\}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerForm:
-    """What the answers of a task look like."""
+    """The form of a task's answers, and the parser of it."""
 
     pattern: re.Pattern[str]
-    """Everything that looks like an answer, wrong forms too: `24.5` where whole numbers are asked for."""
+    """Matches everything that looks like an answer, wrong forms too: `24.5` where whole numbers are asked for."""
     normal: Callable[[str], str | None]
-    """Gives the normal form of what the pattern found, None for a wrong form."""
+    """Returns the normal form of a match of the pattern, None for a wrong form."""
     opening: re.Pattern[str] | None = None
-    """How a text begins that gives its answer at once, without "Answer:", and says more behind it. None: no text does."""
+    """Matches the start of a text that gives its answer at once, without "Answer:", and goes on. None: no text does so."""
     latex: bool = True
-    """Whether LaTeX around an answer, such as a box, is taken off: brackets are answers of their own."""
+    """Whether LaTeX around an answer, such as a box, is removed: False where brackets are answers."""
     words: bool = False
     """Whether the answers are words of the language."""
     interjections: str = "no"
-    """Words that take an answer back at the start of a clause, as in "5. No, wait"; "" where they are answers themselves."""
+    """Words that withdraw an answer at the start of a clause, as in "5. No, wait"; "" where they are answers themselves."""
 
     def read(self, text: str) -> str | None:
         """Return the answer in normal form; None if the text gives none, or several.
 
-        Either the text is an answer and nothing else, or it begins with one as `opening` says, or it says "Answer: ...", "the
-        answer is ..." and the like. What comes before that is free. The answer has to end as answers do ("5:+" is none), all
-        later labels have to give the same one, and what follows has to leave it standing (`aftermath.py`).
+        The text is an answer and nothing else, or it begins with one that `opening` matches, or it has a label such as
+        "Answer: ..." or "the answer is ...". Any text may come before that. The answer must end as answers do ("5:+" is none),
+        all later labels have to give the same answer, and the text after it must not withdraw it (`explanations.py`).
         """
         text = _plain(text) if self.latex else text
-        # A stop may follow an answer, not lead it: .5 is not 5. An ellipsis is no stop: 0.3... is not 0.3.
+        # A full stop may follow an answer but not precede it: .5 is not 5. An ellipsis is no full stop: 0.3... is not 0.3.
         bare = text.strip(_WRAPPING).removesuffix(".").rstrip(_WRAPPING)
         if self.pattern.fullmatch(bare):
             return self.normal(bare)
@@ -78,7 +78,7 @@ class AnswerForm:
         given = {span.answer for span in (claim, *later) if span.start in claims}
         if claim.answer is None or given != {claim.answer} or not _ENDED.match(text, claim.end):
             return None
-        # A second "Answer:" or "the answer is" has to give an answer too, if it gives anything.
+        # A second "Answer:" or "the answer is" has to give an answer too, unless nothing follows it.
         found = {span.start for span in later}
         for label in labels:
             says = label["is"] or ":" in label.group()
@@ -89,7 +89,7 @@ class AnswerForm:
 
 
 def unboxed(text: str) -> str:
-    r"""Write "Answer: x" for every \boxed{x}, so that all ways to give an answer meet the same rules."""
+    r"""Return the text with "Answer: x" for every \boxed{x}, so that the same rules hold for both."""
     parts, at = [], 0
     while match := _BOXED.search(text, at):
         depth, end = 1, match.end()
@@ -108,7 +108,7 @@ def unboxed(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Take LaTeX's boxes, words and delimiters off, as in "\\(\\boxed{\\text{B}}\\)"; a delimiter becomes a dollar sign."""
+    """Return the text without LaTeX's boxes, words and delimiters, as in "\\(\\text{B}\\)"; a delimiter becomes a dollar."""
     if "\\" not in text:
         return text
     text = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", "$"))
@@ -116,7 +116,7 @@ def _plain(text: str) -> str:
 
 
 def words_form(*answers: str) -> AnswerForm:
-    """Answers are one of these words, in any case."""
+    """Return the form of answers that are one of these words, in any case."""
     by_word = {answer.lower(): answer for answer in answers}
     # "There is no net displacement" and "no doubt" are no answers, and "no idea" is none of these.
     no = (
@@ -138,12 +138,12 @@ def words_form(*answers: str) -> AnswerForm:
 
 
 def option_form(letters: str) -> AnswerForm:
-    """Answers are a letter in parentheses, or a capital letter alone where it may not be the article of "A red ball".
+    """Return the form of a letter in parentheses, or of a capital alone where it is not the article of "A red ball".
 
-    The pattern finds all letters in parentheses, and a letter joined to an option, so that an option that does not exist spoils
-    an answer.
+    The pattern matches all letters in parentheses, and a letter joined to an option, so that naming an option that does not
+    exist makes an answer invalid.
     """
-    # No letter is read where an A would be an article: else (A) would be harder to give than (B). I is a pronoun as well.
+    # No letter is parsed where an A would be an article: otherwise (A) would be harder to give than (B). I is also a pronoun.
     alone = (
         r"(?![\w'\u2019-])(?!(?<=I)\s+[a-z])(?!\s+(?!(?:too|as|also|is|was|are|were|or|nor|and|not|but|because|since|which|would"
         r"|could|can|cannot|should|will|does|then|instead|rather|if|so|by|for|due|given)\b)[a-z])"
@@ -162,9 +162,9 @@ def option_form(letters: str) -> AnswerForm:
 
 
 def number_form(*, decimals: bool = False) -> AnswerForm:
-    """Answers are whole numbers, or decimal ones too, with or without commas between thousands; a calculation is none."""
-    # The last part finds the start of a calculation, so that 5 * 5 is not twice the number 5, and what makes another number of
-    # it: 5 million, 5x, 5 \\pi, A5.
+    """Return the form of whole or also decimal numbers, with or without commas between thousands; a calculation is none."""
+    # The last part matches the start of a calculation, so that 5 * 5 is not twice the number 5, and words that change the
+    # number: 5 million, 5x, 5 \\pi, A5.
     more = (
         r"hundred|thousand|million|billion|trillion|dozen|percent|pi|squared|cubed|plus|minus|divided|point|(?:and a )?half"
         r"|(?:times|over|to|and)(?=\W*[0-9])|[b-z](?![\w'\u2019])"
@@ -190,7 +190,7 @@ def number_form(*, decimals: bool = False) -> AnswerForm:
 
 
 def bracket_form() -> AnswerForm:
-    """Answers are closing brackets, with one space between two of them when in normal form."""
+    """Return the form of closing brackets; the normal form has one space between two of them."""
     pattern = re.compile(r"[()\[\]{}<>](?:\s*[()\[\]{}<>])*")
 
     def normal(found: str) -> str | None:
@@ -206,9 +206,8 @@ _ANSWER = re.compile(r"\banswer\s*:", re.IGNORECASE)
 def read_open(text: str) -> str | None:
     """Return an answer of any form, with single spaces; None if the text gives none, or several.
 
-    Either the text is one line and nothing else, or all that follows "Answer:" is the answer; a box is labelled so. Where there
-    are several of these, they have to say the same. So a second thought, a doubt or an explanation is part of the answer, and
-    makes it a wrong one.
+    The answer is the text if it has one line, or all that follows "Answer:" (which also stands for a box). Several labels have
+    to give the same answer. So a second thought, a doubt or an explanation is part of the answer, and makes it wrong.
     """
     first, *labelled = _ANSWER.split(unboxed(text))
     if not labelled and "\n" in first.strip(_WRAPPING):
@@ -218,6 +217,6 @@ def read_open(text: str) -> str | None:
 
 
 def read_exact(text: str) -> str | None:
-    """Return the same without the stop behind it."""
+    """Return the answer of `read_open` without the full stop after it."""
     answer = read_open(text) or ""
     return (answer if answer.endswith("..") else answer.removesuffix(".").rstrip(_WRAPPING)) or None

@@ -1,8 +1,8 @@
 """Boolean expressions, in the grammar of BIG-Bench-Hard: is `not True or ( False and True )` true or false?
 
-An expression is a row of words: True, False, not, and, or, and each parenthesis. The published ones have 8 words and shapes
-about as frequent as if every expression of 8 words were equally likely, which is how they are drawn here. There are only
-2,122 of them, so the generator draws expressions of 9 to 11 words too; difficulty 8 leaves those out.
+An expression is a sequence of words: True, False, not, and, or, and each parenthesis. The published ones have 8 words, and
+their shapes are about as frequent as if every expression of 8 words were equally likely; the generator draws them so. There
+are only 2,122 of them, so it draws expressions of 9 to 11 words too; difficulty 8 excludes those.
 """
 
 import random
@@ -15,7 +15,7 @@ from neuromas.tasks.task import GeneratedTask, Problem
 WORD_WEIGHTS = {8: 4, 9: 3, 10: 2, 11: 1}
 
 TRUE_SHARE = 0.54
-"""Share of True among the published answers. Left to chance, it would grow with the number of words, to two thirds."""
+"""Share of True among the published answers. Without control it would grow with the number of words, to two thirds."""
 
 _ANSWER = words_form("True", "False")
 
@@ -36,7 +36,7 @@ class Expression:
 
     @classmethod
     def parse(cls, question: str) -> "Expression":
-        """Read a question back; ValueError if it is not of this grammar."""
+        """Return the problem of a question; ValueError if it is not of this grammar."""
         expression = cls(tuple(question.removesuffix(" is").split(" ")))
         try:
             _evaluate(expression.words)
@@ -49,7 +49,7 @@ class Expression:
 
 def _evaluate(words: tuple[str, ...]) -> bool:
     """Return the value; `not` binds before `and`, `and` before `or`. ValueError if the words are no expression."""
-    # The next word is the last of the list: each reader below takes its own words off the end.
+    # The next word is the last of the list: each function below removes its words from the end.
     rest = list(reversed(words))
     value = _read_or(rest)
     if rest:
@@ -61,7 +61,7 @@ def _read_or(rest: list[str]) -> bool:
     value = _read_and(rest)
     while rest and rest[-1] == "or":
         rest.pop()
-        # The right side has to be read even where the left side decides.
+        # The words of the right side have to be removed even where the left side decides.
         value = _read_and(rest) or value
     return value
 
@@ -90,14 +90,14 @@ def _read_not(rest: list[str]) -> bool:
 
 @cache
 def count_expressions(length: int) -> int:
-    """Return how many expressions have this many words."""
+    """Return the number of expressions of this many words."""
     pairs = sum(_count_operands(k) * count_expressions(length - 1 - k) for k in range(1, length - 1))
     return _count_operands(length) + 2 * pairs
 
 
 @cache
 def _count_operands(length: int) -> int:
-    """Count expressions without a bare `and` or `or`: a value, a negated operand, an expression in parentheses."""
+    """Return the number of operands of this many words: a value, a negated operand, an expression in parentheses."""
     if length <= 1:
         return 2 * (length == 1)
     return _count_operands(length - 1) + count_expressions(length - 2)
@@ -105,7 +105,7 @@ def _count_operands(length: int) -> int:
 
 def draw_words(rng: random.Random, length: int) -> list[str]:
     """Draw one of all expressions of this many words, each with the same chance."""
-    # By the length of the first operand; the whole length means that it is the only one.
+    # The length of the first operand is drawn first; the full length means that it is the only one.
     lengths = [k for k in range(1, length + 1) if k != length - 1]
     ways = [_count_operands(k) * (2 * count_expressions(length - 1 - k) if k < length else 1) for k in lengths]
     first = rng.choices(lengths, weights=ways)[0]
@@ -114,6 +114,7 @@ def draw_words(rng: random.Random, length: int) -> list[str]:
 
 
 def _draw_operand(rng: random.Random, length: int) -> list[str]:
+    """Draw one of all operands of this many words, each with the same chance."""
     if length == 1:
         return [rng.choice(("True", "False"))]
     if rng.randrange(_count_operands(length)) < _count_operands(length - 1):

@@ -36,7 +36,7 @@ class CodeTask(DatasetTask):
     limits = Limits()
 
     programs: dict[str, Callable[[str], Program | None]]
-    """What makes a program with its tests of a text that gives one, by the id of the example: filled as examples are read."""
+    """Id of an example -> function that returns the program of a text with its tests; filled when examples are read."""
 
     def check_ready(self) -> None:
         _sandbox(self.limits)
@@ -55,13 +55,13 @@ class CodeTask(DatasetTask):
 
 
 def with_answer(program: Program, text: str) -> Program | None:
-    """Return the program that a text gives, in the place of another one that has the same tests."""
+    """Return `program` with the source that a text gives, and the same tests; None if the text gives no program."""
     source = PYTHON.read(text, program.entry_point)
     return None if source is None else replace(program, source=textwrap.dedent(source))
 
 
 class CodeBenchmark(CodeTask, Benchmark):
-    """A benchmark of programs. The gold answer is the published program."""
+    """A benchmark of programs. Its gold answer is the published program."""
 
     form = PYTHON
 
@@ -77,7 +77,7 @@ class CodeBenchmark(CodeTask, Benchmark):
 
     @abstractmethod
     def program(self, record: Record, text: str) -> Program | None:
-        """Put the program that a text gives together with the tests of its record."""
+        """Return the program that a text gives with the tests of its record; None if the text gives none."""
 
     def example_of(self, record: Record) -> Example:
         example = super().example_of(record)
@@ -99,8 +99,8 @@ class Mbpp(CodeBenchmark):
             number = record.data.get("task_id")
             if not isinstance(number, int):
                 raise record.error("expected a whole number 'task_id'")
-            place = "dev" if number <= 10 else "test" if number <= 510 else "validation" if number <= 600 else "train"
-            splits[place].append(record)
+            name = "dev" if number <= 10 else "test" if number <= 510 else "validation" if number <= 600 else "train"
+            splits[name].append(record)
         return splits
 
     def problem(self, record: Record) -> Problem:
@@ -122,13 +122,13 @@ class HumanEval(CodeBenchmark):
     name, hub_id = "humaneval", "openai/openai_humaneval"
     hub_splits: ClassVar = {"test": "test"}
     file_names: ClassVar = {"test": tuple(f"{d}HumanEval.jsonl{z}" for d in ("", "humaneval/") for z in (".gz", ""))}
-    training_source = "MBPP, in files: mbpp.jsonl beside its own"
+    training_source = "MBPP, in files: mbpp.jsonl next to its own"
 
     @cached_property
-    def trainer(self) -> Mbpp:  # type: ignore[override]  # found when first needed
+    def trainer(self) -> Mbpp:  # type: ignore[override]  # resolved when first used
         roots = [] if self.data is None else [self.data, self.data.parent, self.data.parent.parent]
         here = (root for root in roots for name in Mbpp.file_names["test"] if (root / name).is_file())
-        # One book of programs, so that the reward of either's examples can be asked of this task.
+        # Both tasks share `programs`, so that this task can reward the examples of either.
         return Mbpp(next(here, None), programs=self.programs)
 
     def problem(self, record: Record) -> Problem:
@@ -145,7 +145,7 @@ class HumanEval(CodeBenchmark):
         return replace(program, source=first + program.source)
 
     def completed(self, record: Record, completion: str) -> Program:
-        """Put what follows the prompt together with prompt and tests."""
+        """Return the program of a prompt and its completion, with its tests."""
         data = record.data
         return humaneval_program(data["prompt"], completion, data["test"], data["entry_point"])
 
@@ -162,7 +162,7 @@ class HumanEvalPlus(HumanEval):
             for z in (".gz", "")
         )
     }
-    # On average 750 calls, and as many of the published program beside them.
+    # The tests make 750 calls on average, and as many of the published program.
     limits = Limits(seconds=120, memory_mb=1024, output_bytes=1 << 30)
 
     def completed(self, record: Record, completion: str) -> Program:
@@ -180,10 +180,10 @@ _FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import\b[^\n]*$", re.MULTILINE
 
 
 def _completion(answer: str, entry_point: str) -> tuple[str, str]:
-    """Return what precedes and what follows the prompt: a whole program, or the body of the prompt's function, indented.
+    """Return the text before the prompt and the text after it: a complete program, or the body of the prompt's function.
 
-    Which one it is, its lines tell: a program gives the function's name a meaning, and only a body returns. What a program
-    imports from the future has to come first.
+    An answer is a program if it defines the function's name and does not return at top level, else a body, which is indented.
+    Imports from __future__ in a program have to come first.
     """
     whole = textwrap.dedent(answer)
     if not defines(answer, entry_point) or re.search(r"^return\b", whole, re.MULTILINE):
@@ -197,14 +197,14 @@ def _body(answer: str) -> str:
     margins = [line[: len(line) - len(line.lstrip())] for line in lines]
     if len(lines) > 1 and not margins[0] and all(margins[1:]):
         least = min(margins[1:], key=len)
-        # All the rest is the block of the first line, or that stood where the least indented of the others do.
+        # The other lines are the block of the first line, or the first line has lost the indentation of the least indented one.
         if not re.search(r":\s*(?:#.*)?$", lines[0]) or margins[1] != least:
             return _body(least + answer.lstrip())
     return answer if margins[0] == "    " else textwrap.indent(textwrap.dedent(answer), "    ")
 
 
 def _inputs_of(record: Record) -> tuple[list[Any], float]:
-    """Take inputs and tolerance out of the test of the hub's HumanEval+, which has them as Python text."""
+    """Return the inputs and the tolerance in the test of the hub's HumanEval+, which holds them as Python text."""
     (test,) = record.texts("test")
     inputs, tolerance = None, 0.0
     try:
@@ -214,7 +214,7 @@ def _inputs_of(record: Record) -> tuple[list[Any], float]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "assertion":
                 tolerance = float(ast.literal_eval(node.args[-1]))
     except (ValueError, SyntaxError) as error:
-        raise record.error(f"its test is not written as that of evalplus/humanevalplus was: {error}") from error
+        raise record.error(f"its test does not have the form of evalplus/humanevalplus: {error}") from error
     if not isinstance(inputs, list):
         raise record.error("its test has no list 'inputs'")
     return inputs, tolerance

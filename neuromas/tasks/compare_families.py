@@ -1,7 +1,7 @@
-"""Compare generated problems with the published BIG-Bench-Hard items: `python -m neuromas.tasks.compare_families DIR`.
+"""Compares generated problems with the published BIG-Bench-Hard items: `python -m neuromas.tasks.compare_families DIR`.
 
-DIR holds the published files, e.g. boolean_expressions.json; navigate_even.json is taken where there is no navigate.json.
-Prints the tables of docs/families.md.
+DIR holds the published files, e.g. boolean_expressions.json; navigate_even.json is used if there is no navigate.json.
+It prints the tables of docs/families.md.
 """
 
 import random
@@ -25,16 +25,17 @@ BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What is compared in a family."""
+class Family:
+    """The measures of one family's problems."""
 
     measures: dict[str, Callable[[str], float]]
     """Numbers that describe a question."""
     shortcut: str = "-"
-    """A way to guess without solving the problem."""
+    """Description of a way to guess without solving the problem."""
     guess: Callable[[str], str | None] = lambda question: None
+    """Returns the guess for a question."""
     kind: Callable[[str], str] = str
-    """Kind of an answer, for the balance of answers."""
+    """Returns the kind of an answer, for the balance of answers."""
     difficulties: tuple[int | None, ...] = (None,)
 
 
@@ -60,7 +61,7 @@ def _numbers_come_in_pairs(question: str) -> str:
     return "No" if any(count % 2 for count in Counter(re.findall(r"\d+", question)).values()) else "Yes"
 
 
-TRACKING = Look(
+TRACKING = Family(
     {
         "swaps": lambda q: len(Shuffle.parse(q).swaps),
         "swaps of the one asked about": lambda q: sum(Shuffle.parse(q).asked in swap for swap in Shuffle.parse(q).swaps),
@@ -70,8 +71,8 @@ TRACKING = Look(
     _first_held_by_last_partner,
 )
 
-LOOKS = {
-    "boolean_expressions": Look(
+FAMILIES = {
+    "boolean_expressions": Family(
         {
             "words": lambda q: len(q.split()) - 1,
             "and, or": lambda q: len(re.findall("and|or", q)),
@@ -82,7 +83,7 @@ LOOKS = {
         lambda q: str("or" in q.split()),
         difficulties=(None, 8),
     ),
-    "dyck_languages": Look(
+    "dyck_languages": Family(
         {
             "brackets shown": lambda q: len(Brackets.parse(q).shown),
             "depth": _depth,
@@ -92,7 +93,7 @@ LOOKS = {
         lambda q: Brackets.parse(q).answer[0],
         lambda answer: f"{len(answer.split())} missing",
     ),
-    "multistep_arithmetic_two": Look(
+    "multistep_arithmetic_two": Family(
         {
             "numbers": lambda q: len(re.findall(r"\d+", q)),
             "negative numbers": lambda q: len(re.findall(r"-\d", q)),
@@ -100,7 +101,7 @@ LOOKS = {
         },
         kind=lambda answer: "negative" if int(answer) < 0 else "zero" if int(answer) == 0 else "positive",
     ),
-    "navigate": Look(
+    "navigate": Family(
         {"sentences": lambda q: q.partition("\n")[0].count("."), "turns": lambda q: q.count("Turn")},
         "Yes if numbers come in pairs",
         _numbers_come_in_pairs,
@@ -108,7 +109,7 @@ LOOKS = {
     "tracking_shuffled_objects_three_objects": TRACKING,
     "tracking_shuffled_objects_five_objects": TRACKING,
     "tracking_shuffled_objects_seven_objects": TRACKING,
-    "web_of_lies": Look(
+    "web_of_lies": Family(
         {"statements": lambda q: len(Web.parse(q).claims), "statements of a lie": lambda q: q.count(" lies.")},
         "Yes if the last one says so",
         lambda q: "Yes" if Web.parse(q).claims[-1] else "No",
@@ -117,7 +118,7 @@ LOOKS = {
 
 
 def read_published(folder: Path, task: Task) -> list[Problem]:
-    """Return the published items of a task, none if the folder has no file of it."""
+    """Return the published items of a task; an empty list if the folder has no file of it."""
     paths = [path for path in (folder / f"{task.name}.json", folder / f"{task.name}_even.json") if path.exists()]
     return [Problem(example.question, example.answer) for example in task.load(paths[0])] if paths else []
 
@@ -135,10 +136,10 @@ def _floor(task: Task, problems: Sequence[Problem]) -> str:
     return f"{floor([task.example(problem) for problem in problems])[1]:.1%}" if problems else "-"
 
 
-def _score(problems: Sequence[Problem], look: Look) -> str:
-    if not problems or look.shortcut == "-":
+def _score(problems: Sequence[Problem], measured: Family) -> str:
+    if not problems or measured.shortcut == "-":
         return "-"
-    return f"{sum(look.guess(problem.question) == problem.answer for problem in problems) / len(problems):.1%}"
+    return f"{sum(measured.guess(problem.question) == problem.answer for problem in problems) / len(problems):.1%}"
 
 
 def _table(title: str, header: str, rows: list[tuple[str, ...]]) -> str:
@@ -148,7 +149,7 @@ def _table(title: str, header: str, rows: list[tuple[str, ...]]) -> str:
 
 
 def training_draws(name: str, folder: Path, steps: int) -> tuple[int, int, int]:
-    """Count published items among the training questions of a family: as it is, with the file held out, and as `bbh:NAME`."""
+    """Return counts of published items among training questions: of the family, with the file held out, and of `bbh:NAME`."""
     plain, clean, benchmark = get_family(name), get_family(name), get_task(f"bbh:{name}", data=folder)
     ids = frozenset(plain.example(problem).id for problem in read_published(folder, plain))
     clean.held_out = ids
@@ -162,25 +163,25 @@ def training_draws(name: str, folder: Path, steps: int) -> tuple[int, int, int]:
 def tables(folder: Path) -> str:
     """Return the four tables as Markdown."""
     structure, answers, repeats, training = [], [], [], []
-    for name, look in LOOKS.items():
+    for name, measured in FAMILIES.items():
         published = read_published(folder, get_family(name))
         counts = [f"{count:,}" for count in training_draws(name, folder, STEPS)] if published else ["-"] * 3
         training.append((name, *counts))
-        for difficulty in look.difficulties:
+        for difficulty in measured.difficulties:
             task = get_family(name, difficulty)
             family = name if difficulty is None else f"{name}, difficulty {difficulty}"
             rng = random.Random(SEED)
             drawn = [task.generate(rng) for _ in range(DRAWN)]
             compared = drawn[:COMPARED]
-            for what, measure in {"characters": len, **look.measures}.items():
+            for what, measure in {"characters": len, **measured.measures}.items():
                 both = [
                     _range([float(measure(problem.question)) for problem in problems]) for problems in (published, compared)
                 ]
                 structure.append((family, what, *both))
-            balances = [_balance(problems, look.kind) for problems in (published, compared)]
+            balances = [_balance(problems, measured.kind) for problems in (published, compared)]
             floors = [_floor(task, problems) for problems in (published, compared)]
-            scores = [_score(problems, look) for problems in (published, compared)]
-            answers.append((family, *balances, *floors, look.shortcut, *scores))
+            scores = [_score(problems, measured) for problems in (published, compared)]
+            answers.append((family, *balances, *floors, measured.shortcut, *scores))
             questions = {problem.question for problem in published}
             equal = Counter(problem.question for problem in drawn if problem.question in questions)
             distinct = len({problem.question for problem in drawn})

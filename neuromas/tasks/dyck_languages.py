@@ -1,8 +1,8 @@
 """Dyck languages, in the grammar of BIG-Bench-Hard: close the brackets that a sequence leaves open.
 
-A complete sequence is a word of the grammar S -> ( S ) | S S | nothing, with chances 1/2, 1/4, 1/4, given its length, and
-each pair is one of four kinds; its last one to three brackets are left out. Depths agree with the published items at all
-lengths (docs/families.md). Lengths follow the published ones, so very short sequences are rarer than the grammar makes them.
+A complete sequence is a word of the grammar S -> ( S ) | S S | nothing, with probabilities 1/2, 1/4, 1/4, given its length, and
+each pair is one of four kinds; the last one to three brackets are missing. Depths agree with the published items at all
+lengths (docs/families.md). Lengths follow the published ones, so very short sequences are rarer than in the grammar.
 """
 
 import random
@@ -16,19 +16,19 @@ PROMPT = "Complete the rest of the sequence, making sure that the parentheses ar
 CLOSERS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 MAX_MISSING = 3
 
-# Pairs of brackets in the complete sequence: from, to, and how many of the 250 published items are there.
+# Pairs of brackets in the complete sequence: (from, to), and the number of the 250 published items in that range.
 PAIR_WEIGHTS = {(2, 2): 13, (3, 6): 100, (7, 11): 49, (12, 20): 39, (21, 30): 22, (31, 50): 27}
 
-# What S S costs against ( S ) in the grammar above, once words that are nothing are summed out: such a word has chance z with
-# z = 1/4 + z * z / 4, so z = 2 - sqrt(3), and S S of two other words costs (z / 4) / (1 - z / 2) = 1 / sqrt(3) - 1 / 2.
-SPLIT_COST = 3**-0.5 - 0.5
+# Weight of S S relative to ( S ) in the grammar above, with empty words summed out: an empty word has probability z with
+# z = 1/4 + z * z / 4, so z = 2 - sqrt(3), and S S of two other words weighs (z / 4) / (1 - z / 2) = 1 / sqrt(3) - 1 / 2.
+SPLIT_WEIGHT = 3**-0.5 - 0.5
 
 _ANSWER = bracket_form()
 
 
 @dataclass(frozen=True, slots=True)
 class Brackets:
-    """The brackets that are shown, e.g. `Brackets("<[[")` with the answer `] ] >`."""
+    """The shown brackets, e.g. `Brackets("<[[")` with the answer `] ] >`."""
 
     shown: str
 
@@ -42,7 +42,7 @@ class Brackets:
 
     @classmethod
     def parse(cls, question: str) -> "Brackets":
-        """Read a question back; ValueError if it is not of this grammar."""
+        """Return the problem of a question; ValueError if it is not of this grammar."""
         brackets = cls(question.removeprefix(PROMPT).replace(" ", ""))
         try:
             complete = not _closers_due(brackets.shown)
@@ -66,10 +66,10 @@ def _closers_due(brackets: str) -> list[str]:
 
 @cache
 def _weight(pairs: int) -> float:
-    """Chance of all words of this many pairs, up to a factor that depends on the number of pairs alone."""
+    """Return the probability of all words of this many pairs, up to a factor that depends on the number of pairs alone."""
     if pairs == 0:
         return 1.0
-    return _weight(pairs - 1) + SPLIT_COST * sum(_weight(k) * _weight(pairs - k) for k in range(1, pairs))
+    return _weight(pairs - 1) + SPLIT_WEIGHT * sum(_weight(k) * _weight(pairs - k) for k in range(1, pairs))
 
 
 def draw_complete(rng: random.Random, pairs: int) -> str:

@@ -1,8 +1,8 @@
-"""What follows an answer in a text: whether it explains the answer, takes it back, or names another one beside it.
+"""Checks the text after an answer: whether it explains the answer, withdraws it, or names another one.
 
-Explanations are free to deny: "No, you do not return" is as much an answer as "Yes, you return", and "B, since (A) is no gas"
-names one option alone. What a text may not do is to join two answers ("A or B", "5, 6", "Yes. No."), to claim a second one
-("(A). It could be (B)"), to deny or to doubt its own, or to take it back.
+An explanation may deny: "No, you do not return" is as much an answer as "Yes, you return", and "B, since (A) is no gas" names
+one option alone. A text must not join two answers ("A or B", "5, 6", "Yes. No."), claim a second one ("(A). It could be (B)"),
+deny or doubt its own, or withdraw it.
 """
 
 import re
@@ -17,13 +17,13 @@ def _compile(*parts: str) -> re.Pattern[str]:
 
 
 _NEAR = 100
-"""How far, in characters, words about an answer may be from it."""
+"""Most characters between an answer and words about it."""
 _BLANK = " \t\r\n*_`\"'$.,;:!?()[]{}\u201d"
 _CLAUSE = r"(?:^|[\n.,;:!?(\u2014\u2013-])[ \t]*+"
 _WRAP = r"[\s*_\"'`$)\]}]*+"
 _STOP = re.compile(r"[.!?;]++(?=[)\]}*_`\"'$\u201d]*(?:\s|$))|\n\s*+")
 
-# Where a sentence goes on with words of its own, so that another answer in it is no second one.
+# A new clause with its own subject: another answer in it is not a second answer.
 _SUBJECT = _compile(
     r"[,:(\u2014\u2013-]\s*(?:it|this|that|these|those|you|he|she|they|we|i|there|the|which|who|its|his|her|their|our|your|each",
     r"|every|all|while|whereas|where|so|thus|hence)\b",
@@ -57,7 +57,7 @@ _DOUBT = _compile(
     r"\b(?:maybe|perhaps|(?<!not )(?<!t )possibly|unsure|uncertain|not (?:\w+ly )?(?:sure|certain|confident)",
     r"|(?:might|may|could) be (?:wrong|mistaken|incorrect))\b",
 )
-_TAKEN_BACK = _compile(
+_WITHDRAWN = _compile(
     _CLAUSE,
     r"(?:(?:but|no|oh|or),?\s+)?(?:wait|oops|sorry|hmm+|correction|scratch|nope|nah|not really|not quite|not exactly",
     r"|just kidding|on (?:second|reflection))\b",
@@ -78,7 +78,7 @@ _CLAIMED_AFTER = _compile(
     r"|then|\w+ly)\s+)*(?:right|correct|answer|best|better|it|fine|good|acceptable|final|ok|okay",
     r"|(?P<of_words>true|valid|plausible|possible|likely)))|(?:also\s+)?(?:works|fits|applies|holds))\b",
 )
-_BESIDE = _compile(r"\b(?:instead(?! of)|rather(?! than)|alternatively|equally|too(?=\W*$)|as well(?! as))\b")
+_ADDED = _compile(r"\b(?:instead(?! of)|rather(?! than)|alternatively|equally|too(?=\W*$)|as well(?! as))\b")
 _LEADS_IN = _compile(
     r"(?:\W|_|\b(?:and|but|then|or|so|thus|hence|therefore|option|choice|also|no|yes|well|okay|ok|plus|to|it|is|that)\b)*",
 )
@@ -93,7 +93,7 @@ _JOINED = _compile(_WRAP, r",?\s*+(?:and|or|nor)?\s*[(*_\"'`$]*")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where something like an answer stands in a text, and which answer it is; None if it is none, as 5/6 is no number."""
+    """The position of something like an answer in a text, and the answer; None if it is none, as 5/6 is no number."""
 
     start: int
     end: int
@@ -101,15 +101,15 @@ class Span:
 
 
 def stands(text: str, claim: Span, later: Sequence[Span], *, labelled: bool, words: bool, interjections: str) -> bool:
-    """Say whether an answer is left standing by what follows it, `later` being what looks like answers there.
+    """Return whether the text after an answer leaves it valid; `later` are the spans there that look like answers.
 
-    Behind a label ("Answer:") and a "because", other answers may be listed. With `words`, the answers are words of the
-    language: "No, that is wrong" and "False. It is not true" deny what was asked, not the answer. `interjections` are words
+    After a label ("Answer:") and a "because", other answers may be listed. With `words`, the answers are words of the
+    language: "No, that is wrong" and "False. It is not true" deny the question, not the answer. `interjections` are words
     that, alone in a clause, are another answer.
     """
     end, stops = claim.end, list(_STOP.finditer(text, claim.end))
     tail, first_stop = text[end:], stops[0].start() if stops else len(text)
-    if _OR.match(tail) or _DENIED.match(tail) or _DOUBT.search(tail) or _TAKEN_BACK.search(tail):
+    if _OR.match(tail) or _DENIED.match(tail) or _DOUBT.search(tail) or _WITHDRAWN.search(tail):
         return False
     if interjections and re.search(rf"{_CLAUSE}(?:{interjections})\s*(?:[.,!;]|$)", tail, re.IGNORECASE):
         return False
@@ -126,14 +126,14 @@ def stands(text: str, claim: Span, later: Sequence[Span], *, labelled: bool, wor
         named.setdefault(bisect_right(starts, span.start) - 1, []).append(span)
     for k, (start, stop) in enumerate(pairwise([*starts, len(text)])):
         sentence = _Sentence(text, start, stop, named.get(k, ()), claim.answer)
-        if sentence.takes_back(words=words) or sentence.claims_another(explained, words=words):
+        if sentence.denies(words=words) or sentence.claims_another(explained, words=words):
             return False
     return True
 
 
 @dataclass(frozen=True, slots=True)
 class _Sentence:
-    """One sentence behind an answer, with what looks like answers in it."""
+    """One sentence after an answer, with the spans in it that look like answers."""
 
     text: str
     start: int
@@ -142,7 +142,7 @@ class _Sentence:
     answer: str | None
 
     def _around(self, span: Span) -> tuple[str, str]:
-        """Return what stands before and after a span; a stretch of it, so that long texts cost no more."""
+        """Return the text before and after a span, at most `_NEAR` characters of each, so that long texts take no longer."""
         return self.text[max(self.start, span.start - _NEAR) : span.start], self.text[
             span.end : min(self.stop, span.end + _NEAR)
         ]
@@ -151,8 +151,8 @@ class _Sentence:
     def others(self) -> list[Span]:
         return [span for span in self.spans if span.answer != self.answer]
 
-    def takes_back(self, *, words: bool) -> bool:
-        """Say whether it denies the answer."""
+    def denies(self, *, words: bool) -> bool:
+        """Return whether the sentence denies the answer."""
         if not words and not self.others and _SAID_WRONG.search(self.text, self.start, self.stop):
             return True
         same = [self._around(span) for span in self.spans if span.answer == self.answer]
@@ -161,17 +161,17 @@ class _Sentence:
         return any(_NOT.search(before) or _DENIED.match(after) for before, after in same)
 
     def claims_another(self, explained: int, *, words: bool) -> bool:
-        """Say whether it claims another answer rather than speaks about it; from `explained` on, a list of them claims none."""
+        """Return whether the sentence claims another answer, not only discusses it; from `explained` on, a list claims none."""
         others = self.others
         for k, span in enumerate(others):
             before, after = self._around(span)
-            if _CLAIMED_BEFORE.search(before) or _BESIDE.search(after):
+            if _CLAIMED_BEFORE.search(before) or _ADDED.search(after):
                 return True
             # "not False is True" claims nothing.
             if (claimed := _CLAIMED_AFTER.match(after)) and not (words and claimed["of_words"]):
                 return True
             if len(before) < _NEAR and _LEADS_IN.fullmatch(before):
-                # "(A) and (C) are wrong" speaks about both; "(A)" alone, or "(A) red ball", is an answer.
+                # "(A) and (C) are wrong" discusses both; "(A)" alone, or "(A) red ball", is an answer.
                 last = k
                 while last + 1 < len(others) and _JOINED.fullmatch(self.text, others[last].end, others[last + 1].start):
                     last += 1

@@ -1,4 +1,4 @@
-"""Reading questions from files, with the flag, the file and the line in every error."""
+"""Reads questions from files; every error names the flag, the file and the line."""
 
 import csv
 import errno
@@ -17,13 +17,14 @@ from neuromas.system.files import MOST_BYTES, read_file
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One item of a file and where it stands, e.g. `Record("task.file a.jsonl, line 3", {"question": ..., "answer": ...})`."""
+    """One item of a file and its position, e.g. `Record("task.file a.jsonl, line 3", {"question": ..., "answer": ...})`."""
 
-    place: str
+    position: str
     data: Mapping[str, Any]
 
     def error(self, text: str) -> ValueError:
-        return ValueError(f"{self.place}: {text}")
+        """Return an error that names the item's position."""
+        return ValueError(f"{self.position}: {text}")
 
     def texts(self, *keys: str) -> list[str]:
         """Return the texts under these keys; ValueError if one is missing or is no text."""
@@ -39,7 +40,7 @@ class Record:
 
 
 def read_text(path: Path, flag: str) -> str:
-    """Return a file's text, unpacked if its name ends in .gz."""
+    """Return a file's text, decompressed if its name ends in .gz."""
     try:
         data = read_file(path)
         return (_unpacked(data) if path.suffix == ".gz" else data).decode("utf-8")
@@ -61,8 +62,8 @@ def _unpacked(data: bytes) -> bytes:
 
 
 def read_json_lines(path: Path, flag: str) -> Iterator[Record]:
-    """Give the objects of a JSONL file, packed or not."""
-    # Not splitlines(): a JSON text may hold other line separators, such as U+2028, as they are.
+    """Yield the objects of a JSONL file, compressed or not."""
+    # Not splitlines(): a JSON text may hold other line separators, such as U+2028, unescaped.
     for number, line in enumerate(read_text(path, flag).split("\n"), start=1):
         if not line.strip():
             continue
@@ -74,7 +75,7 @@ def read_json_lines(path: Path, flag: str) -> Iterator[Record]:
 
 
 def read_json_list(path: Path, flag: str, key: str | None = None) -> Iterator[Record]:
-    """Give the objects of a JSON list, or of the list under `key` of a JSON object."""
+    """Yield the objects of a JSON list, or of the list under `key` of a JSON object."""
     text = read_text(path, flag)
     try:
         data = json.loads(text)
@@ -90,14 +91,14 @@ def read_json_list(path: Path, flag: str, key: str | None = None) -> Iterator[Re
 
 
 def _reason(error: ValueError | RecursionError) -> str:
-    """Say what is wrong with JSON: its form, a number of thousands of digits, or lists in lists without end."""
+    """Return what is wrong with JSON: its form, a number of thousands of digits, or lists nested too deeply."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def read_csv(path: Path, flag: str, columns: tuple[str, ...]) -> Iterator[Record]:
-    """Give the rows of a CSV file without a header."""
+    """Yield the rows of a CSV file without a header."""
     rows = csv.reader(io.StringIO(read_text(path, flag), newline=""))
     for number in count(1):
         try:
@@ -112,10 +113,10 @@ def read_csv(path: Path, flag: str, columns: tuple[str, ...]) -> Iterator[Record
 
 
 def read_question_file(path: Path, flag: str) -> Iterator[Record]:
-    """Give records with `question` and `answer`: of JSONL with these keys, or of BIG-Bench-Hard JSON."""
+    """Yield records with `question` and `answer`: of JSONL with these keys, or of BIG-Bench-Hard JSON."""
     if path.suffix == ".jsonl":
         yield from read_json_lines(path, flag)
         return
     for record in read_json_list(path, flag, "examples"):
         question, answer = record.texts("input", "target")
-        yield Record(record.place, {"question": question, "answer": answer})
+        yield Record(record.position, {"question": question, "answer": answer})

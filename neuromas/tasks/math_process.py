@@ -1,7 +1,7 @@
-"""A process of its own for judgements that may take for ever: algebra on what a model wrote, regular expressions of a user.
+"""Runs judgements that may not end in a separate process: algebra on a model's text, regular expressions of a user.
 
-This file is run by its path, so that it loads neither the package nor torch. It reads one JSON request a line and writes one
-JSON answer a line. `Judge` is the side that asks: it kills a process that is late and starts another for the next request.
+This file is run by its path, so that it loads neither the package nor torch. It reads one JSON request per line and writes one
+JSON answer per line. `Judge` sends the requests: it kills a process that is late and starts another for the next request.
 """
 
 import atexit
@@ -17,13 +17,13 @@ import time
 from typing import Any
 
 START_SECONDS = 120.0
-"""Time to load sympy, on a busy machine too."""
+"""Most seconds for loading sympy, also on a busy machine."""
 MEMORY_BYTES = 2 << 30
-"""Address space: what is larger than that is no answer."""
+"""Most bytes of address space: an expression that needs more is wrong."""
 
 
 class Judge:
-    """Asks the process; may be used from any thread."""
+    """Sends judgements to the process; any thread may use it."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -32,7 +32,7 @@ class Judge:
         atexit.register(self.close)
 
     def ask(self, kind: str, gold: str, answer: str) -> bool:
-        """Return the judgement; False if it takes longer than `seconds`, or more memory than there is.
+        """Return the judgement; False if it takes longer than `seconds`, or more than `MEMORY_BYTES`.
 
         Raises OSError if the process cannot be started, as where math-verify is not installed.
         """
@@ -48,6 +48,7 @@ class Judge:
             return reply == b"true\n"
 
     def close(self) -> None:
+        """End the process."""
         with self._lock:
             self._stop()
 
@@ -75,7 +76,7 @@ def _stdin(process: subprocess.Popen[bytes]) -> Any:
 
 
 def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """Return a line, empty if none comes in time."""
+    """Return a line of the process; empty if none comes in time."""
     assert process.stdout is not None
     end, line = time.monotonic() + seconds, b""
     with selectors.DefaultSelector() as selector:
@@ -93,7 +94,7 @@ def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
 def main() -> None:
     """Answer requests until the input ends."""
     out = os.fdopen(os.dup(1), "w")
-    # What libraries print must not be taken for an answer.
+    # The output of libraries must not get between the answers.
     os.dup2(2, 1)
     try:
         import math_verify
@@ -112,11 +113,11 @@ def main() -> None:
             if kind == "regex":
                 right = re.fullmatch(gold, answer) is not None
             else:
-                # Its own time limits are signals, which the limit of this whole process makes needless: 0 switches them off.
+                # 0 switches off its own time limits, which are signals: `Judge` limits the time of this process.
                 gold_side, side = (math_verify.parse(f"${text}$", parsing_timeout=0) for text in (gold, answer))
                 right = bool(gold_side and side) and math_verify.verify(gold_side, side, strict=True, timeout_seconds=0)
         except Exception:
-            # Any text at all may come here, and sympy raises whatever it likes: what can't be compared is not right.
+            # Sympy may raise any error on a model's text: an answer that can't be compared is wrong.
             right = False
         print(json.dumps(bool(right)), file=out, flush=True)
 

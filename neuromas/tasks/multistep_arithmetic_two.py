@@ -16,8 +16,8 @@ OPERATIONS = ("+", "-", "*")
 PUBLISHED_NUMBERS = 4
 
 ZEROS_KEPT = 0.15
-"""Share of the problems with the answer 0 that are kept. 0 is the answer of 1 published item in 250, and would be that of 1 in
-40 by chance: a better constant answer than any in the published items."""
+"""Share of the problems with the answer 0 that are kept. 0 is the answer of 1 published item in 250, and would be that of 1
+problem in 40: a better constant answer than any in the published items."""
 
 _QUESTION = re.compile(r"\(\(([^()]+)\) ([-+*]) \(([^()]+)\)\) =")
 _ANSWER = number_form()
@@ -25,7 +25,7 @@ _ANSWER = number_form()
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """What stands in one pair of parentheses, e.g. `Sum((3, -3, 6), ("*", "+"))` is 3 * -3 + 6."""
+    """The sum in one pair of parentheses, e.g. `Sum((3, -3, 6), ("*", "+"))` is 3 * -3 + 6."""
 
     numbers: tuple[int, ...]
     operations: tuple[str, ...]
@@ -46,6 +46,7 @@ class Sum:
 
     @classmethod
     def parse(cls, text: str) -> "Sum":
+        """Return the sum that a text spells; ValueError if it is none."""
         words = text.split(" ")
         if not all(operation in OPERATIONS for operation in words[1::2]) or len(words) % 2 == 0:
             raise ValueError(f"not a sum: {text!r}")
@@ -70,19 +71,20 @@ class Arithmetic:
 
     @classmethod
     def parse(cls, question: str) -> "Arithmetic":
-        """Read a question back; ValueError if it is not of this grammar."""
+        """Return the problem of a question; ValueError if it is not of this grammar."""
         match = _QUESTION.fullmatch(question)
         try:
             arithmetic = cls(Sum.parse(match[1]), match[2], Sum.parse(match[3])) if match else None
         except ValueError as error:
             raise ValueError(f"not a multistep arithmetic question: {question!r}") from error
-        # A number such as 07 is read, and written as 7.
+        # A number such as 07 is parsed, but written as 7.
         if arithmetic is None or arithmetic.question != question:
             raise ValueError(f"not a multistep arithmetic question: {question!r}")
         return arithmetic
 
 
 def draw_sum(rng: random.Random, count: int) -> Sum:
+    """Draw a sum of `count` numbers."""
     numbers = tuple(rng.randint(-LARGEST_NUMBER, LARGEST_NUMBER) for _ in range(count))
     return Sum(numbers, tuple(rng.choices(OPERATIONS, k=count - 1)))
 

@@ -1,9 +1,9 @@
 """Navigate, in the grammar of BIG-Bench-Hard: does a list of moves lead back to the start?
 
 Two styles. `sidestep`: the walker always faces forward and steps forward, backward, left or right. `turn`: the walker steps
-ahead and turns left, right or around. The generator is endless and balanced; a "Yes" closes sums over several moves, and
+ahead and turns left, right or around. The generator is endless and balanced. In a "Yes" the sum over several moves is zero, and
 half of the "No" are a "Yes" with one number, direction or turn changed, so that neither pairs of opposite moves nor
-lengths give the answer away.
+lengths reveal the answer.
 """
 
 import random
@@ -32,7 +32,7 @@ _ANSWER = words_form("Yes", "No")
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Position after some instructions; `heading` is None in the sidestep style."""
+    """The position after some instructions; `heading` is None in the sidestep style."""
 
     x: int = 0
     y: int = 0
@@ -53,12 +53,13 @@ class Instruction:
         return f"{text} {self.direction}" if self.direction else text
 
     def vector(self, state: State) -> tuple[int, int]:
-        """Unit vector of the move from a state; (0, 0) for a turn."""
+        """Return the unit vector of the move from a state; (0, 0) for a turn."""
         if not self.steps:
             return 0, 0
         return SIDESTEPS[self.direction] if self.direction else VECTORS[state.heading or "north"]
 
     def apply(self, state: State) -> State:
+        """Return the state after this instruction."""
         if not self.steps and self.direction:
             heading = HEADINGS[(HEADINGS.index(state.heading or "north") + TURNS[self.direction]) % 4]
             return replace(state, heading=heading)
@@ -78,7 +79,7 @@ class Walk:
         return State(heading=None if self.sidestep else "north")
 
     def states(self) -> list[State]:
-        """States before the first and after every instruction."""
+        """Return the states before the first and after every instruction."""
         states = [self.start]
         for instruction in self.instructions:
             states.append(instruction.apply(states[-1]))
@@ -86,6 +87,7 @@ class Walk:
 
     @property
     def returns(self) -> bool:
+        """Whether the walk ends at its start."""
         end = self.states()[-1]
         return (end.x, end.y) == (0, 0)
 
@@ -96,7 +98,7 @@ class Walk:
 
     @classmethod
     def parse(cls, question: str) -> "Walk":
-        """Read a question back; ValueError if it is not of this grammar."""
+        """Return the walk of a question; ValueError if it is not of this grammar."""
         head, _, tail = question.partition("\n")
         sentences = [s.strip() for s in head.removeprefix(QUESTION).split(".") if s.strip()]
         sidestep = sentences[:1] == [FACE_FORWARD]
@@ -108,7 +110,7 @@ class Walk:
 
 
 def draw_walk(rng: random.Random, *, returns: bool, max_steps: int = MAX_STEPS, sentences: int | None = None) -> Walk:
-    """Draw a walk in either style that returns to the start or does not; of 3 to 10 sentences where their number is None."""
+    """Draw a walk in either style that returns to the start or does not; None draws a number of sentences from 3 to 10."""
     sidestep = rng.random() < 0.5
     length = (sentences or rng.choices(list(LENGTH_WEIGHTS), weights=list(LENGTH_WEIGHTS.values()))[0]) - sidestep
     near_miss = rng.random() < 0.5
@@ -136,7 +138,7 @@ def _random_walk(rng: random.Random, sidestep: bool, length: int, max_steps: int
 
 
 def _close(rng: random.Random, walk: Walk, max_steps: int) -> Walk | None:
-    """Change the number of one move along each axis so that the walk returns; None where no legal number does."""
+    """Return the walk with one number along each axis changed so that it returns; None if no legal number does that."""
     instructions = list(walk.instructions)
     states = walk.states()
     vectors = [i.vector(s) for i, s in zip(instructions, states[:-1], strict=True)]
@@ -155,6 +157,7 @@ def _close(rng: random.Random, walk: Walk, max_steps: int) -> Walk | None:
 
 
 def _change_one(rng: random.Random, walk: Walk, max_steps: int) -> Walk:
+    """Return the walk with one number, direction or turn changed."""
     k = rng.randrange(len(walk.instructions))
     old = walk.instructions[k]
     if not old.steps:

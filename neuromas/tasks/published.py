@@ -1,7 +1,7 @@
-"""The public benchmarks of the paper, from the Hugging Face hub by their real ids or from files.
+"""The public benchmarks of the paper, from the Hugging Face hub or from files.
 
 Splits, items and targets are the published ones, defects included. Where a benchmark has no training split, `training_source`
-says what trains it instead, and training on what is evaluated is refused unless asked for by name.
+names the data that trains it instead; training on evaluated items needs the flag --task.train-on-evaluation.
 """
 
 import re
@@ -22,30 +22,30 @@ DATA_FLAG = "task.data"
 
 
 class Benchmark(DatasetTask):
-    """A published benchmark; subclasses say where it is and how a record of it becomes a problem."""
+    """A published benchmark; subclasses define its source and how a record becomes a problem."""
 
     hub_id: ClassVar[str]
     config: str | None = None
-    """Which of the hub's configurations."""
+    """Name of the hub's configuration."""
     hub_splits: ClassVar[Mapping[str, str]]
-    """Our names of splits: the hub's."""
+    """Our name of a split -> the hub's."""
     file_names: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Our names of splits: names of their files below --task.data, the first that is there counts."""
+    """Our name of a split -> names of its file below --task.data, of which the first that exists is read."""
     form: Verifier
     trainer: Task | None = None
-    """The other task that training, and the looks during it, draw from, where this one publishes no items for that."""
+    """The task that provides training and validation problems where the benchmark publishes none."""
 
     def __init__(self, data: Path | None = None, *, train_on_evaluation: bool = False) -> None:
-        """Take items from a file or folder, or from the hub where `data` is None; nothing is read before it is needed."""
+        """Set the source of the items, a file or folder, or the hub if `data` is None; they are read when first needed."""
         self.data, self.train_on_evaluation = data, train_on_evaluation
         self.answer_format = self.form.answer_format
 
     @abstractmethod
     def problem(self, record: Record) -> Problem:
-        """Return the question with its answer; ValueError if the record is none of this benchmark."""
+        """Return the question with its answer; ValueError if the record has not the form of this benchmark."""
 
     def paths(self) -> Mapping[str, tuple[str, ...]]:
-        """Return `file_names`, or the names where they depend on more than the class."""
+        """Return the file names of each split; subclasses override it where they depend on more than the class."""
         return self.file_names
 
     def parse_answer(self, text: str) -> str | None:
@@ -79,6 +79,7 @@ class Benchmark(DatasetTask):
         return {split: [self.example_of(record) for record in found] for split, found in records.items()}
 
     def example_of(self, record: Record) -> Example:
+        """Return the example of a record."""
         return self.example(self.problem(record))
 
     def _records(self) -> dict[str, list[Record]]:
@@ -99,14 +100,15 @@ class Benchmark(DatasetTask):
 
     def _find(self, split: str) -> Path | None:
         assert self.data is not None
-        places = (self.data / name for name in self.paths()[split])
-        return next((path for path in places if path.is_file()), None)
+        paths = (self.data / name for name in self.paths()[split])
+        return next((path for path in paths if path.is_file()), None)
 
     def read_file(self, path: Path) -> Iterator[Record]:
+        """Yield the records of one file."""
         return item_files.read_json_lines(path, DATA_FLAG)
 
     def split_file(self, path: Path, records: Iterator[Record], split: str | None = None) -> dict[str, list[Record]]:
-        """Return a file's records by split; a single file is of the split that lists its name, else of test."""
+        """Return a file's records by split: `split`, or the split that lists the file's name, else test."""
         named = (s for s, names in self.paths().items() if any(Path(name).name == path.name for name in names))
         return {split or next(named, "test"): list(records)}
 
@@ -154,8 +156,8 @@ class ArcChallenge(Benchmark):
         if not isinstance(stem, str) or not isinstance(choices, dict) or data.get("answerKey") not in choices["label"]:
             raise record.error("expected a question with a stem, choices and an answerKey among their labels")
         # Some items are labelled 1 to 4 instead.
-        place = choices["label"].index(data["answerKey"])
-        return Problem(_lettered(stem, choices["text"]), f"({chr(ord('A') + place)})")
+        index = choices["label"].index(data["answerKey"])
+        return Problem(_lettered(stem, choices["text"]), f"({chr(ord('A') + index)})")
 
 
 _ADAPTERS = re.compile(
@@ -164,7 +166,7 @@ _ADAPTERS = re.compile(
 
 
 def _read_llm_adapters(record: Record) -> Problem:
-    """Take the question and its options out of the one text in which LLM-Adapters has them."""
+    """Return the problem of a record of LLM-Adapters, which holds the question and its options in one text."""
     instruction, answer = record.texts("instruction", "answer")
     match = _ADAPTERS.fullmatch(instruction)
     options = re.split(r"\s*Answer\d: ", match[2])[1:] if match else []
@@ -193,7 +195,7 @@ SUBJECTS = (
 
 
 class Mmlu(Benchmark):
-    """Questions with four options; `physics` is the three physics subjects together. Trains on auxiliary_train."""
+    """Questions with four options; `physics` is the three physics subjects together. It trains on auxiliary_train."""
 
     hub_id = "cais/mmlu"
     hub_splits: ClassVar = {"test": "test", "validation": "validation", "dev": "dev"}
@@ -223,7 +225,7 @@ class Mmlu(Benchmark):
 
     @cached_property
     def auxiliary(self) -> list[Example]:
-        """The items of auxiliary_train, which belong to no subject: read only for training."""
+        """The items of auxiliary_train, which belong to no subject; they are read only for training."""
         if self.data is None:
             found = dataset_hub.load(self.name, self.hub_id, "auxiliary_train", {"train": "train"})["train"]
         else:
@@ -252,7 +254,7 @@ class Mmlu(Benchmark):
 
 
 class Gsm8k(Benchmark):
-    """Grade-school word problems; the answer is the number behind #### of the worked solution."""
+    """Grade-school word problems; the answer is the number after #### in the worked solution."""
 
     name, hub_id, config = "gsm8k", "openai/gsm8k", "main"
     hub_splits: ClassVar = {"test": "test", "train": "train"}
@@ -303,11 +305,11 @@ BBH: dict[str, tuple[VerifierName, Verifier]] = {
     "web_of_lies": ("exact", _YES_NO),
     "word_sorting": ("exact", _OPEN),
 }
-"""Every task of BIG-Bench-Hard: name of its verifier, form of its answers."""
+"""Name of a task of BIG-Bench-Hard -> (name of its verifier, verifier)."""
 
 
 class BigBenchHard(Benchmark):
-    """A task of BIG-Bench-Hard: test items alone, so that the procedural family of that name trains it, where there is one."""
+    """A task of BIG-Bench-Hard, which has test items alone; the procedural family of that name trains it if there is one."""
 
     hub_id = "lukaemon/bbh"
     hub_splits: ClassVar = {"test": "test"}
@@ -330,7 +332,7 @@ class BigBenchHard(Benchmark):
             self.answer_format = self.trainer.answer_format
 
     def paths(self) -> Mapping[str, tuple[str, ...]]:
-        # Half of a file's items may be kept for a last look: then the other half is named so.
+        # A file with half of the items, kept apart for a last evaluation, is named TASK_even.json.
         return {"test": tuple(f"{folder}{self.config}{half}.json" for folder in ("", "bbh/") for half in ("", "_even"))}
 
     def read_file(self, path: Path) -> Iterator[Record]:
@@ -342,10 +344,10 @@ class BigBenchHard(Benchmark):
         return Problem(question, target)
 
     @cached_property
-    def odd_targets(self) -> frozenset[str]:
-        """Published targets that are no answer of the task's form, as the text of an option: given as they are, they count."""
+    def irregular_targets(self) -> frozenset[str]:
+        """Published targets that have not the form of the task's answers, such as an option's text; only that text is right."""
         return frozenset(e.answer for e in self.splits.get("test", ()) if self.form.read(e.answer) is None)
 
     def parse_answer(self, text: str) -> str | None:
         answer = self.form.read(text)
-        return read_open(text) if answer is None and read_open(text) in self.odd_targets else answer
+        return read_open(text) if answer is None and read_open(text) in self.irregular_targets else answer

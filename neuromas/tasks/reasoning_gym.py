@@ -1,4 +1,4 @@
-"""Any task of reasoning-gym, an extra, with its own verifier as the reward."""
+"""Tasks of reasoning-gym (an extra), with its own verifier as the reward."""
 
 import random
 from typing import Any
@@ -9,7 +9,7 @@ from neuromas.types import Example
 
 
 class ReasoningGym(GeneratedTask):
-    """Problems without end from a generator of reasoning-gym; its score, which may give part of the credit, is the reward."""
+    """Endless problems from a generator of reasoning-gym; its score, which may be partial, is the reward."""
 
     answer_format = 'Write "Answer: " and the answer.'
     verifier = "its own"
@@ -24,13 +24,13 @@ class ReasoningGym(GeneratedTask):
             raise ValueError(f"--task reasoning_gym: must be followed by one of {sorted(DATASETS)}, got {name!r}")
         super().__init__()
         self.name = f"reasoning_gym:{name}"
-        # Items are made when asked for, each from the sum of this seed and its place.
+        # Items are made when indexed, each from the sum of this seed and its index.
         self._dataset: Any = reasoning_gym.create_dataset(name, seed=0, size=1 << 30)
         self._entries: dict[str, dict[str, Any]] = {}
         self._of_last_step: set[str] = set()
 
     def training_batch(self, seed: int, step: int, count: int) -> list[Example]:
-        # What is scored is kept; the problems of a step only until the next, or a long run would fill the memory.
+        # Scored problems are kept; those of a step only until the next step, or a long run would fill the memory.
         for key in self._of_last_step:
             del self._entries[key]
         kept = set(self._entries)
@@ -45,7 +45,7 @@ class ReasoningGym(GeneratedTask):
         return problem
 
     def parse_answer(self, text: str) -> str | None:
-        # Answers may be of several lines, as grids are, but there is one of them.
+        # An answer may have several lines, as grids have, but there must be only one.
         *_, answer = parts = text.split("Answer:")
         is_one = all(part.strip() == answer.strip() for part in parts[1:])
         return read_open(text) if "\n" not in text.strip() else answer.strip("\n ") or None if is_one else None
@@ -57,5 +57,5 @@ class ReasoningGym(GeneratedTask):
         try:
             return float(self._dataset.score_answer(answer=answer, entry=self._entries[example.id]))
         except Exception:
-            # Verifiers of 100 tasks meet any text at all: what one of them trips over is wrong.
+            # The verifiers of 100 tasks get any text: an answer on which one raises is wrong.
             return 0.0

@@ -1,4 +1,4 @@
-"""The interface of a task, and what tasks share: generated problems, lists of examples, splits, the floor."""
+"""The interface of a task, and its two kinds: generated problems and lists of examples; splits and the floor."""
 
 import hashlib
 import random
@@ -17,10 +17,10 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 EVALUATION_SEED = 0
-"""Generated validation and test items are the same in every run, so that runs can be compared."""
+"""Seed of generated validation and test items, the same in every run, so that runs can be compared."""
 
 MAX_TRIES = 2000
-"""Draws without a new problem after which a split counts as used up."""
+"""Draws without a new problem after which a split counts as exhausted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +32,23 @@ class Problem:
 
 
 class Task(ABC):
-    """Where examples come from, how an answer is written and checked; the floor comes from examples, see `floor`."""
+    """Provides examples, parses answers and rewards them."""
 
     name: str
     answer_format: str
     """The sentence that tells the output node how to answer."""
     answers: tuple[str, ...] = ()
-    """All answers, where they are few."""
+    """All answers, if they are few."""
     verifier = "exact"
-    """Which of `neuromas.tasks.verifiers` its answers are checked as."""
+    """Name of the verifier (`neuromas.tasks.verifiers`) that checks its answers."""
     held_out: frozenset[str] = frozenset()
-    """Ids of examples that training never draws: a generator now and then meets an item of a file to be scored on."""
+    """Ids of examples that training never draws: a generator may produce an item of a file that is scored."""
 
     remark = ""
-    """What to tell whoever trains or scores on it of where its questions come from; empty: nothing."""
+    """A remark for the user on the source of its questions; may be empty."""
 
     def check_ready(self) -> None:  # noqa: B027  # most tasks need nothing
-        """Raise ValueError if something that rewards need is missing on this machine: asked before any long work."""
+        """Raise ValueError if rewards need something that this machine lacks; called before any long work."""
 
     @abstractmethod
     def parse_answer(self, text: str) -> str | None:
@@ -59,7 +59,7 @@ class Task(ABC):
         return float(self.parse_answer(text) == example.answer)
 
     def rewards(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
-        """Return the reward of each (example, text), in order; one by one unless a task can do better."""
+        """Return the reward of each (example, text), in order; tasks that reward in batches override it."""
         return [self.reward(example, text) for example, text in pairs]
 
     @abstractmethod
@@ -69,7 +69,7 @@ class Task(ABC):
     def examples(self, split: str, count: int) -> list[Example]:
         """Return the first `count` examples of a split, the same in every run; `first200` are the first 200 of test.
 
-        Raises ValueError if there are none to give: the split is not there, or a generator seems to have fewer.
+        Raises ValueError if the split does not exist, or if a generator seems to have fewer problems.
         """
         if split == "first200":
             return self._examples("test", min(count, 200))
@@ -79,15 +79,16 @@ class Task(ABC):
     def _examples(self, split: str, count: int) -> list[Example]: ...
 
     def has(self, split: str) -> bool:
-        """Say whether there is such a split."""
+        """Return whether there is such a split."""
         return split in SPLITS
 
     def example(self, problem: Problem) -> Example:
+        """Return the example of a problem."""
         return Example(question_id(problem.question), problem.question, problem.answer, self.answer_format)
 
     def load(self, path: Path) -> list[Example]:
-        """Read examples from a file: BIG-Bench-Hard JSON (`examples` with `input` and `target`) or JSONL
-        (`question` and `answer` a line).
+        """Return the examples of a file: BIG-Bench-Hard JSON (`examples` with `input` and `target`) or JSONL (`question` and
+        `answer` in each line).
 
         Raises ValueError that names the file, and the line or item, if it can't be read or an answer is none of the task's.
         """
@@ -97,7 +98,7 @@ class Task(ABC):
             gold = self.parse_answer(answer)
             if gold is None:
                 raise record.error(f"{answer!r} is no answer of task {self.name}")
-            # In normal form: `reward` compares with that, so a file's "yes" would never be matched.
+            # In normal form, with which `reward` compares: a file's "yes" would never match "Yes".
             examples.append(self.example(Problem(question, gold)))
         if not examples:
             raise ValueError(f"task.file {path} holds no examples")
@@ -105,18 +106,18 @@ class Task(ABC):
 
 
 class GeneratedTask(Task):
-    """Problems without end, split by hash. Subclasses give a name, an answer format, `generate` and `parse_answer`.
+    """Endless problems, split by hash. Subclasses define a name, an answer format, `generate` and `parse_answer`.
 
-    Where `answers` are given, validation and test sets hold each equally often.
+    If `answers` are defined, validation and test sets hold each equally often.
     """
 
     difficulties = range(0)
-    """Values of the dial; empty where a task has none."""
+    """Allowed values of the difficulty; empty if a task has none."""
     difficulty_unit = ""
-    """What the dial counts."""
+    """The unit of the difficulty."""
 
     def __init__(self, difficulty: int | None = None) -> None:
-        """Set the dial; None draws problems like the published ones. Raises ValueError for a value that it does not have."""
+        """Set the difficulty; None draws problems like the published ones. ValueError for a value that is not allowed."""
         if difficulty is not None and difficulty not in self.difficulties:
             values = self.difficulties
             expected = f"{values[0]} to {values[-1]} {self.difficulty_unit}, or left out," if values else "left out"
@@ -131,7 +132,7 @@ class GeneratedTask(Task):
         return [self._draw("train", f"{seed}/{step * count + index}") for index in range(count)]
 
     def _examples(self, split: str, count: int) -> list[Example]:
-        """Return distinct examples; ValueError if there seem to be fewer: there may be few problems of little difficulty."""
+        """Return distinct examples; ValueError if there seem to be fewer, as there may be few problems of little difficulty."""
         if split not in SPLITS:
             raise ValueError(f"task {self.name} has no split {split}; it has {', '.join(SPLITS)}")
         found: dict[str, Example] = {}
@@ -141,8 +142,8 @@ class GeneratedTask(Task):
             while True:
                 example = self._draw(split, f"{EVALUATION_SEED}/{index}/{tries}")
                 tries += 1
-                # A repeated problem gives way to one with the same answer: dropping it would tip the balance of answers,
-                # since one kind of answer may have fewer distinct short problems. Where answers are open, none may be left.
+                # A repeated problem is replaced by one with the same answer: dropping it would change the balance of answers,
+                # since one answer may have fewer distinct short problems. An open answer may have no other problem.
                 wanted = wanted or example.answer
                 if example.id not in found and (example.answer == wanted or tries > 200):
                     break
@@ -164,16 +165,16 @@ class GeneratedTask(Task):
 
 
 class DatasetTask(Task):
-    """A list of examples for each split, read when first needed; subclasses give `read_splits`.
+    """A list of examples for each split, read when first needed; subclasses define `read_splits`.
 
-    Splits are disjoint: what is in test is taken out of the others, and so on down `ORDER`. Within a split, repeats stay.
+    Splits are disjoint: items of test are removed from the others, and so on in `ORDER`. Within a split, repeats stay.
     """
 
     ORDER: tuple[str, ...] = ("test", "validation", "dev", "train")
     train_on_evaluation = False
-    """Train on the test items where there is nothing else to train on; scores then say nothing about new questions."""
+    """Whether the task trains on its test items; scores then say nothing about new questions."""
     training_source = ""
-    """What a split named train would be, or which other data trains the task; for messages."""
+    """Description of the data that trains the task, for error messages."""
 
     @abstractmethod
     def read_splits(self) -> dict[str, list[Example]]:
@@ -181,6 +182,7 @@ class DatasetTask(Task):
 
     @cached_property
     def splits(self) -> dict[str, list[Example]]:
+        """The disjoint splits."""
         published, seen = self.read_splits(), set()
         splits: dict[str, list[Example]] = {}
         for split in self.ORDER:
@@ -193,30 +195,30 @@ class DatasetTask(Task):
         return split in self.splits
 
     def _examples(self, split: str, count: int) -> list[Example]:
-        """Return the first `count`, or all where there are fewer; ValueError if there is no such split."""
+        """Return the first `count` examples, or all if there are fewer; ValueError if there is no such split."""
         if split not in self.splits:
             there = ", ".join(f"{name} ({len(examples)})" for name, examples in self.splits.items())
             raise ValueError(f"task {self.name} has no split {split} here; --task.split may be one of: {there}")
         return self.splits[split][:count]
 
     def training_batch(self, seed: int, step: int, count: int) -> list[Example]:
-        """Go through the training examples in a new order each epoch."""
+        """Return the examples of a step; each epoch goes through the training examples in a new order."""
         pool = self.training_examples()
         picked, order = [], []
         for index in range(step * count, (step + 1) * count):
-            epoch, place = divmod(index, len(pool))
-            if place == 0 or not order:
+            epoch, position = divmod(index, len(pool))
+            if position == 0 or not order:
                 order = random.Random(f"{self.name}/{seed}/{epoch}").sample(range(len(pool)), len(pool))
-            picked.append(pool[order[place]])
+            picked.append(pool[order[position]])
         return picked
 
     @property
     def generates(self) -> bool:
-        """Whether training problems are generated, and not drawn from the examples."""
+        """Whether training problems are generated instead of drawn from the examples."""
         return False
 
     def training_examples(self) -> list[Example]:
-        """Return what training draws from; ValueError if that would be what the task is evaluated on."""
+        """Return the examples that training draws from; ValueError if only evaluated ones are left."""
         if self.train_on_evaluation:
             return self.splits["test"]
         pool = [example for example in self.splits.get("train", ()) if example.id not in self.held_out]
@@ -230,6 +232,7 @@ class DatasetTask(Task):
 
 
 def question_id(question: str) -> str:
+    """Return the id of a question: a hash of 16 hexadecimal digits."""
     return hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
 
 
@@ -242,12 +245,12 @@ def checksum_of(examples: Iterable[Example]) -> str:
 
 
 def split_of(question: str) -> Split:
-    """Assign a question to train (80%), validation (10%) or test (10%) by its hash: disjoint by construction."""
+    """Return the split of a question by its hash: train (80%), validation (10%) or test (10%), disjoint by construction."""
     bucket = int(question_id(question), 16) % 10
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
 
 
 def floor(examples: Sequence[Example]) -> tuple[str, float]:
-    """Return the best constant answer on exactly these examples and the accuracy that it scores."""
+    """Return the best constant answer on exactly these examples, and its accuracy."""
     answer, count = Counter(example.answer for example in examples).most_common(1)[0]
     return answer, count / len(examples)

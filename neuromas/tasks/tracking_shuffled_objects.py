@@ -1,7 +1,7 @@
 """Tracking shuffled objects, in the grammar of BIG-Bench-Hard: after some swaps, what does one of the people have?
 
-Five stories, as published. There are as many swaps as people, everybody takes part in one, and no two swaps in a row are of
-the same two people.
+There are five stories, as published. There are as many swaps as people, each person takes part in one, and no two consecutive
+swaps are of the same two people.
 """
 
 import random
@@ -18,7 +18,7 @@ LETTERS = "ABCDEFG"
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """The fixed texts of a story, in the order in which they are read; `{}` holds an object."""
+    """The fixed texts of a story, in the order of the question; `{}` stands for an object."""
 
     setting: str
     holding: str
@@ -27,7 +27,7 @@ class Story:
     ending: str
     final: str
     objects: str
-    """All objects there are, with commas between them."""
+    """All objects of the story, separated by commas."""
 
 
 STORIES = (
@@ -86,7 +86,7 @@ STORIES = (
 
 @dataclass(frozen=True, slots=True)
 class Shuffle:
-    """One problem: person k first holds object k; `swaps` and `asked` are places in `people`."""
+    """One problem: person k first holds object k; `swaps` and `asked` are indices in `people`."""
 
     story: Story
     people: tuple[str, ...]
@@ -117,7 +117,7 @@ class Shuffle:
 
     @classmethod
     def parse(cls, question: str) -> "Shuffle":
-        """Read a question back; ValueError if it is not of this grammar."""
+        """Return the problem of a question; ValueError if it is not of this grammar."""
         shuffle = _read(question)
         if shuffle is None or shuffle.question != question:
             raise ValueError(f"not a tracking shuffled objects question: {question!r}")
@@ -129,29 +129,29 @@ def _listed(parts: list[str] | tuple[str, ...]) -> str:
 
 
 def _read(question: str) -> Shuffle | None:
-    """Take the parts out of a question; None where one is missing. That nothing else is there is for the caller to check."""
+    """Return the problem with the parts of a question; None if one is missing. The caller checks that there is nothing else."""
     head, _, rest = question.partition("\n")
     told, _, options = rest.partition("\nOptions:\n")
     story = next((s for s in STORIES if f" {s.setting}: " in head and told.startswith(s.trading)), None)
     if story is None:
         return None
-    places = {person: k for k, person in enumerate(re.split(", and |, ", head.partition(f" {story.setting}: ")[0]))}
+    index_of = {person: k for k, person in enumerate(re.split(", and |, ", head.partition(f" {story.setting}: ")[0]))}
     objects = tuple(line[len("(A) ") :] for line in options.split("\n"))
     pairs = re.findall(rf"(\w+) and (\w+) {story.swap}\.", told)
     asked = told.rpartition(f"{story.ending} ")[2].removesuffix(f" {story.final}")
-    enough = 3 <= len(places) == len(objects) <= len(LETTERS) and len(pairs) >= 2
-    if not enough or not {asked}.union(*pairs) <= places.keys():
+    complete = 3 <= len(index_of) == len(objects) <= len(LETTERS) and len(pairs) >= 2
+    if not complete or not {asked}.union(*pairs) <= index_of.keys():
         return None
-    return Shuffle(story, tuple(places), objects, tuple((places[a], places[b]) for a, b in pairs), places[asked])
+    return Shuffle(story, tuple(index_of), objects, tuple((index_of[a], index_of[b]) for a, b in pairs), index_of[asked])
 
 
 def draw_shuffle(rng: random.Random, count: int, swaps: int) -> Shuffle:
-    """Draw a problem with this many people and swaps; where the swaps are too few for all, one who took part is asked about."""
+    """Draw a problem with this many people and swaps; if swaps are too few for all, the question is about one who swapped."""
     story = rng.choice(STORIES)
     pairs = _draw_pairs(rng, count, swaps)
     while len(set().union(*pairs)) < min(count, 2 * swaps):
         pairs = _draw_pairs(rng, count, swaps)
-    # Sorted: a set has no order to draw by.
+    # Sorted: the order of a set may differ between runs.
     asked = rng.choice(sorted(set().union(*pairs)))
     return Shuffle(story, PEOPLE[:count], tuple(rng.sample(story.objects.split(", "), count)), tuple(pairs), asked)
 
@@ -166,8 +166,10 @@ def _draw_pairs(rng: random.Random, count: int, swaps: int) -> list[tuple[int, i
 
 
 class TrackingShuffledObjects(GeneratedTask):
-    """Problems of three, five or seven people with a lettered answer; difficulty is the number of swaps, as many as people in
-    the published items."""
+    """Problems of three, five or seven people with a lettered answer.
+
+    Difficulty is the number of swaps, which equals the number of people in the published items.
+    """
 
     answer_format = 'Write "Answer: " and the letter of an option, as in "Answer: (A)".'
     verifier = "choice"

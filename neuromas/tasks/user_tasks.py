@@ -1,4 +1,4 @@
-"""Tasks of one's own: a JSONL file with a named verifier, or a Python class in a file."""
+"""Tasks of the user: a JSONL file with a named verifier, or a class in a Python file."""
 
 import ast
 import builtins
@@ -18,11 +18,11 @@ from neuromas.tasks.verifiers import Verifier, VerifierName, make_verifier
 from neuromas.types import Example
 
 OWN_CODE = "class:"
-"""How the name of a task begins that a Python file makes."""
+"""Start of the name of a task that is a class in a Python file."""
 
 
 class JsonlTask(DatasetTask):
-    """Lines with `question`, `answer` and, in all of them or in none, `split`; without, questions are split by their hash."""
+    """A file of lines with `question`, `answer` and, in all or in none, `split`; without it, questions are split by hash."""
 
     _verifier: VerifierName
 
@@ -34,6 +34,7 @@ class JsonlTask(DatasetTask):
 
     @cached_property
     def records(self) -> list[Record]:
+        """The lines of the file."""
         records = list(item_files.read_json_lines(self.path, "task jsonl:"))
         if not records:
             raise ValueError(f"task jsonl: {self.path} holds no lines")
@@ -41,6 +42,7 @@ class JsonlTask(DatasetTask):
 
     @cached_property
     def form(self) -> Verifier:
+        """The verifier of the answers."""
         golds = (record.texts("question", "answer")[1] for record in self.records)
         return make_verifier(self._verifier, golds)
 
@@ -64,18 +66,19 @@ class JsonlTask(DatasetTask):
         splits = {split: examples for split, examples in named.items() if split is not None}
         if splits.keys() - {"train"}:
             return splits
-        # Nobody has said what to score on.
+        # The file names no questions to score on.
         return _by_hash(named.get(None, splits.get("train", [])))
 
     @property
     def remark(self) -> str:  # type: ignore[override]  # not known before the file is read
-        """Where nobody names the questions to score on, say how many are held out, and how."""
+        """If the file names no questions to score on, says how many are held out by their hash; else empty."""
         if {record.data.get("split") for record in self.records} - {"train", None}:
             return ""
         counts = ", ".join(f"{len(examples)} for {split}" for split, examples in self.splits.items())
         return f"task {self.name} names no questions to score on: some are held out by their hash ({counts})"
 
     def example_of(self, record: Record) -> Example:
+        """Return the example of a line."""
         question, answer = record.texts("question", "answer")
         try:
             gold = self.form.normal_gold(answer)
@@ -88,7 +91,7 @@ class JsonlTask(DatasetTask):
 
 
 def _by_hash(examples: list[Example]) -> dict[str, list[Example]]:
-    """Split questions by their hash. Of few questions none may fall to test: then the one with the largest hash does."""
+    """Return questions by split, assigned by their hash. If none of a few falls to test, the one with the largest hash does."""
     splits: dict[str, list[Example]] = {}
     chosen = {example.id: split_of(example.question) for example in examples}
     if len(chosen) > 1 and "test" not in chosen.values():
@@ -99,7 +102,7 @@ def _by_hash(examples: list[Example]) -> dict[str, list[Example]]:
 
 
 class JsonlCodeTask(CodeTask, JsonlTask):
-    """The same where the answer is tests, in Python, of the one function that they call and do not define."""
+    """A JSONL task whose answers are tests, in Python, of the one function that they call and do not define."""
 
     def __init__(self, path: Path, *, train_on_evaluation: bool = False) -> None:
         JsonlTask.__init__(self, path, "python", train_on_evaluation=train_on_evaluation)
@@ -114,6 +117,7 @@ class JsonlCodeTask(CodeTask, JsonlTask):
 
 
 def _function_under_test(record: Record, tests: str) -> str:
+    """Return the name of the one function that the tests call and do not define."""
     try:
         nodes = list(ast.walk(ast.parse(tests)))
     except SyntaxError as error:
@@ -128,32 +132,32 @@ def _function_under_test(record: Record, tests: str) -> str:
     return functions.pop()
 
 
-def load_class(place: str) -> Task:
-    """Make a task of `FILE.py:CLASS`; ValueError says what is wrong with it. The file is run: it is the user's own."""
-    file, _, name = place.rpartition(":")
+def load_class(location: str) -> Task:
+    """Return the task of `FILE.py:CLASS`; ValueError names the mistake. The file is executed: it is the user's own."""
+    file, _, name = location.rpartition(":")
     path = Path(file)
     if not path.is_file() or not name.isidentifier():
-        raise ValueError(f"--task class: must be followed by FILE.py:CLASS of a file that is there, got {place!r}")
-    kind = getattr(run_file(path, f"task_{path.stem}", f"--task {OWN_CODE}{place}"), name, None)
+        raise ValueError(f"--task class: must be followed by FILE.py:CLASS of a file that is there, got {location!r}")
+    kind = getattr(run_file(path, f"task_{path.stem}", f"--task {OWN_CODE}{location}"), name, None)
     if not isinstance(kind, type) or not issubclass(kind, Task):
         raise ValueError(f"{file} has no class {name} derived from neuromas.tasks.Task")
     try:
         return kind()
-    except Exception as error:  # whatever the user's own class raises
-        raise ValueError(f"--task {OWN_CODE}{place}: it cannot be made: {type(error).__name__}: {error}") from error
+    except Exception as error:  # any error of the user's own class
+        raise ValueError(f"--task {OWN_CODE}{location}: it cannot be made: {type(error).__name__}: {error}") from error
 
 
 def run_file(path: Path, name: str, flag: str) -> ModuleType:
-    """Execute a Python file as a module of that name; ValueError says on which line it fails."""
+    """Return the module of that name from executing a Python file; ValueError names the line that fails."""
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{flag}: expected a Python file, got {str(path)!r}")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
+    # Dataclasses find their module by its name.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+    except (Exception, SystemExit) as error:  # any error of the user's own file
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else next(reversed(frames), None)
         what = error.msg if isinstance(error, SyntaxError) else error

@@ -1,7 +1,7 @@
-"""Verifiers by name: which answer a text gives, and whether it is the gold one.
+"""Verifiers by name: each parses the answer of a text and compares it with the gold answer.
 
-All are strict: a text that names two answers, hedges or says "not" gives none (`answers.py` has the rules). None raises,
-whatever the text, and none takes longer than its limit.
+All are strict: a text that names two answers, hedges or says "not" gives none (`answers.py` has the rules). No text makes a
+verifier raise, or take longer than its limit.
 """
 
 import re
@@ -18,15 +18,15 @@ VerifierName = Literal["exact", "choice", "number", "regex", "math", "python"]
 VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
 
 JUDGE_SECONDS = 5.0
-"""Longest that one comparison in the judge's process may take."""
+"""Most seconds for one comparison in the judge's process."""
 MAX_ANSWER = 300
-"""Longest answer, in characters, that is compared as mathematics or by a regular expression."""
+"""Most characters of an answer that is compared as mathematics or by a regular expression."""
 
 _judge = cache(lambda: Judge(JUDGE_SECONDS))
 
 
 class Verifier(ABC):
-    """Reads and compares answers; `read` gives the normal form, in which gold answers are kept too."""
+    """Parses and compares answers; `read` returns the normal form, in which gold answers are stored too."""
 
     answer_format: str
 
@@ -38,16 +38,16 @@ class Verifier(ABC):
         """Return a gold answer in normal form; ValueError says why it can't be one."""
         normal = self.read(gold)
         if normal is None:
-            raise ValueError(f"{gold!r} is no answer that the verifier could read")
+            raise ValueError(f"{gold!r} is no answer that the verifier can parse")
         return normal
 
     def check(self, gold: str, text: str) -> bool:
-        """Say whether the text gives the gold answer, itself in normal form."""
+        """Return whether the text gives the gold answer, which is in normal form."""
         return self.read(text) == gold
 
 
 class Reader(Verifier):
-    """The answer in normal form is the gold answer, letter by letter."""
+    """Checks that the answer in normal form equals the gold answer."""
 
     def __init__(self, read: Callable[[str], str | None], answer_format: str) -> None:
         self._read, self.answer_format = read, answer_format
@@ -57,7 +57,7 @@ class Reader(Verifier):
 
 
 class Regex(Verifier):
-    """The gold answer is a regular expression that matches all of the answer."""
+    """Checks that the gold answer, a regular expression, matches all of the answer."""
 
     answer_format = 'Write "Answer: " and the answer.'
 
@@ -74,7 +74,7 @@ class Regex(Verifier):
 
     def check(self, gold: str, text: str) -> bool:
         answer = self.read(text)
-        # A stop behind the answer is part of it or not, as the expression wants it.
+        # The expression may match the answer with or without the full stop after it.
         ways = {answer, answer.removesuffix(".")} if answer else ()
         return any(_judge().ask("regex", gold, way) for way in ways)
 
@@ -94,11 +94,11 @@ _FRACTION = re.compile(r"-?(?:[0-9]+/[0-9]+|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})")
 
 
 class Math(Verifier):
-    r"""The answer equals the gold one as math-verify sees it: 0.5 is \frac{1}{2}, x(x+1) is x^2+x.
+    r"""Checks that math-verify finds the answer equal to the gold one: 0.5 is \frac{1}{2}, x(x+1) is x^2+x.
 
-    Numbers are compared as numbers, and a calculation is no number: 9 * 2 is not 18. Before math-verify sees anything else, it
-    has to look like one expression: its words and commands are mathematical or the gold answer's, and only a gold answer with a
-    comma, an equals sign, a plus-minus may be met by one.
+    Numbers are compared as numbers, and a calculation is no number: 9 * 2 is not 18. Any other answer has to be one expression
+    before math-verify compares it: its words and commands are mathematical or the gold answer's, and it has a comma, an equals
+    sign or a plus-minus only if the gold answer has one.
     """
 
     answer_format = 'Write "Answer: " and the number or expression.'
@@ -113,7 +113,7 @@ class Math(Verifier):
         answer = read_open(text)
         answer = answer.strip("$ ").removesuffix(".").rstrip("$ ") if answer else ""
         is_short = 0 < len(answer) <= MAX_ANSWER and answer.isascii()
-        # Whether its commands are those of an answer, the gold one will tell.
+        # Its commands are allowed here; `check` compares them with the gold answer's.
         commands = {word for word in _COMMAND.findall(answer) if word.startswith("\\")}
         return answer if is_short and ("\\text" in answer or _is_mathematical(answer, commands)) else None
 
@@ -128,7 +128,7 @@ class Math(Verifier):
         if answer is None or gold == answer:
             return answer is not None
         if _NUMBER.fullmatch(gold):
-            # A whole number, in lowest terms, is no fraction; other numbers may be written as one.
+            # An integer is not written as a fraction; other numbers may be.
             if "." not in gold or not _FRACTION.fullmatch(answer.replace(" ", "")):
                 return False
         elif not _is_expression(answer, gold):
@@ -142,13 +142,13 @@ def _is_mathematical(answer: str, own: Iterable[str] = ()) -> bool:
 
 def _is_expression(answer: str, gold: str) -> bool:
     signs = set(gold) - set("0123456789")
-    # Sympy reads what nobody would write, as x++y.
+    # Sympy accepts expressions such as x++y.
     known = not _TWO_SIGNS.search(answer) and all(char in signs or (char != "," and _MATH.fullmatch(char)) for char in answer)
     return known and _is_mathematical(answer, _COMMAND.findall(gold))
 
 
 class Python(Verifier):
-    """The answer is a program; whether it is right, its tests say (`neuromas.tasks.code`)."""
+    """Parses programs; their tests decide whether they are right (`neuromas.tasks.code`)."""
 
     answer_format = 'Write the complete function in one "```python" block.'
     _function = re.compile(r"^(?:(?:async[ \t]+)?def|class)\b|^\w+[ \t]*=[ \t]*lambda\b", re.MULTILINE)
@@ -156,13 +156,13 @@ class Python(Verifier):
     def read(self, text: str, name: str | None = None) -> str | None:
         """Return the program: the text, its one block, or of several the one that defines `name` (None: any function)."""
         text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-        # An editor's marks at the start of a file are no part of it.
+        # A byte order mark or form feed at the start is not part of the program.
         blocks = [block.lstrip("\ufeff\f") for block in _blocks(text)]
         if len(blocks) > 1:
             blocks = [block for block in blocks if (defines(block, name) if name else self._function.search(dedent(block)))]
         if len(blocks) != 1:
             return None
-        # Lone surrogates are no text that a file of Python could hold.
+        # A Python file cannot hold lone surrogates.
         return blocks[0] if blocks[0].strip() and _encodes(blocks[0]) else None
 
     def check(self, gold: str, text: str) -> bool:
@@ -173,7 +173,7 @@ _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)")
 
 
 def _blocks(text: str) -> list[str]:
-    """Return what stands between fences (the last may be missing) or, where there are none, the text."""
+    """Return the texts between fences (the last fence may be missing) or, if there are none, the whole text."""
     blocks: list[list[str]] = []
     fence, margin = "", ""
     for line in text.split("\n"):
@@ -184,7 +184,7 @@ def _blocks(text: str) -> list[str]:
         elif found and found[2].startswith(fence) and not found[3].strip():
             fence = ""
         elif fence:
-            # Within a list, a block is indented as its fence is.
+            # In a list, a block has the indentation of its fence.
             blocks[-1].append(line.removeprefix(margin))
     if not blocks:
         return [] if "```" in text else [text.rstrip()]
@@ -192,7 +192,7 @@ def _blocks(text: str) -> list[str]:
 
 
 def defines(program: str, name: str) -> bool:
-    """Say whether a program, which may be indented as a whole, gives a name a meaning: by def, class, assignment, import."""
+    """Return whether a program, which may be indented as a whole, defines a name: by def, class, assignment or import."""
     ways = rf"(?:async[ \t]+)?def[ \t]+{name}\b|class[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]+)?=(?!=)"
     imported = rf"(?:from[ \t]+[\w.]+[ \t]+)?import\b[^#\n]*\b{name}[ \t]*(?:[,;)#]|$)"
     return re.search(rf"^(?:{ways}|{imported})", dedent(program), re.MULTILINE) is not None
@@ -207,7 +207,7 @@ def _encodes(text: str) -> bool:
 
 
 def make_verifier(name: VerifierName, golds: Iterable[str] = ()) -> Verifier:
-    """Return the verifier of a name; `golds` tell `choice` how many options there are."""
+    """Return the verifier of a name; `choice` finds the number of options from `golds`."""
     if name == "choice":
         last = max((gold.strip("() \n").upper() for gold in golds), default="E")
         letters = "".join(map(chr, range(ord("A"), max(ord("B"), ord(last[:1] or "B")) + 1)))
@@ -220,11 +220,11 @@ def make_verifier(name: VerifierName, golds: Iterable[str] = ()) -> Verifier:
 
 
 def choice(letters: str) -> Verifier:
-    """One of these letters, in parentheses or alone."""
+    """Return the verifier of one of these letters, in parentheses or alone."""
     return Reader(option_form(letters).read, 'Write "Answer: " and the letter of an option, as in "Answer: (A)".')
 
 
 def words(*answers: str) -> Verifier:
-    """One of a few words, in any case."""
+    """Return the verifier of one of a few words, in any case."""
     *listed, last = [f'"Answer: {answer}"' for answer in answers]
     return Reader(words_form(*answers).read, f"Write {', '.join(listed)} or {last}.")

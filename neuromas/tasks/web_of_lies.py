@@ -1,7 +1,8 @@
-"""Web of lies, in the grammar of BIG-Bench-Hard: one tells the truth or lies, each next one speaks about the one before.
+"""Web of lies, in the grammar of BIG-Bench-Hard: the first person tells the truth or lies, and each next one speaks of the one
+before.
 
-The published items have five people; every statement says "lies" or "tells the truth" with the same chance, so that no
-statement on its own tells anything about the answer.
+The published items have five people; every statement says "lies" or "tells the truth" with the same probability, so that no
+statement alone tells anything about the answer.
 """
 
 import random
@@ -48,13 +49,13 @@ class Web:
     def answer(self) -> str:
         truthful = self.claims[0]
         for claim in self.claims[1:]:
-            # A speaker is truthful exactly if what they say of the one before is so.
+            # A speaker is truthful exactly if the statement about the one before is true.
             truthful = claim is truthful
         return "Yes" if truthful else "No"
 
     @classmethod
     def parse(cls, question: str) -> "Web":
-        """Read a question back; ValueError if it is not of this grammar."""
+        """Return the problem of a question; ValueError if it is not of this grammar."""
         statements = _PERSON.findall(question.rpartition(" Does ")[0])
         web = cls(tuple(name for name, _ in statements), tuple(claim == CLAIMS[True] for _, claim in statements))
         if not statements or len(set(web.people)) < len(web.people) or web.question != question:

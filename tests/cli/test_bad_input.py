@@ -228,13 +228,13 @@ def test_hand_edited_files_of_a_run_are_named(call: Call, trained: Path, tmp_pat
     others: list[object] = [None, 3, -1.5, "x", [], [{}], {}, {"a": []}, True]
     for path in sorted(trained.glob("*.json")):
         data = json.loads(path.read_text())
-        paths = list(_value_paths(data))
-        for at_path in [(), *rng.sample(paths, min(4, len(paths)))]:
+        key_paths = list(_value_paths(data))
+        for keys in [(), *rng.sample(key_paths, min(4, len(key_paths)))]:
             run = tmp_path / "run"
             shutil.copytree(trained, run, symlinks=True)
-            (run / path.name).write_text(json.dumps(_with(data, at_path, rng.choice(others))))
+            (run / path.name).write_text(json.dumps(_with(data, keys, rng.choice(others))))
             shown = call("show", run)
-            assert (shown.status, bool(shown.out)) in ((0, True), (2, False)), (path.name, at_path)
+            assert (shown.status, bool(shown.out)) in ((0, True), (2, False)), (path.name, keys)
             if shown.status:
                 assert_refused(shown, r"is damaged|must be|is not the topology of|expected|task must be|exclude|unknown key")
             seen += shown.status == 2
@@ -266,14 +266,14 @@ def test_a_run_does_not_go_on_from_damaged_files(call: Call, trained: Path, tmp_
 
 def _value_paths(data: object, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    return [at_path for key, value in items for at_path in [(*at, key), *_value_paths(value, (*at, key))]]
+    return [keys for key, value in items for keys in [(*at, key), *_value_paths(value, (*at, key))]]
 
 
-def _with(data: Any, at_path: tuple[Any, ...], value: object) -> Any:
-    if not at_path:
+def _with(data: Any, keys: tuple[Any, ...], value: object) -> Any:
+    if not keys:
         return value
     copied = dict(data) if isinstance(data, dict) else list(data)
-    copied[at_path[0]] = _with(data[at_path[0]], at_path[1:], value)
+    copied[keys[0]] = _with(data[keys[0]], keys[1:], value)
     return copied
 
 
@@ -385,7 +385,7 @@ def test_a_terminal_without_columns(call: Call, trained: Path, monkeypatch: pyte
     ("while_loading", "left"), [("neuromas.cli.main", (-signal.SIGINT, "", "")), ("tyro", (130, "", "\nstopped\n"))]
 )
 def test_a_signal_while_it_loads_is_the_end_of_it_and_no_traceback(while_loading: str, left: tuple[int, str, str]) -> None:
-    """Ctrl-C ends the program silently from our first line on; the interpreter's start is not ours."""
+    """From our first line on Ctrl-C ends the program without a traceback; the interpreter's start is not ours."""
     code = (
         "import os, signal, sys\n"
         "sys.argv = ['neuromas', 'tasks']\n"

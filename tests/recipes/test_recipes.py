@@ -1,4 +1,4 @@
-"""What the bundled backbone learns from: right answers, short messages, and no question that a benchmark or generator has."""
+"""The training text of the bundled backbone: right answers, short messages, and no question of a benchmark or generator."""
 
 import json
 import random
@@ -23,7 +23,7 @@ BBH = DATA / "bbh"
 
 
 def in_grammar(question: str) -> bool:
-    """Whether a task's generator could have drawn the question, whatever its difficulty."""
+    """Return whether a task's generator could have drawn the question, at any difficulty."""
     for parse in (Expression.parse, Brackets.parse):
         try:
             parse(question)
@@ -69,7 +69,7 @@ def test_no_drawn_question_is_one_of_the_generator(family: type[Trace]) -> None:
         assert trace.example().answer
 
 
-@pytest.mark.skipif(not BBH.is_dir(), reason="the benchmark files are not beside the repository")
+@pytest.mark.skipif(not BBH.is_dir(), reason="the benchmark files are not next to the repository")
 def test_no_published_item_is_in_the_training_text() -> None:
     published = {item["input"] for path in BBH.glob("*.json") for item in json.loads(path.read_text())["examples"]}
     rng = random.Random(1)
@@ -81,17 +81,17 @@ def test_a_message_holds_a_few_steps_and_a_reader_can_go_on(family: type[Trace])
     rng = random.Random(2)
     for _ in range(100):
         trace = family.draw(rng)
-        heard, said = None, []
+        progress, said = None, []
         while not said or not said[-1].endswith("Done"):
-            text, heard = skills.work_text(rng, trace, heard)
+            text, progress = skills.work_text(rng, trace, progress)
             said.append(text)
             assert 1 <= text.count(";") <= family.max_steps
-        assert heard
-        assert trace.answer(heard.state) == trace.example().answer
-        # A wrong state is taken as it is; whatever follows from it is still text.
+        assert progress
+        assert trace.answer(progress.state) == trace.example().answer
+        # A wrong state is used as it is; the work from it is still text.
         states = trace.states()
         for done in range(1, len(states) - 1):
-            skills.work_text(rng, trace, skills.Heard(done, trace.wrong(rng, states[done])))
+            skills.work_text(rng, trace, skills.Progress(done, trace.wrong(rng, states[done])))
 
 
 def test_a_turn_sees_its_question_and_itself_alone() -> None:

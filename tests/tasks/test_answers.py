@@ -1,4 +1,4 @@
-"""Reading answers favours none: wordings of both answers, exchanged labels, what models write, and what gives no answer."""
+"""Parsing favours no answer: wordings of both answers, exchanged labels, models' texts, and texts without answer."""
 
 import time
 from collections.abc import Callable
@@ -249,11 +249,11 @@ def test_what_models_write_is_read(name: str, text: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "text"), NONE)
-def test_what_joins_takes_back_or_doubts_gives_no_answer(name: str, text: str) -> None:
+def test_a_text_that_joins_withdraws_or_doubts_gives_no_answer(name: str, text: str) -> None:
     assert READERS[name](text) is None
 
 
-def test_an_expression_may_want_the_stop_behind_an_answer() -> None:
+def test_an_expression_may_match_the_stop_after_an_answer() -> None:
     regex = make_verifier("regex")
     assert regex.check("colou?r", "Answer: color.")
     assert regex.check(r"U\.S\.", "Answer: U.S.")

@@ -1,9 +1,9 @@
-"""The procedural families: published items solved, generated items right, balanced and readable, the dial, strict answers.
+"""The procedural families: published items solved, generated items right, balanced and parsable, difficulties, strict answers.
 
 1. Every published item reads back byte for byte, and its target is our solver's answer.
 2. Every generated item reads back, and its answer is the solver's.
 3. Nothing is drawn but from the generator given: equal seeds, equal items; no question is in two splits.
-4. The dial sets the number of units exactly; None draws what docs/families.md compares.
+4. The difficulty sets the number of units exactly; None draws what docs/families.md compares.
 5. A text that names two answers, or denies one, gives none.
 """
 
@@ -36,7 +36,7 @@ PAGE = DOCS / "families.md"
 THREE, FIVE, SEVEN = (f"tracking_shuffled_objects_{count}_objects" for count in ("three", "five", "seven"))
 
 Solved = tuple[str, str, float]
-"""A question written anew from what was read, our answer, and the number of units that the dial counts."""
+"""A question written from the parsed problem, our answer, and the number of units of the difficulty."""
 
 
 def solve_boolean(question: str) -> Solved:
@@ -73,7 +73,7 @@ def solve_navigate(question: str) -> Solved:
 class Family:
     solve: Callable[[str], Solved]
     published_units: set[int]
-    """Numbers of units that are drawn without a dial."""
+    """Numbers of units that are drawn without a difficulty."""
     file: str | None = None
     published: int = 250
 
@@ -96,7 +96,7 @@ _drawn: dict[str, list[Problem]] = {}
 
 
 def drawn(name: str) -> list[Problem]:
-    """Two thousand generated problems of a family, drawn once; 500 of Navigate, which has tests of its own."""
+    """Two thousand generated problems of a family, drawn once; 500 of Navigate, which has its own tests."""
     if name not in _drawn:
         rng = random.Random(f"test_families/{name}")
         _drawn[name] = [get_family(name).generate(rng) for _ in range(500 if name == "navigate" else 2000)]
@@ -275,7 +275,7 @@ def test_a_test_set_holds_each_answer_equally_often(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_dial_sets_the_number_of_units(name: str) -> None:
+def test_the_difficulty_sets_the_number_of_units(name: str) -> None:
     values = get_family(name).difficulties
     lengths = []
     for difficulty in (values[0], values[0] + 3, values[0] + 7, values[-1]):
@@ -310,7 +310,7 @@ COINS = [f"Which side shows coin {number}?" for number in range(8)]
 
 
 class Coin(GeneratedTask):
-    """A task without a dial that has eight problems."""
+    """A task without difficulties that has eight problems."""
 
     name = "coin"
     answer_format = "Write the side."
@@ -322,7 +322,7 @@ class Coin(GeneratedTask):
         return text or None
 
 
-def test_a_task_without_a_dial_refuses_all_difficulties() -> None:
+def test_a_task_without_difficulties_refuses_them_all() -> None:
     assert Coin().difficulty is None
     with pytest.raises(ValueError, match=r"^--task.difficulty must be left out for task coin, got 1$"):
         Coin(1)
@@ -500,8 +500,8 @@ def test_web_of_lies_answers_are_balanced_and_no_statement_gives_them_away() -> 
     webs = [Web.parse(problem.question) for problem in drawn("web_of_lies")]
     # 1000 +- 22.
     assert 910 < sum(web.answer == "Yes" for web in webs) < 1090
-    for place in range(5):
-        assert 910 < sum((web.answer == "Yes") is web.claims[place] for web in webs) < 1090
+    for index in range(5):
+        assert 910 < sum((web.answer == "Yes") is web.claims[index] for web in webs) < 1090
 
 
 def test_zero_is_no_common_result() -> None:
@@ -510,7 +510,7 @@ def test_zero_is_no_common_result() -> None:
 
 
 @pytest.mark.parametrize("name", [THREE, FIVE, SEVEN])
-def test_shuffles_are_balanced_and_everybody_takes_part(name: str) -> None:
+def test_shuffles_are_balanced_and_each_person_takes_part(name: str) -> None:
     shuffles = [Shuffle.parse(problem.question) for problem in drawn(name)]
     count = len(shuffles[0].people)
     for counts in (Counter(shuffle.answer for shuffle in shuffles), Counter(shuffle.asked for shuffle in shuffles)):
@@ -541,7 +541,7 @@ def test_one_to_three_brackets_are_missing_equally_often() -> None:
 
 def test_complete_sequences_have_the_shapes_that_their_grammar_gives() -> None:
     def expand(rng: random.Random, room: int) -> str:
-        """S -> ( S ) | S S | nothing, given up where it needs more than `room` pairs."""
+        """S -> ( S ) | S S | nothing, None if it needs more than `room` pairs."""
         chance = rng.random()
         if chance < 0.25 or room < 0:
             return ""

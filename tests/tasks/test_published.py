@@ -1,4 +1,4 @@
-"""Benchmarks from their files: counts, gold and wrong answers, splits, training data; and tasks of one's own."""
+"""Benchmarks from their files: counts, gold and wrong answers, splits, training data; and tasks of the user."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ from neuromas.tasks.published import BBH, PHYSICS, SUBJECTS, Benchmark
 from neuromas.tasks.user_tasks import JsonlCodeTask
 
 CODE = ("humaneval", "humaneval_plus", "mbpp")
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not beside the repository")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not next to the repository")
 
 
 def has_sandbox() -> bool:
@@ -39,7 +39,7 @@ needs_sandbox = pytest.mark.skipif(not has_sandbox(), reason="no isolation on th
 
 
 def published() -> dict[str, Counter[str]]:
-    """Counts of items by task and split, as the data's own README gives them: of the tables of files and of MMLU subjects."""
+    """Return counts of items by task and split from the README of the data: its tables of files and of MMLU subjects."""
     counts: dict[str, Counter[str]] = {}
     text = (DATA / "README.md").read_text()
     for path, said in re.findall(r"\| `((?:bbh|gsm8k|humaneval|arc_challenge)/[^`]+)` \| ([a-z, ]+: \d+) \|", text):
@@ -342,7 +342,7 @@ def test_humaneval_plus_of_the_hub_has_its_inputs_in_its_test() -> None:
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    message = r"^task mbpp: google-research-datasets/mbpp cannot be had .*\(.*\); give its files instead: --task.data"
+    message = r"^task mbpp: google-research-datasets/mbpp cannot be read .*\(.*\); give its files instead: --task.data"
     with pytest.raises(ValueError, match=message) as caught:
         get_task("mbpp").examples("test", 1)
     assert "\n" not in str(caught.value)
@@ -358,7 +358,7 @@ def test_a_hub_that_takes_the_call_and_stays_silent_is_one_line(tmp_path: Path) 
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     message = (
-        r"error: task gsm8k: openai/gsm8k cannot be had from the Hugging Face hub \(.*\); give its files instead: --task.data"
+        r"error: task gsm8k: openai/gsm8k cannot be read from the Hugging Face hub \(.*\); give its files instead: --task.data"
     )
     assert re.match(message, done.stderr), done.stderr
     assert done.stderr.count("\n") == 1
@@ -380,13 +380,13 @@ def test_a_hub_that_takes_the_call_and_stays_silent_is_one_line(tmp_path: Path) 
         ("bbh:snarks", "snarks.json", '{"examples": [{}]}', "item 1: expected an object with the texts 'input' and 'target'"),
     ],
 )
-def test_a_file_that_is_none_names_the_place(name: str, file: str, text: str, message: str, tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_file_names_the_line(name: str, file: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=rf"^task.data {re.escape(str(tmp_path / file))}.*{re.escape(message)}"):
         get_task(name, data=tmp_path / file).examples("test", 1)
 
 
-def test_data_without_the_benchmark_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_the_error_for_data_without_the_benchmark_names_the_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no file of task gsm8k; looked for test.jsonl, gsm8k/test.jsonl, train"):
         get_task("gsm8k", data=tmp_path).examples("test", 1)
     with pytest.raises(ValueError, match="is not there, which should be a file or folder for task gsm8k"):
@@ -469,7 +469,7 @@ def test_a_file_of_ones_own_is_split_by_hash_or_as_it_says(tmp_path: Path) -> No
         (
             "number",
             {"question": "q", "answer": "a"},
-            "answer for verifier number: 'a' is no answer that the verifier could read",
+            "answer for verifier number: 'a' is no answer that the verifier can parse",
         ),
         ("regex", {"question": "q", "answer": "("}, r"answer for verifier regex: '\(' is no regular expression"),
         ("python", {"question": "q", "answer": "assert"}, "answer for verifier python: not Python"),

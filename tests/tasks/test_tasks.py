@@ -1,4 +1,4 @@
-"""Tasks: Navigate's grammar and balance, splits that never meet, answers, the floor, and examples from files."""
+"""Tasks: Navigate's grammar and balance, disjoint splits, answers, the floor, and examples from files."""
 
 import json
 import random
@@ -19,7 +19,7 @@ TASK = Navigate()
 
 
 def sentences(question: str) -> list[str]:
-    """The sentences of a question after its opening one, without their full stops."""
+    """Return the sentences of a question after the first one, without their full stops."""
     head = question.partition("\n")[0].removeprefix(QUESTION)
     return [sentence.strip() for sentence in head.split(".") if sentence.strip()]
 
@@ -30,7 +30,7 @@ def question(*parts: str) -> str:
 
 @pytest.fixture(scope="module")
 def walks() -> list[tuple[bool, Walk]]:
-    """A thousand draws: whether each was to return, and the walk."""
+    """Return a thousand drawn walks, each with whether it should return."""
     rng = random.Random("test_tasks")
     return [(returns, draw_walk(rng, returns=returns)) for returns in [True, False] * 500]
 
@@ -158,7 +158,7 @@ def test_generated_answers_are_right_and_balanced() -> None:
 
 
 class Numbers(GeneratedTask):
-    """A task whose problems cost nothing to draw, for what all tasks inherit."""
+    """A task with trivial problems, for tests of what all tasks inherit."""
 
     name = "numbers"
     answer_format = "Write the number."
@@ -307,7 +307,7 @@ def test_answers_of_a_file_are_taken_in_normal_form(tmp_path: Path) -> None:
         ("a.json", '{"examples": [{"input": "a?", "target": "(A)"}]}', ", item 1: '(A)' is no answer of task navigate"),
     ],
 )
-def test_a_wrong_file_is_named_with_the_place(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_the_error_for_a_wrong_file_names_it_and_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ValueError, match=f"^task.file {re.escape(str(path) + message)}$"):
@@ -327,7 +327,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_the_solver_agrees_with_every_published_item() -> None:
     if not BBH.exists():
-        pytest.skip("the BIG-Bench-Hard file is not beside the repository")
+        pytest.skip("the BIG-Bench-Hard file is not next to the repository")
     examples = TASK.load(BBH)
     solved = ["Yes" if Walk.parse(example.question).returns else "No" for example in examples]
     assert solved == [example.answer for example in examples]

@@ -1,4 +1,4 @@
-"""Verifiers: right answers in the forms that people write, tricky answers that none may reward, texts by the thousand."""
+"""Verifiers: right answers in common forms, tricky answers that none may reward, thousands of generated texts."""
 
 import json
 import re
@@ -173,7 +173,7 @@ def test_all_verifiers_have_a_name() -> None:
 @pytest.mark.parametrize(
     ("verifier", "gold", "message"),
     [
-        (CHOICE, "Paris", "'Paris' is no answer that the verifier could read"),
+        (CHOICE, "Paris", "'Paris' is no answer that the verifier can parse"),
         (REGEX, "(", r"'\(' is no regular expression: missing \)"),
         (MATH, " ", "expected an expression of 1 to 300 characters, got ' '"),
     ],
