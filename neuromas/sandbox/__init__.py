@@ -1,34 +1,32 @@
-"""Run programs that nobody has read, each with its tests, and say which passed.
+"""Runs untrusted programs, each with its tests, and returns which passed.
 
     from neuromas.sandbox import Program, check_programs
     outcomes = check_programs([Program("def add(a, b): return a + b", "assert add(2, 3) == 5", "add")])
     outcomes[0].passed  # True
 
-A model that is rewarded for passing tests will sooner or later write whatever makes a checker say "passed": an early
-`sys.exit(0)`, an object that equals everything, a search of the interpreter for what it must print. So passing is no exit code
-and nothing
-that the program could print. Three processes, none of which trusts the next one down:
+A model that is rewarded for passing tests will sooner or later exploit any weakness of the checker: an early `sys.exit(0)`, an
+object that equals everything, a search of the interpreter's memory for the expected output. So neither an exit code nor
+printed output counts as passing. There are three processes, none of which trusts the next one:
 
-    runner   (host)      starts a judge for each program, holds the clock and the secret, reads one short verdict
-    judge    (isolated)  runs the tests of one program; each name they take from it is a handle that asks the worker
-    worker   (isolated)  the judge's fork, holds the program and answers calls
+    runner   (host)      starts a judge for each program, holds the deadline and the secret, reads one short verdict
+    judge    (isolated)  runs the tests of one program; each name that they take from it is a handle that calls the worker
+    worker   (isolated)  the judge's fork; it holds the program and answers calls
 
-Judge and worker serve one program and die with it. What the program sends is read by its own judge and by nobody else, so
-there is nobody whom it could mislead about the next program. The tests, the expected values and the secret (random, new for
-each program) reach the judge after the fork: the worker has no memory, file or pipe in which they are, and no system call that
-reaches another process. What the program can do is answer, and an answer is read as plain data (`wire.py`): numbers, text,
-lists, dicts, sets. `assert f(x) == 3` compares an `int` made by the judge's own interpreter; an `__eq__` stays where it was
-written. After the last line of the tests the judge gives the secret back, and that is passing.
+Judge and worker serve one program and end with it. Only its own judge reads the bytes that a program sends, so it cannot
+affect the verdict on the next program. The tests, the expected values and the secret (random, new for each program) reach the
+judge after the fork: they are in no memory, file or pipe of the worker, and no system call of it reaches another process. The
+program can only answer, and an answer is decoded as plain data (`wire.py`): numbers, text, lists, dicts, sets.
+`assert f(x) == 3` compares an `int` made by the judge's own interpreter; a class with its own `__eq__` never leaves the worker.
+After the last line of the tests the judge returns the secret, and that is passing.
 
-Two walls stand between program and host (and tests and host): `isolation.py`, bubblewrap or else sandlock, which takes away the
-files, and `confine.py`, an allow-list of system calls and hard limits on resources. The isolation is tried out before it is
-trusted, with a program that tries to get out. If none holds, that is an error: a program is never run on the bare host.
+Two walls separate program and host (and tests and host): `isolation.py` (bubblewrap or else sandlock), which removes access to
+files, and `confine.py`, an allow-list of system calls and hard limits on resources. Before it is used, the isolation is tested
+with a program that tries to escape. It is an error if none holds: a program is never run on the bare host.
 
-What this costs. Objects that are no plain data stay in the worker behind a handle: tests can pass them back, call them, set
-their attributes and iterate over them, but not compare them, and what they say of themselves is the program's word. Arguments
-are copies: a program that should change its argument in place is not seen to. Tests cannot pass functions. There are no
-threads, no subprocesses, no files to write, no packages beyond the standard library. What tests do not check is not checked: a
-program that knows the tests' inputs by heart passes.
+Limitations. Objects that are no plain data stay in the worker, and tests get a handle: they can pass it back, call it, set
+attributes and iterate over it, but not compare it, and its `str` is the program's own. Arguments are copies: tests cannot see
+that a program changes its argument in place. Tests cannot pass functions. There are no threads, no subprocesses, no files to
+write, no packages beyond the standard library. Only the tests decide: a program that has memorised their inputs passes.
 """
 
 import contextlib
@@ -53,21 +51,21 @@ __all__ = ["Limits", "Outcome", "Program", "Sandbox", "Status", "check_programs"
 
 
 class Status(Enum):
-    """How a program fared. Compare with `is`."""
+    """The status of a checked program. Compare with `is`."""
 
     PASSED = "passed"
-    """Every test held, and the judge said so with the program's secret."""
+    """Every test held, and the judge returned the program's secret."""
     FAILED = "failed"
     """A test did not hold, or raised."""
     INVALID = "invalid"
     """The program could not be loaded: a syntax error, an exception, an exit."""
     TIMEOUT = "timeout"
     MEMORY = "memory"
-    """The program said that it ran out of memory (it may also crash of it)."""
+    """The program raised MemoryError (out of memory it may also crash)."""
     OUTPUT = "output"
-    """It returned more than allowed."""
+    """It returned more bytes than allowed."""
     CRASHED = "crashed"
-    """Its process ended before its tests did."""
+    """Its process ended before its tests ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +74,12 @@ class Program:
 
     source: str
     tests: str
-    """Python that raises unless the program is right. It finds the function as `candidate` and under its own name."""
+    """Python that raises unless the program is right. The function has the names `candidate` and its own."""
     entry_point: str
     """The function under test."""
     helpers: tuple[str, ...] = ()
-    """Further names that the tests take from the program. Every other name is the tests' own or Python's, so that a program
-    that defines `sorted` or `abs` changes nothing in them."""
+    """Further names that the tests take from the program. Every other name is the tests' own or Python's: a program that
+    defines `sorted` or `abs` does not change the tests."""
 
     def __post_init__(self) -> None:
         for name in (self.entry_point, *self.helpers):
@@ -91,7 +89,7 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one program may use. Not to be set: one process, one thread, no network, no file to write, no package to import."""
+    """Resources of one program. Fixed for all: one process, one thread, no network, no file to write, no package to import."""
 
     seconds: float | int = 10
     """Wall-clock time for one program with all its tests."""
@@ -99,7 +97,7 @@ class Limits:
     """Address space in MiB, of the program and, separately, of its tests."""
     open_files: int = 32
     output_bytes: int = 64 << 20
-    """Size of all that the program returns to the tests. What it prints goes nowhere."""
+    """Most bytes that the program returns to the tests. Its printed output is discarded."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -115,7 +113,7 @@ class Limits:
                 raise ValueError(f"limits.{name} must be a {kind} from {least} to {most}, got {value!r}")
 
     def check_host(self) -> None:
-        """Raise ValueError if a limit is above this host's own hard limit, under which no program could be given it."""
+        """Raise ValueError if a limit is above this host's own hard limit, which processes cannot raise."""
         for name, value, kind, unit, letter in (
             ("seconds", int(self.seconds) + SPARE_SECONDS, resource.RLIMIT_CPU, "seconds of processor time", "t"),
             ("memory_mb", self.memory_mb << 20, resource.RLIMIT_AS, "bytes of address space", "v"),
@@ -131,12 +129,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a program, e.g. `Outcome(Status.FAILED, "AssertionError:  (line 3 of the tests)", "sandlock", 0.02)`."""
+    """The outcome of a program, e.g. `Outcome(Status.FAILED, "AssertionError:  (line 3 of the tests)", "sandlock", 0.02)`."""
 
     status: Status
     detail: str
-    """A few words on why; empty if it passed. Partly the program's own: for people, not to be parsed. One line of printable
-    characters: others are spelled out, e.g. `\\x1b`."""
+    """A short reason; empty if it passed. The program writes part of it: it is for people, not for parsing. It is one line of
+    printable characters: others are escaped, e.g. `\\x1b`."""
     isolation: IsolationName
     seconds: float
 
@@ -146,9 +144,9 @@ class Outcome:
 
 
 class Sandbox:
-    """Processes that check programs, `workers` at a time (None: one per core). A context manager; may be used from any thread.
+    """Processes that check programs, `workers` at a time (None: one per core). A context manager that any thread may use.
 
-    `isolation` is chosen by trying (`choose_isolation`) unless it is given. Raises ValueError if there is none.
+    `choose_isolation` tests and chooses the isolation unless it is given. Raises ValueError if there is none.
     """
 
     def __init__(
@@ -191,7 +189,7 @@ class Sandbox:
                 for thread in threads:
                     thread.join()
             except BaseException as error:
-                # An interrupt, for one: nobody waits for the outcomes any more, however long the programs would run.
+                # An interrupt, for example: the programs are stopped, as their outcomes are not needed any more.
                 failures.append(error)
                 for runner in self._runners:
                     runner.hang_up()
@@ -228,16 +226,16 @@ def check_programs(
     workers: int | None = None,
     isolation: IsolationName | None = None,
 ) -> list[Outcome]:
-    """Check programs once, in order; keep a `Sandbox` instead where this happens again and again."""
+    """Return the outcomes of programs, in order; keep a `Sandbox` instead for repeated checks."""
     with Sandbox(limits, workers, isolation) as sandbox:
         return sandbox.check(programs)
 
 
 @cache
 def choose_isolation(names: tuple[IsolationName, ...] = ISOLATIONS) -> IsolationName:
-    """Return the first isolation that holds against a program that tries to get out.
+    """Return the first isolation that holds against a program that tries to escape.
 
-    Raises ValueError with what to install if none does.
+    Raises ValueError that names packages to install if none does.
     """
     reasons = []
     for name in names:
@@ -277,11 +275,11 @@ def escapes():
 
 
 _SMALL = Limits(memory_mb=64, open_files=8)
-"""A host whose own limits are low has isolation nevertheless."""
+"""Limits of the test of an isolation: a host with low limits can have isolation too."""
 
 
 def _try_out(name: IsolationName) -> str | None:
-    """Return why an isolation is not to be trusted on this machine, None if it is."""
+    """Return why an isolation does not hold on this machine; None if it holds."""
     try:
         make_isolation(name)
     except ValueError as error:
@@ -301,13 +299,13 @@ def _try_out(name: IsolationName) -> str | None:
 
 
 class _Runner:
-    """A process of `runner.py` and the socket on which it takes jobs and gives results. One thread may ask at a time."""
+    """A process of `runner.py`, with the socket for its jobs and results. One thread may ask at a time."""
 
     def __init__(self, isolation: IsolationName) -> None:
         self._isolation: IsolationName = isolation
         root = str(Path(__file__).resolve().parents[2])
         code = f"import sys; sys.path.insert(0, {root!r}); from neuromas.sandbox.runner import main; main({isolation!r})"
-        # Of the environment only what finds programs and libraries: no token that happens to be there.
+        # Only the variables that find programs and libraries: the environment may hold secrets.
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         self._socket, theirs = socket.socketpair()
         with theirs:
@@ -321,6 +319,7 @@ class _Runner:
             )
 
     def ask(self, program: Program, limits: Limits) -> Outcome:
+        """Return the outcome of a program."""
         names = (program.entry_point, *program.helpers)
         sizes = (limits.seconds, limits.memory_mb << 20, limits.open_files, limits.output_bytes)
         try:
@@ -337,7 +336,7 @@ class _Runner:
         return Outcome(Status(status), shown, self._isolation, seconds)
 
     def hang_up(self) -> None:
-        """Make it end with its isolated processes, whatever they are doing; whoever waits for it hears of it at once."""
+        """Make the process and its isolated processes end at once; a waiting `ask` raises."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -1,10 +1,10 @@
-"""What a process takes from itself before it runs code that nobody has read: resources and system calls.
+"""Confines a process before it runs untrusted code: it gives up resources and system calls.
 
 This is the second wall. The first (sandlock's Landlock rules, or bubblewrap's namespaces) decides which files exist; this one
-is an allow-list in the kernel (seccomp) of the calls that computing in Python needs. What is not on the list does not exist: no
+is an allow-list in the kernel (seccomp) of the calls that computing in Python needs. Calls that are not on the list fail: no
 network, no new process or thread, no exec, no signal, no ptrace, no change of owner, mode or time of a file (Landlock does not
-guard those), no shared memory, no memory file, no change of the limits themselves. Nor what two programs could use to tell each
-other something: new pipes (their numbers are counted for all), page faults, free memory, where links lead (files of other
+guard those), no shared memory, no memory file, no change of the limits themselves. Calls that two programs could use to
+communicate fail too: new pipes (their numbers are counted for all), page faults, free memory, where links lead (files of other
 processes), advice on memory (it drops files from memory). A call that a later kernel invents is not on the list either.
 """
 
@@ -18,18 +18,18 @@ MACHINES = ("x86_64", "aarch64")
 
 # System call: its number on x86_64 and on aarch64 (None: that machine has no such call).
 _ALLOWED: dict[str, tuple[int | None, int | None]] = {
-    # Pipes and files that are open or may be opened.
+    # Pipes and readable files.
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "pwrite64": (18, 68),
     "lseek": (8, 62), "close": (3, 57), "open": (2, None), "openat": (257, 56), "fcntl": (72, 25),
     "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),
     "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
-    # Looking at files.
+    # Metadata of files.
     "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291),
     "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
     "getdents64": (217, 61), "getcwd": (79, 17),
     # Memory.
     "mmap": (9, 222), "munmap": (11, 215), "mremap": (25, 216), "mprotect": (10, 226), "brk": (12, 214),
-    # Itself: signals to its own handlers, time, who it is, the end.
+    # The process itself: signal handlers, time, ids, exit.
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
     "setitimer": (38, 103), "alarm": (37, None), "restart_syscall": (219, 128), "futex": (202, 98), "sched_yield": (24, 124),
     "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
@@ -47,17 +47,17 @@ _X32 = 0x40000000
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER_MODE = 22, 38, 2
 
 _RULES: tuple[tuple[tuple[str, ...], int, int, tuple[int, ...], int], ...] = (
-    # Duplicate a descriptor (0, 1030), its flags (1, 2), those of the file (3, 4). Other commands name a process that is to be
-    # sent a signal, which Landlock before version 6 lets reach every process of the user.
+    # Duplicate a descriptor (0, 1030), get and set its flags (1, 2) and those of the file (3, 4). Other commands name a process
+    # for a signal, which Landlock before version 6 delivers to any process of the user.
     (("fcntl",), 1, _EQUAL, (0, 1, 2, 3, 4, 1030), _ALLOW),
-    # Wake and wait within the process (FUTEX_PRIVATE_FLAG), not whoever has mapped the same file.
+    # Wake and wait within the process (FUTEX_PRIVATE_FLAG), not in processes that have mapped the same file.
     (("futex",), 1, _HAS_BIT, (0x80,), _ALLOW),
-    # No huge pages that the host set aside (MAP_HUGETLB): how many are left is seen by all.
+    # No huge pages that the host set aside (MAP_HUGETLB): all processes see how many are left.
     (("mmap",), 3, _HAS_BIT, (0x40000,), _REFUSE),
     # Negative clocks are the processor times of other processes.
     (("clock_gettime", "clock_getres", "clock_nanosleep"), 0, _HAS_BIT, (0x80000000,), _REFUSE),
 )
-"""What becomes of calls by an argument (counted from 0) that equals one of some values, or has a bit; else the opposite."""
+"""(calls, argument counted from 0, comparison, values, action): the action if the argument matches, else the opposite."""
 
 
 def syscall_filter(machine: str) -> bytes:
@@ -66,7 +66,7 @@ def syscall_filter(machine: str) -> bytes:
         raise ValueError(f"untrusted programs run on {' and '.join(MACHINES)} only, this machine is {machine!r}")
     column = MACHINES.index(machine)
     numbers = {number: name for name, pair in _ALLOWED.items() if (number := pair[column]) is not None}
-    # What follows the list of numbers: refuse, allow, and for each rule the same after a look at the argument.
+    # The endings after the list of numbers: refuse, allow, and for each rule a check of the argument with both.
     endings = [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
     target = dict.fromkeys(numbers.values(), 1)
     for calls, argument, comparison, values, action in _RULES:
@@ -93,7 +93,7 @@ def syscall_filter(machine: str) -> bytes:
 
 
 def confine(memory_bytes: int, cpu_seconds: int, open_files: int) -> None:
-    """Give up resources and system calls, for good: neither can be had back. No file can grow, not even one in memory."""
+    """Give up resources and system calls for good: the process cannot regain them. No file can grow, not even in memory."""
     for kind, value in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CPU, cpu_seconds),

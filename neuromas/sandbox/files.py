@@ -1,8 +1,8 @@
-"""The files that isolated processes may read, and a copy of them in memory for those who must not share the host's.
+"""Lists the files that isolated processes may read, and copies them into memory, apart from the host's files.
 
-Reading a file leaves traces that any later reader of it finds: its access time moves, its pages stay in memory, and so do its
-name and every name that was looked up in vain. A program could leave notes for the next one in them. In a copy that lies in
-memory as a whole, behind a mount that cannot be written, nothing is left of reading.
+Reading a file leaves traces that later readers can find: its access time changes, its pages stay in memory, and so do its
+name and every name that was looked up in vain. A program could use them to leave notes for the next one. Reading a copy that is
+completely in memory, on a read-only mount, leaves no traces.
 """
 
 import ctypes
@@ -19,30 +19,30 @@ HERE = Path(__file__).resolve().parent
 DEVICES = (os.devnull, "/dev/urandom")
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3"}
-"""Folders of third-party packages; what of the standard library tests it, needs a screen, or installs packages."""
+"""Folders of third-party packages, and the parts of the standard library that test it, need a screen, or install packages."""
 _MEMORY = "/dev/shm"
 _NEW_USER, _NEW_MOUNTS, _NO_SUID_NO_DEVICES = 0x10000000, 0x00020000, 0x2 | 0x4
 
 
 def interpreter() -> str:
-    # The interpreter itself, not a virtual environment's link to it: third-party packages stay outside.
+    # The interpreter itself, not a virtual environment's link to it: third-party packages are excluded.
     return os.path.realpath(sys.executable)
 
 
 def environment() -> dict[str, str]:
-    # The order of sets is the same in every run, so a reward is.
+    # A fixed seed makes the order of sets the same in every run, and rewards with it.
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return {"PYTHONHASHSEED": "0", **kept}
 
 
 def readable() -> list[str]:
-    """Return what Python needs of the host: itself, standard and shared libraries, this folder. Nothing else, and no /proc."""
+    """Return the host's files that Python needs: itself, standard and shared libraries, this folder; no /proc."""
     names = [interpreter(), *_standard_library(), *_shared_libraries(), "/etc/ld.so.cache", str(HERE), *DEVICES]
     return [name for name in names if Path(name).exists()]
 
 
 def hidden() -> list[str]:
-    """Return the folders in what is readable that are not."""
+    """Return the folders inside the readable ones that must not be read."""
     found: list[str] = []
     for root in _standard_library():
         for folder, names, _ in os.walk(root):
@@ -52,9 +52,9 @@ def hidden() -> list[str]:
 
 
 def copy_into_memory() -> str:
-    """Copy what is readable to a file system in memory that only this process and those it starts see; return its folder.
+    """Copy the readable files to a file system in memory that only this process and its children see; return its folder.
 
-    It is gone with the last of them. The process must have one thread. OSError if the kernel does not allow it.
+    It disappears with the last of them. The process must have one thread. OSError if the kernel does not allow it.
     """
     user, group = os.getuid(), os.getgid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -88,15 +88,15 @@ def copy_into_memory() -> str:
 def _copy(name: str) -> None:
     source, place = Path(name), Path(_MEMORY + name)
     if name in DEVICES:
-        # A place to mount it on.
+        # A file to mount the device on.
         place.touch()
         return
     shutil.copyfile(source, place)
     status = source.stat()
     place.chmod(status.st_mode & 0o555)
-    # A compiled module is valid for a source of a certain time.
+    # A compiled module is valid for one modification time of its source.
     os.utime(place, ns=(status.st_mtime_ns, status.st_mtime_ns))
-    # The kernel marks a page at its first two reads, each of which then takes a little longer. Later ones are all alike.
+    # The kernel marks a page at its first two reads, which take a little longer. Later reads all take the same time.
     for _ in range(3):
         place.read_bytes()
 
@@ -112,7 +112,7 @@ def _standard_library() -> list[str]:
 
 @cache
 def _shared_libraries() -> list[str]:
-    """Return what the interpreter and the compiled modules of the standard library load, as the dynamic linker lists it."""
+    """Return the libraries that the interpreter and the standard library's compiled modules load, from the dynamic linker."""
     folders = [Path(root, "lib-dynload") for root in _standard_library()]
     modules = [str(path) for folder in folders for path in folder.glob("*.so") if not path.name.startswith("_tkinter.")]
     linker = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": ":".join(modules)}

@@ -1,4 +1,4 @@
-"""Programs and tests of HumanEval, HumanEval+ and MBPP: the tests take what they test from the program, and nothing else."""
+"""Programs and tests of HumanEval, HumanEval+ and MBPP: the tests take only the tested names from the program."""
 
 import ast
 import warnings
@@ -33,16 +33,16 @@ for arguments in {inputs}:
     got = candidate(*copy.deepcopy(arguments))
 """
 _COMPARE = "    assert same(got, gold[{entry_point!r}](*copy.deepcopy(arguments)), {tolerance!r}), arguments\n"
-# A root is not unique: HumanEval/32 asks whether what was found is one.
+# A root is not unique: HumanEval/32 checks that the answer is one.
 _COMPARE_ROOT = '    assert abs(gold["poly"](arguments[0], got)) <= {tolerance!r}, arguments\n'
 
 
 def humaneval_program(prompt: str, completion: str, test: str, entry_point: str) -> Program:
     """Return a completion of a HumanEval prompt with its tests.
 
-    Three of the tests call helpers that the prompt defines beside the function (`poly`, `encode_cyclic`, `encode_shift`). They
-    get the prompt's: a completion that defines `encode_shift` anew, as the identity, would otherwise pass with `decode_shift`
-    as the identity.
+    Three of the tests call helpers that the prompt defines besides the function (`poly`, `encode_cyclic`, `encode_shift`).
+    They get the prompt's: otherwise a completion that redefines `encode_shift` as the identity would pass with the identity as
+    `decode_shift`.
     """
     helpers = [node for node in _parse(f"{prompt}\n    pass\n").body if getattr(node, "name", None) != entry_point]
     given = {node.name for node in helpers if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
@@ -59,16 +59,16 @@ def humaneval_plus_program(
     inputs: Sequence[Sequence[object]],
     tolerance: float | int,
 ) -> Program:
-    """Return a completion with the inputs of HumanEval+; the canonical solution computes the right results beside the tests."""
+    """Return a completion with the inputs of HumanEval+; the canonical solution computes the expected results in the tests."""
     tests = _PLUS_TESTS.format(gold=prompt + canonical_solution, inputs=repr(list(inputs)))
     compare = _COMPARE_ROOT if entry_point == "find_zero" else _COMPARE
     return Program(prompt + completion, tests + compare.format(entry_point=entry_point, tolerance=tolerance), entry_point)
 
 
 def mbpp_program(code: str, gold: str, test_list: Sequence[str], test_setup_code: str = "") -> Program:
-    """Return code for an MBPP task with its tests. What they may take from it is what the gold program defines and they name.
+    """Return code for an MBPP task with its tests. They take the names that the gold program defines and that they use.
 
-    One task's tests (596) use `sys`, which only its gold program imports: such imports are made for the tests as well.
+    The tests of one task (596) use `sys`, which only its gold program imports: such imports are added to the tests.
     """
     tests = "\n".join([test_setup_code.replace("\r\n", "\n"), *test_list])
     named = {node.id for node in ast.walk(_parse(tests)) if isinstance(node, ast.Name)}

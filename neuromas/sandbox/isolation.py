@@ -1,8 +1,8 @@
-"""The first wall: processes that see the standard library and nothing else of the host.
+"""The first wall: processes that can read the standard library and no other file of the host.
 
 `bubblewrap` (namespaces, and a copy of the files in memory) is the first choice, `sandlock` (Landlock rules and a system call
-filter in the kernel) the second: it leaves open what `docs/sandbox.md` lists. There is no third: without one of them nothing
-runs.
+filter in the kernel) the second: `docs/sandbox.md` lists the channels that it leaves open. Without either of them no program
+is run.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ ISOLATIONS: tuple[IsolationName, ...] = ("bubblewrap", "sandlock")
 
 _NOBODY = 65534
 _INFO_SECONDS = 30.0
-# The modules below are found without running `neuromas/__init__.py`, which the isolated process need not see.
+# These modules are imported without running `neuromas/__init__.py`, which the isolated process need not read.
 _BOOT = """
 import sys
 for name in ("neuromas", "neuromas.sandbox"):
@@ -38,7 +38,7 @@ main()
 
 @runtime_checkable
 class Process(Protocol):
-    """An isolated process with two pipes of ours."""
+    """An isolated process with pipes to its standard input and output."""
 
     @property
     def stdin(self) -> IO[bytes] | None: ...
@@ -49,14 +49,14 @@ class Process(Protocol):
 
 
 class Sandlock:
-    """Landlock rules and a system call filter. Raises ValueError with the reason if this machine has no such thing."""
+    """Landlock rules and a system call filter. Raises ValueError with the reason if this machine lacks them."""
 
     name: IsolationName = "sandlock"
 
     def __init__(self) -> None:
         if importlib.util.find_spec("sandlock") is None:
             raise ValueError("the Python package sandlock is not installed")
-        # Its import looks for a home folder: a user without an entry in the passwd file has none, which is no reason to stop.
+        # Its import needs a home folder, which a user without an entry in the passwd file does not have.
         has_home = "HOME" in os.environ
         os.environ.setdefault("HOME", "/")
         try:
@@ -67,22 +67,22 @@ class Sandlock:
         got, needed = sandlock.landlock_abi_version(), sandlock.min_landlock_abi()
         if got < needed:
             raise ValueError(f"the kernel has Landlock version {got}, sandlock needs {needed} (Linux 6.12 or later)")
-        # It compares the paths that links lead to.
+        # It compares resolved paths.
         self._readable, self._hidden = sorted({os.path.realpath(name) for name in readable()}), hidden()
 
     def start(self) -> Process:
-        """Start `neuromas.sandbox.judge` in isolation, alone with its two pipes."""
+        """Start `neuromas.sandbox.judge` in isolation, with only its two pipes open."""
         from sandlock import Sandbox, StdioMode
 
         sandbox = Sandbox(
             fs_readable=self._readable,
-            # Of /proc it would show what belongs to the process itself: its open files, which are no business of the program's.
+            # Of /proc it would show the process's own part, with its open files.
             fs_denied=["/proc", *self._hidden],
             fs_writable=[os.devnull],
             clean_env=True,
             env=environment(),
             cwd="/",
-            # In a user namespace: whoever starts it, it has no privilege to lift its own limits.
+            # In a user namespace: the process has no privilege to raise its own limits, even if root starts it.
             uid=_NOBODY,
             gid=_NOBODY,
             no_coredump=True,
@@ -91,7 +91,7 @@ class Sandlock:
 
 
 class _Group:
-    """The judge as the leader of a process group; its worker comes to us when it is killed and is reaped as well."""
+    """The judge as the leader of a process group; when it is killed, this process adopts and reaps its worker too."""
 
     def __init__(self, leader: "sandlock.Process") -> None:
         self._leader, self._number = leader, leader.pid
@@ -109,7 +109,7 @@ class _Group:
 
 
 class Bubblewrap:
-    """Namespaces of its own. Raises ValueError if there is no such program."""
+    """Own namespaces, by the program `bwrap`. Raises ValueError if it is not installed."""
 
     name: IsolationName = "bubblewrap"
 
@@ -121,7 +121,7 @@ class Bubblewrap:
         self._options: list[str] = []
 
     def start(self) -> Process:
-        """Start `neuromas.sandbox.judge` in isolation, alone with its two pipes. The first start copies what it needs."""
+        """Start `neuromas.sandbox.judge` in isolation, with only its two pipes open. The first start copies the files."""
         if not self._options:
             self._options = self._make_options(copy_into_memory())
         return _Bubble(self._path, [*self._options, *_command()])
@@ -141,9 +141,9 @@ class Bubblewrap:
 
 
 class _Bubble:
-    """bubblewrap's process outside of the namespace and the first one inside: whichever ends first, both are ended and reaped.
+    """bubblewrap's process outside of the namespace and the first one inside: when either ends, both are ended and reaped.
 
-    The outer one does not wait for the inner one, which then needs a process that adopts and reaps it (`runner.adopt_orphans`).
+    The outer one does not wait for the inner one, which another process has to adopt and reap (`runner.adopt_orphans`).
     """
 
     def __init__(self, path: str, arguments: list[str]) -> None:
@@ -191,7 +191,7 @@ class _Bubble:
 
 
 def _child_pid(reading: int) -> int | None:
-    """Return what bubblewrap says of its child; None if it says nothing. Its JSON comes in pieces and the pipe stays open."""
+    """Return the child's pid that bubblewrap writes; None if it writes none. Its JSON comes in parts on an open pipe."""
     said = b""
     while b"}" not in said and select.select([reading], [], [], _INFO_SECONDS)[0]:
         piece = os.read(reading, 4096)
@@ -210,5 +210,5 @@ def make_isolation(name: IsolationName) -> Isolation:
 
 
 def _command() -> list[str]:
-    # No site-packages (-s, -S), nothing written (-B), nothing imported from the working directory (-P).
+    # No site-packages (-s, -S), no compiled files (-B), no imports from the working directory (-P).
     return [interpreter(), "-s", "-S", "-B", "-P", "-c", _BOOT, str(HERE)]

@@ -1,9 +1,9 @@
-"""Runs the tests of one program and says how they went, with the program's secret if they hold. Then it ends.
+"""Runs the tests of one program and writes a verdict, with the program's secret if they hold. Then it ends.
 
-The program is in a fork, the worker, made before anything is known of program, tests or secret. The tests see the program's
-functions as handles: a call travels to the worker and comes back as plain data, so an assertion compares values that were made
-here, by the interpreter's own types. Both processes serve one program, confine themselves before it is loaded, and die with it:
-nothing that a program writes is ever read by anything that serves another. The tests are trusted to say what passing means, and
+The program is in a fork, the worker, which starts before the judge has program, tests or secret. The tests see the program's
+functions as handles: a call is sent to the worker and its result returns as plain data, so an assertion compares values that
+were made here, of the interpreter's own types. Both processes serve one program, confine themselves before it is loaded, and
+end with it: no process that serves another program reads the bytes of this one. The tests are trusted to define passing, and
 with nothing else.
 """
 
@@ -22,34 +22,34 @@ if TYPE_CHECKING:  # importing it costs as much as starting Python
     from typing import NoReturn
 
 READY = b"ready"
-"""The first frame of a judge: isolated, its worker forked. The second and last is its verdict."""
+"""The first frame of a judge: it is isolated and has forked its worker. The second and last frame is its verdict."""
 
 VERDICT_BYTES = 8 << 10
-"""What a verdict takes at most: the status, a line end, and the secret or a few words."""
+"""Most bytes of a verdict: the status, a line end, and the secret or a short reason."""
 
 _COMPLAINT_BYTES = 4 << 10
 _ITERATOR_ITEMS = 1 << 20
-"""What an iterator that the tests pass may hold: all of it is read before the call."""
+"""Most items of an iterator that the tests pass: all are read before the call."""
 _FILES = 256
-"""More than the files that a judge has open."""
+"""More than the number of files that a judge has open."""
 
 
 class ProgramError(Exception):
-    """The program raised an exception of its own, or one that iteration in the tests would swallow."""
+    """The program raised its own exception, or one that iteration in the tests would swallow."""
 
 
 class Program:
-    """The worker's end of the channel, seen from the tests."""
+    """The worker, as the tests reach it."""
 
     def __init__(self, reading: int, writing: int, verdicts: int, output_bytes: int, swallowed: frozenset[str]) -> None:
-        """`swallowed` are the exceptions that loops in these tests would take for the end of what they iterate over."""
+        """`swallowed` are the exceptions that loops in these tests would take for the end of an iteration."""
         self._reading, self._writing, self._verdicts, self._room = reading, writing, verdicts, output_bytes
         self._swallowed = swallowed
         self._handles: dict[int, Handle] = {}
         self.calls = 0
 
     def load(self, source: str, limits: tuple[int, ...]) -> None:
-        """End with a verdict unless the program could be loaded."""
+        """Load the program; end with a verdict if it cannot be loaded."""
         request = encode((source, *limits))
         complaint = str(self._exchange(request, _COMPLAINT_BYTES, lambda data: data.decode("utf-8", "replace")))
         if complaint != LOADED:
@@ -61,7 +61,7 @@ class Program:
         try:
             request = encode((operation, *arguments), _number)
         except Exception as error:
-            # An exception here would be the program's for tests that expect one.
+            # Tests that expect an exception would take one raised here for the program's.
             self.end("failed", f"a call cannot be made: {type(error).__name__}: {error}")
         self.calls += operation == "call"
         answer = self._exchange(request, self._room, lambda data: decode(data, self.handle))
@@ -76,27 +76,27 @@ class Program:
                 return self.end("failed", "unreadable answer")
 
     def read_iterator(self, iterator: object) -> list[object]:
-        """Return what an iterator of the tests still holds."""
+        """Return the remaining items of an iterator of the tests."""
         items: list[object] = list(islice(iterator, _ITERATOR_ITEMS + 1))  # type: ignore[arg-type]  # an iterator
         if len(items) > _ITERATOR_ITEMS:
             self.end("failed", f"an iterator of more than {_ITERATOR_ITEMS} items cannot be passed to the program")
         return items
 
     def refuse(self) -> "NoReturn":
-        """End the judge where the tests ask of an object what nobody knows."""
+        """End the judge where the tests compare an object of the program."""
         self.end("failed", "the program returned an object of its own where the tests compare plain data")
 
     def handle(self, number: int) -> "Handle":
-        """Return the handle of a number: the same whenever the program returns the same object."""
+        """Return the handle of a number; the same object of the program always has the same handle."""
         if number not in self._handles:
             self._handles[number] = Handle(self, number)
         return self._handles[number]
 
     def _error(self, operation: str, kind: str, name: str, message: str, args: tuple[object, ...]) -> Exception:
-        """Return the exception of Python's own that the program's is, or else a `ProgramError`.
+        """Return the built-in exception that the program raised, or else a `ProgramError`.
 
-        StopIteration ends whatever loop of the tests it passes (`all(map(f, ...))`), so it is one only where an iterator of the
-        program is asked for its next item.
+        A StopIteration would end any loop of the tests (`all(map(f, ...))`), so it is raised only for the next item of an
+        iterator of the program.
         """
         known = getattr(builtins, kind, None)
         swallowed = kind in self._swallowed and (operation, kind) != ("next", "StopIteration")
@@ -108,19 +108,19 @@ class Program:
                     if _is_sound(error) and (given is not args or str(error)[:MESSAGE_CHARACTERS] == message):
                         return error
                 except Exception:
-                    # They want other arguments, or cannot be put in words.
+                    # The exception needs other arguments, or has no text.
                     continue
         return ProgramError(f"{name}: {message}")
 
     def end(self, status: str, detail: str) -> "NoReturn":
-        """Give the verdict and end the process, past every `except` and `finally` of the tests."""
+        """Write the verdict and end the process; no `except` or `finally` of the tests runs."""
         try:
             write_frame(self._verdicts, f"{status}\n{detail}".encode("utf-8", "replace")[:VERDICT_BYTES])
         finally:
             os._exit(0)
 
     def _exchange(self, request: bytearray, limit: int, read: Callable[[bytearray], object]) -> object:
-        """Return what the worker says to a request. What cannot be read to its end ends the process: nobody reads on."""
+        """Return the worker's answer to a request. An answer that cannot be decoded ends the process."""
         whole = False
         try:
             write_frame(self._writing, request)
@@ -145,8 +145,8 @@ class Program:
 class Handle:
     """A function or object of the program; one object has one handle.
 
-    It is itself and it is not None: that is all the tests can know. Any other comparison, and the question whether it is true,
-    ends the judge, since a test that holds for an object that nobody knows proves nothing.
+    Tests can find that it is itself and that it is not None. Any other comparison, and its truth value, ends the judge, since
+    the program could make it come out either way.
     """
 
     __slots__ = ("_number", "_program")
@@ -184,7 +184,7 @@ class Handle:
         return self._program.ask("len", self)
 
     def __reversed__(self) -> object:
-        # Python's own way would take an IndexError of the program for the end.
+        # Python's default would take an IndexError of the program for the end.
         for place in range(len(self) - 1, -1, -1):  # type: ignore[arg-type]  # Python checks that it is a number
             yield self[place]
 
@@ -213,7 +213,7 @@ def main() -> None:
     source, tests, names, secret, output_bytes, *limits = decode(read_frame(jobs))  # type: ignore[misc]  # the runner's: a tuple
     os.close(jobs)
     confine(*limits)
-    # A class of the tests' own that has __getitem__ is iterated over until that raises.
+    # Iteration over a class of the tests with __getitem__ ends when that raises.
     ends = ("IndexError", "KeyError", "LookupError") if "__getitem__" in tests else ()
     program = Program(reading, writing, verdicts, output_bytes, frozenset(("StopIteration", "StopAsyncIteration", *ends)))
     program.load(source, tuple(limits))
@@ -231,7 +231,7 @@ def _take_channel() -> tuple[int, int]:
 
 
 def _start_worker() -> tuple[int, int]:
-    """Fork the worker and return the two ends of its pipes that are ours. It keeps its own two and no other file."""
+    """Fork the worker and return our two ends of its pipes. The worker keeps its own two and no other file."""
     requests, answers = os.pipe(), os.pipe()
     if os.fork() == 0:
         try:
@@ -274,7 +274,7 @@ def _number(value: object) -> int:
 
 
 def _is_sound(error: Exception) -> bool:
-    """Say whether an error can be described: where its place lies outside of its text, Python reads there all the same."""
+    """Return whether an error can be printed: Python reads out of bounds if its position is outside of its text."""
     if isinstance(error, (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)):
         _, start, end, _ = error.args[-4:]
         return 0 <= start < end <= len(error.object)
@@ -288,7 +288,7 @@ def _describe(error: BaseException) -> str:
             line = f" (line {trace.tb_lineno} of the tests)"
         trace = trace.tb_next
     try:
-        # What `assert got == 5, got` raises holds the program's answer, of any size: only its beginning is put in words.
+        # `assert got == 5, got` raises with the program's answer, of any size: only its beginning becomes text.
         text = _brief(error.args[0], MESSAGE_CHARACTERS) if len(error.args) == 1 else str(error)
     except BaseException as unprintable:
         text = f"<{type(unprintable).__name__}>"
@@ -300,10 +300,10 @@ def _brief(value: object, room: int, show: Callable[[object], str] = str) -> str
     if isinstance(value, (str, bytes)):
         return show(value[:room])
     if isinstance(value, int):
-        # Python refuses to print longer ones.
+        # Python refuses to print longer integers.
         return show(value) if value.bit_length() < 4 * room else f"<int of {value.bit_length()} bits>"
     if isinstance(value, Handle):
-        # What it says of itself, the program would have to be asked.
+        # Its text would need a call to the program.
         return "<object of the program>"
     if not isinstance(value, (list, tuple, set, frozenset, dict)):
         return show(value)

@@ -1,8 +1,7 @@
-"""Carries one program at a time to its verdict. A process of its own, so that the training process forks nothing.
+"""Checks one program at a time, in a separate process, so that the training process does not fork.
 
-Reads jobs from standard input and writes results to standard output. Each program gets an isolated judge that has
-served nobody, started while the one before it works. What is read of it is one short verdict: no byte that a program writes
-comes here.
+It reads jobs from standard input and writes results to standard output. Each program gets a new isolated judge, which starts
+while the one before it works. The runner reads only its short verdict: no byte that a program writes arrives here.
 """
 
 import ctypes
@@ -17,13 +16,13 @@ from neuromas.sandbox.judge import READY, VERDICT_BYTES
 from neuromas.sandbox.wire import decode, encode, frame, frame_length, read_frame, write_frame
 
 START_FAILED = "start failed"
-"""Status of a job for which no isolated process could be started: the only one that says nothing about the program."""
+"""Status of a job for which no isolated process could be started; it says nothing about the program."""
 
 SPARE_SECONDS = 2
-"""Processor time beyond the wall-clock time: a second guard, which stops a program that outlives this process."""
+"""Processor seconds beyond the wall-clock limit: this second limit stops a program that outlives this process."""
 
 _STATUSES = ("failed", "invalid", "memory", "output", "crashed")
-"""What a judge may say of a program besides that it passed."""
+"""Statuses of a verdict other than "passed"."""
 _START_SECONDS = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -41,7 +40,7 @@ class _Long(Exception):
 
 
 class _Judge:
-    """An isolated judge with frames instead of pipes, all under a deadline and for as long as the owner's pipe is open."""
+    """Sends and receives frames of an isolated judge, under a deadline and while the owner's pipe is open."""
 
     def __init__(self, process: Process, owner: int) -> None:
         assert process.stdin is not None
@@ -78,7 +77,7 @@ class _Judge:
         return self._read(count, deadline)
 
     def close(self) -> None:
-        # The whole process group (sandlock) or process namespace (bubblewrap) goes, the worker with it.
+        # This ends the process group (sandlock) or process namespace (bubblewrap), the worker included.
         self._process.kill()
         self._process.wait(5)
         for pipe in (self._process.stdin, self._process.stdout):
@@ -108,7 +107,7 @@ class _Judge:
 
 
 class Runner:
-    """One isolation, one program at a time, and one judge ahead."""
+    """Checks programs in one isolation, one at a time, with the next judge started ahead."""
 
     def __init__(self, isolation: Isolation, owner: int) -> None:
         self._isolation, self._owner = isolation, owner
@@ -124,13 +123,13 @@ class Runner:
         open_files: int,
         output_bytes: int,
     ) -> tuple[str, str]:
-        """Return the status of a program and a few words on it; OSError if the machine cannot start what it takes."""
+        """Return the status of a program and a short reason; OSError if no judge can be started."""
         judge, self._next = self._next or self._start(), None
         try:
             judge.await_ready()
             secret = f"secret-{secrets.token_hex(16)}"
             limits = (memory_bytes, int(seconds) + SPARE_SECONDS, open_files)
-            # Only now does time count: a slow start is the machine's.
+            # Time counts from here: a slow start is not the program's fault.
             deadline = time.monotonic() + seconds
             judge.send(encode((source, tests, names, secret, output_bytes, *limits)), deadline)
             self._next = self._start()
@@ -157,15 +156,15 @@ class Runner:
 
 
 def adopt_orphans() -> None:
-    """Let processes whose parent was killed come to this one: the first process of a container may never reap them."""
+    """Make this process adopt processes whose parent was killed: the first process of a container may never reap them."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def main(isolation: str) -> None:
-    # sandlock 0.9.0 says so of an option that it does pass on.
+    # sandlock 0.9.0 warns of an option that it does apply.
     warnings.filterwarnings("ignore", message="Policy field 'gid' is set but not wired")
     jobs, results = os.dup(0), os.dup(1)
-    # Standard error is /dev/null: nothing that prints can get between the frames.
+    # Standard error is /dev/null: printed output cannot get between the frames.
     for stream in (0, 1):
         os.dup2(2, stream)
     adopt_orphans()

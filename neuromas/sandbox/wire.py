@@ -1,14 +1,14 @@
-"""Plain Python data as bytes, and frames of bytes on a pipe.
+"""Encodes plain Python data as bytes, and sends frames of bytes through pipes.
 
-What crosses between the tests and an untrusted program is built here from `None`, `bool`, `int`, `float`, `complex`, `str`,
+Values that pass between tests and an untrusted program are built here from `None`, `bool`, `int`, `float`, `complex`, `str`,
 `bytes`, `bytearray`, `list`, `tuple`, `set`, `frozenset`, `dict`, `range`, `slice` and the names of these types, and from
-nothing else: decoding calls no code of the sender, so no value can bring an `__eq__`, a `__reduce__` or a class of its own.
-Anything else crosses as a handle, a number that means something to its owner only.
+nothing else: decoding calls no code of the sender, so no value can have its own `__eq__`, `__reduce__` or class. Any other
+object is sent as a handle, a number that only its owner can resolve.
 
     encode((1, "a"))  ->  b"t" + 2 + (b"i" + 1 + b"\\x01") + (b"s" + 1 + b"a"), counts as four bytes
 
-A format of our own, because the others cost more: `pickle` and `marshal` are not safe to read, and importing `json` takes
-longer than starting the program.
+Existing formats do not fit: `pickle` and `marshal` are not safe to decode, and importing `json` takes longer than starting the
+program.
 """
 
 import os
@@ -35,7 +35,7 @@ _BLOCKS: dict[str, Callable[[bytes | bytearray], object]] = {
     "a": bytearray,
     "y": lambda data: _TYPES[data.decode()],
 }
-"""How the values are made that are a count and as many bytes."""
+"""Tag -> function that returns a value from its bytes, for values encoded as a count and as many bytes."""
 _CONTAINERS: dict[str, Callable[[list[object]], object]] = {
     "l": lambda items: items,
     "t": tuple,
@@ -45,10 +45,10 @@ _CONTAINERS: dict[str, Callable[[list[object]], object]] = {
     "r": lambda items: range(*items),  # type: ignore[arg-type]  # raises if they are no numbers
     "x": lambda items: slice(*items),
 }
-"""How the values are made that hold others."""
+"""Tag -> function that returns a container from its items."""
 
 _PACKED: dict[type, tuple[bytes, str]] = {int: (b"I", "q"), float: (b"D", "d")}
-"""Many numbers of one of these types are eight bytes each, written and read at once, whatever the sequence: tag and format."""
+"""Type -> (tag, struct format) of sequences of numbers of one type, which take eight bytes each and are packed at once."""
 _PACKED_FORMATS = {tag.decode(): code for tag, code in _PACKED.values()}
 _MANY = 16
 _AT_ONCE = 1 << 14
@@ -63,7 +63,7 @@ def _no_object(number: int) -> object:
 
 
 def encode(value: object, handle: Callable[[object], int] = _no_handle) -> bytearray:
-    """Return `value` as bytes; `handle` numbers what is not plain data. A subclass of a plain type is sent as that type."""
+    """Return `value` as bytes; `handle` numbers other objects. A subclass of a plain type is sent as that type."""
     out = bytearray()
     _encode(value, out, handle)
     return out
@@ -109,7 +109,7 @@ def _put(out: bytearray, tag: bytes, data: bytes | bytearray) -> None:
 
 
 def _pack(values: "list[object] | tuple[object, ...] | set[object] | frozenset[object]", tag: bytes, out: bytearray) -> bool:
-    """Append numbers that are all of one type and fit into eight bytes; False for other values."""
+    """Append numbers if all are of one type and fit into eight bytes, and return True; return False for other values."""
     kinds = set(map(type, values))
     if len(kinds) > 1 or not kinds <= _PACKED.keys():
         return False
@@ -152,7 +152,7 @@ def _decode(data: bytes | bytearray, at: int, from_handle: Callable[[int], objec
     if tag == "h":
         return from_handle(count), at
     if count > len(data) - at:
-        # Every item takes a byte or more: a count beyond that is a lie, and believing it would only cost time.
+        # Every item takes at least a byte: a larger count is false, and reading on would only take time.
         raise ValueError(f"{count} items announced, {len(data) - at} bytes left")
     if tag in _BLOCKS:
         return _BLOCKS[tag](data[at : at + count]), at + count
@@ -173,7 +173,7 @@ def _unpack(data: bytes | bytearray, at: int, code: str) -> tuple[object, int]:
         raise ValueError(f"{count} numbers announced, {len(data) - at} bytes left")
     items: list[object] = []
     for done in range(0, count, _AT_ONCE):
-        # In pieces: a tuple of all of them beside the list would take as much memory again.
+        # In parts: a tuple of all numbers would take as much memory as the list.
         items.extend(struct.unpack_from(f"<{min(_AT_ONCE, count - done)}{code}", data, at + 8 * done))
     return items if kind is list else kind(items), at + 8 * count
 
@@ -191,7 +191,8 @@ def read_frame(fd: int, limit: int = 0xFFFFFFFF) -> bytearray:
 
 
 def write_frame(fd: int, payload: bytes | bytearray) -> None:
-    # In two parts: one would be a copy of a large payload.
+    """Write one frame to a blocking pipe."""
+    # In two parts: joining them would copy a large payload.
     parts = [memoryview(_COUNT.pack(len(payload))), memoryview(payload)]
     while parts:
         done = os.writev(fd, parts)
@@ -202,6 +203,7 @@ def write_frame(fd: int, payload: bytes | bytearray) -> None:
 
 
 def frame(payload: bytes | bytearray) -> bytes:
+    """Return a frame: the payload after its length."""
     return _COUNT.pack(len(payload)) + payload
 
 

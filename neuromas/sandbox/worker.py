@@ -1,7 +1,7 @@
 """Holds one untrusted program and answers calls to it, in a process that never sees the tests or the secret.
 
-Whatever the program does to this process (patch builtins, walk frames, write to the channel itself), all that leaves is a frame
-that the judge reads as plain data: the worst it can achieve is what it may do anyway, to answer.
+The program may change this process in any way (patch builtins, walk frames, write to the channel), but the judge decodes its
+frames as plain data only: all that it can achieve is an answer, which it may give anyway.
 """
 
 import sys
@@ -11,15 +11,15 @@ from neuromas.sandbox.confine import confine
 from neuromas.sandbox.wire import decode, encode, read_frame, write_frame
 
 LOADED = ""
-"""The first frame of a worker if the program was loaded; otherwise it says in words why not."""
+"""The first frame of a worker if the program was loaded; otherwise that frame holds the reason."""
 
 MESSAGE_CHARACTERS = 300
 _ARGUMENT_BYTES = 4 << 10
-"""Longest arguments of an exception, as bytes, that are sent beside its message."""
+"""Most bytes of an exception's arguments that are sent in addition to its message."""
 
 
 class _Own:
-    """A value that is sent as a handle whatever it is: `solve = set` is a function of the program like any other."""
+    """A value that is always sent as a handle: `solve = set` is a function of the program like any other."""
 
     __slots__ = ("value",)
 
@@ -28,10 +28,10 @@ class _Own:
 
 
 def serve(reading: int, writing: int) -> None:
-    """Load the program that the first frame holds, then answer calls until the judge is gone."""
+    """Load the program of the first frame, then answer calls until the judge has ended."""
     source, *limits = decode(read_frame(reading))  # type: ignore[misc]  # the judge's: a tuple
     confine(*limits)
-    # What can be imported: the standard library and nothing else, this package neither.
+    # Only the standard library can be imported, not this package.
     for name in [name for name in sys.modules if name.partition(".")[0] == "neuromas"]:
         del sys.modules[name]
     program = type(sys)("program")
@@ -49,7 +49,7 @@ def serve(reading: int, writing: int) -> None:
 
 
 class _Objects:
-    """What the tests have handles of. Everything is kept, so that one object has one number for ever, and no other has it."""
+    """The objects that the tests have handles of. All are kept, so that an object's number is never changed or reused."""
 
     def __init__(self) -> None:
         self._kept: list[object] = []
@@ -67,7 +67,7 @@ class _Objects:
 
 
 def _answer(request: bytes | bytearray, objects: _Objects) -> bytearray:
-    """Do what a request says and return ("value", value), ("raise", *_complaint(error)) or ("end", type, message) as bytes."""
+    """Execute a request and return ("value", value), ("raise", *_complaint(error)) or ("end", type, message) as bytes."""
     try:
         operation, target, *arguments = decode(request, objects.find)  # type: ignore[misc]  # the judge's: a tuple
         return encode(("value", _OPERATIONS[operation](target, *arguments)), objects.number)
@@ -78,7 +78,7 @@ def _answer(request: bytes | bytearray, objects: _Objects) -> bytearray:
 
 
 def _complaint(error: Exception) -> tuple[str, str, str, tuple[object, ...]]:
-    """Return the nearest of Python's own exceptions that it is, its own name, its message and, if plain data, its arguments."""
+    """Return an error's nearest built-in class, its own name, its message and, if they are plain data, its arguments."""
     kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
     name, message = _describe(error)
     try:
@@ -104,7 +104,7 @@ def _name(target: object, name: str) -> object:
 
 
 def _call(target: Callable[..., object], args: "list[object]", kwargs: dict[str, object], iterators: list[object]) -> object:
-    # What the tests gave an iterator for came as a list: by its place or its name.
+    # Arguments that were iterators in the tests arrive as lists; `iterators` holds their positions and names.
     args = [iter(value) if place in iterators else value for place, value in enumerate(args)]  # type: ignore[call-overload]
     kwargs = {name: iter(value) if name in iterators else value for name, value in kwargs.items()}  # type: ignore[call-overload]
     return target(*args, **kwargs)

@@ -333,7 +333,7 @@ def test_humaneval_plus_of_the_hub_has_its_inputs_in_its_test() -> None:
         0.0,
         1.0,
     ]
-    for broken, message in ((test.replace("[[1], [2]]", "g()"), "is not written as"), ("pass", "has no list 'inputs'")):
+    for broken, message in ((test.replace("[[1], [2]]", "g()"), "does not have the form"), ("pass", "has no list 'inputs'")):
         example = task.example_of(Record("row 1", {**record, "prompt": f"# {message}\n", "test": broken}))
         with pytest.raises(ValueError, match=rf"^row 1: its test {message}"):
             task.reward(example, "    return x")
