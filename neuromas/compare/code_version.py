@@ -73,4 +73,5 @@ def _files_of(name: str) -> Iterator[Path]:
 
 
 def digest(data: bytes) -> str:
+    """Return a hash of 12 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=6).hexdigest()

@@ -19,6 +19,7 @@ AXES = {
 
 
 def name_of(problem: Data) -> str:
+    """Return the title of a problem's panel."""
     return problem["name"]
 
 

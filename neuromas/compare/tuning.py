@@ -140,7 +140,7 @@ class Tuning:
         curves = [_final_validations(trial, result) for trial, result in found if isinstance(result, CellResult)]
         if len(curves) < len(trials):
             return Trial(lr, rank, None, None)
-        best, mean = (sum(map(of, curves)) / len(curves) for of in (max, lambda curve: sum(curve) / len(curve)))
+        best, mean = (sum(map(measure, curves)) / len(curves) for measure in (max, lambda curve: sum(curve) / len(curve)))
         return Trial(lr, rank, best, mean)
 
 

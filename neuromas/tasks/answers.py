@@ -45,7 +45,7 @@ class AnswerForm:
     normal: Callable[[str], str | None]
     """Returns the normal form of a match of the pattern, None for a wrong form."""
     opening: re.Pattern[str] | None = None
-    """Matches the start of a text that gives its answer at once, without "Answer:", and goes on. None: no text does so."""
+    """Matches the start of a text that gives its answer at once, without "Answer:", and continues. None: no text does so."""
     latex: bool = True
     """Whether LaTeX around an answer, such as a box, is removed: False where brackets are answers."""
     words: bool = False

@@ -210,6 +210,7 @@ def tables(folder: Path) -> str:
 
 
 def main() -> None:
+    """Print the tables for the folder on the command line."""
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise SystemExit("usage: python -m neuromas.tasks.compare_families DIR, the folder of the BIG-Bench-Hard JSON files")
     print(tables(Path(sys.argv[1])))

@@ -35,7 +35,7 @@ class _RunningConversation:
 
 
 class _Round:
-    """Runs all conversations through one call of the engine; each goes on as soon as its own texts are complete."""
+    """Runs all conversations through one call of the engine; each continues as soon as its own texts are complete."""
 
     def __init__(
         self, conversations: list[_RunningConversation], policy: Policy, seed: tuple[int | str, ...], max_new_tokens: int
@@ -46,9 +46,11 @@ class _Round:
         """(index of the conversation, index in its current list of calls) of each request."""
 
     def start(self) -> list[tuple[int, Request]]:
+        """Return the keyed requests of every conversation's first calls."""
         return [request for index in range(len(self.conversations)) for request in self._advance(index, None)]
 
     def receive(self, key: int, sample: Sample) -> list[tuple[int, Request]]:
+        """Store a sample; return the next requests of its conversation once all texts of its list are complete."""
         index, call_index = self.indices[key]
         running = self.conversations[index]
         running.answered.sampled_tokens += len(sample.token_ids)
@@ -142,6 +144,7 @@ def answer_in_parts(
 
 
 def settings_of(config: TrainConfig, **more: object) -> dict[str, object]:
+    """Return a cell's settings and those of its method, JSON-ready."""
     return {**json.loads(to_json(config)), **more}
 
 

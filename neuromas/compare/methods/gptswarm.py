@@ -150,6 +150,7 @@ class GPTSwarm:
     """False: only edges are learned, no adapters."""
 
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
+        """Learn the edges and answer the evaluation sets; nothing is written to `folder`."""
         from neuromas.compare.methods.converse import Answerer, settings_of  # loads torch
 
         answerer = Answerer(spec.config, self.temperature)

@@ -67,6 +67,7 @@ class UntrainedNetwork:
     trained: bool = False
 
     def run(self, spec: CellSpec, folder: Path) -> CellResult:
+        """Answer the evaluation sets; nothing is written to `folder`."""
         from neuromas.compare.methods.train_cell import run_untrained_network  # loads torch
 
         return run_untrained_network(self.name, self.change(spec.config))
