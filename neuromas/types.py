@@ -21,11 +21,14 @@ Glossary, in the order in which data flows:
     backbone     the frozen language model that all nodes share
     adapter      a node's LoRA update of the backbone; the bank of adapters holds those of all nodes
     policy       backbone and adapters: what is sampled and trained
-    prompt       what a node reads: the shared prefix (question first), then its own suffix (id, layer, inbox, recipients)
+    prompt       what a node reads: question, then the node's own part (id, layer, inbox, recipients)
+    prefix       the part of a prompt that several rows share and that is computed once: the question, and for a node without an
+                 inbox its own part too; rollouts of one node share it, all nodes do with one adapter or scope `suffix`
+    suffix       the rest of the prompt
     completion   what a node writes, parsed into one message for each recipient
     inbox        the messages that a node has received
     rollout      one pass of the whole network over one example; a group is all rollouts of one example
-    reward       whether a rollout's answer is right; one terminal number for all nodes
+    reward       one terminal number of a rollout, for all its nodes: 1 if its answer is right, else 0 (or between)
     centring     what is subtracted from rewards to make advantages (*baseline* means a comparison method only)
     engine       what samples completions; torch samples in process
     growth       nodes, layers or edges that a trained network gets; closed, it computes what its parent computes; open, it
@@ -49,7 +52,7 @@ class MessageStatus(Enum):
     UNADDRESSED = "unaddressed"
     """The text has no `TO node k:` at all: the recipient reads the whole text."""
     EMPTY = "empty"
-    """The segment is there and holds nothing: the recipient reads the placeholder."""
+    """There is no text for this recipient, with a header or without: it reads the placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ class Rollout:
 
     @property
     def answer(self) -> str:
-        """Text of the output node."""
+        """Text of the output node, or of the node whose answer won the vote."""
         return self.completions[self.winner].sample.text
 
 

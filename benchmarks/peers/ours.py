@@ -16,6 +16,7 @@ from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
 from neuromas.model.backbone import Backbone
 from neuromas.rollout.network import Network
 from neuromas.tasks.task import Task
+from neuromas.training.learner import TorchLearner
 from neuromas.training.loop import train_step
 from neuromas.training.plan import Plan
 from neuromas.training.questions import Questions
@@ -120,8 +121,9 @@ def make_trainer(spec: dict[str, Any], steps: Sequence[Sequence[str]]) -> Traine
     )  # fmt: skip
     run = RunDirectory.create(config)
     run.initialise()
+    network = load(spec, device)
     plan = Plan(config, config.topology.build(), (), Questions(TextTask(steps), [], {}))
-    return Trainer(Setup(plan, load(spec, device)), run)
+    return Trainer(Setup(plan, network, TorchLearner(network.policy, config)), run)
 
 
 class UpdateWork:

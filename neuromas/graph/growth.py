@@ -168,7 +168,7 @@ class Growth:
     copies: tuple[tuple[int, int | None], ...]
     """(new node, the node whose adapter it copies); None: a zero adapter, which makes the node the bare backbone."""
     at_step: int = 0
-    """Optimizer steps done before it."""
+    """Training steps done before it."""
     opening: Opening = "immediate"
     open_steps: int = 0
     """Steps over which an annealed opening goes from 0 to 1."""

@@ -49,7 +49,7 @@ class AdapterBank:
         self.cohorts = [tuple(nodes[:1] if self.shared else nodes)]
         """Nodes that joined together: those of the start, then those of each growth."""
         self.version = 0
-        """The number of optimizer steps; a completion carries the version that wrote it."""
+        """The number of updates, one a training step; a completion carries the version that wrote it."""
         self.scope = config.scope
         self.target_modules = tuple(config.target_modules)
         targets = find_targets(model, self.target_modules)

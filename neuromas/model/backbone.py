@@ -100,9 +100,9 @@ class Backbone:
         Models with a state other than keys and values cannot be cached here.
         """
         header, footer = self.chat_frame
-        ids = (*header, *self.encode("Probe: 1 2 3"), *footer)
+        ids = (*header, *self.tokenize("Probe: 1 2 3"), *footer)
         embeddings = self.model.config.get_text_config().vocab_size
-        if not self.encode("Probe") or max(ids) >= embeddings:
+        if not self.tokenize("Probe") or max(ids) >= embeddings:
             raise ValueError(f"its tokenizer does not fit: ids {ids[:8]}... for a model of {embeddings} tokens")
         window = getattr(self.model.config, "sliding_window", None) or 0
         ids = torch.tensor([(ids * (2 + min(window, 128) // len(ids)))], device=self.device)
@@ -169,11 +169,11 @@ class Backbone:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def tokenize(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a part of a message."""
         return self._encode_text(text)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""
         decoded = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(decoded, str)

@@ -94,7 +94,7 @@ class Policy:
         the question, or all nodes share one adapter and so the question's keys and values.
         """
         header, footer = self.backbone.chat_frame
-        prefix, own = (*header, *self.backbone.encode(f"{question}\n\n")), self.backbone.encode(node_text)
+        prefix, own = (*header, *self.backbone.tokenize(f"{question}\n\n")), self.backbone.tokenize(node_text)
         shares_question = self.scope == "suffix" or (self.adapters is not None and self.adapters.shared)
         if not has_inbox and not shares_question and footer:
             return Prompt((*prefix, *own), footer)

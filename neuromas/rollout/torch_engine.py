@@ -141,7 +141,7 @@ class _DecodingBatch:
         counts, tokens, logprobs = slots.count[done].tolist(), slots.tokens[done].tolist(), slots.logprobs[done].tolist()
         did_stop = stopped[done].tolist()
         for row, count, ids, sampled, stop in zip(done.tolist(), counts, tokens, logprobs, did_stop, strict=True):
-            text = self.backbone.decode(ids[: count - 1] if stop else ids[:count])
+            text = self.backbone.detokenize(ids[: count - 1] if stop else ids[:count])
             finished.append((self.rows[row], Sample(tuple(ids[:count]), tuple(sampled[:count]), text, stop, self.version)))
         gone = set(done.tolist())
         left = self.live - len(gone)

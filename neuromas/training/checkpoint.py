@@ -3,12 +3,12 @@
 import json
 from dataclasses import asdict, dataclass, field
 
-import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from neuromas.graph.topology import Topology
 from neuromas.model.adapters import AdapterBank
+from neuromas.training.learner import Learner
 from neuromas.training.ledger import Ledger, Pace
 from neuromas.training.run_directory import RunDirectory
 
@@ -18,7 +18,7 @@ class State:
     """What a checkpoint holds besides adapters and optimizer."""
 
     step: int
-    """Optimizer steps done."""
+    """Training steps done."""
     running_mean: float
     """Mean reward for `--centring ema`."""
     backbone_checksum: str
@@ -30,16 +30,11 @@ class State:
     """Of the checkpoint that is kept as the best; None in all others."""
 
 
-def save(run: RunDirectory, bank: AdapterBank, optimizer: torch.optim.Optimizer, state: State) -> None:
+def save(run: RunDirectory, bank: AdapterBank, learner: Learner, state: State) -> None:
     """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses."""
     backbone = run.config.backbone
     files = {f"adapters/{node}/{name}": data for node in bank.nodes for name, data in bank.peft_files(node, backbone).items()}
-    moments = {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, parameter in bank.parameters().items()
-        for key, value in optimizer.state[parameter].items()
-    }
-    files["optimizer.safetensors"] = save_tensors(moments)
+    files["optimizer.safetensors"] = save_tensors(learner.state())
     files["ledger.json"] = json.dumps(state.ledger.to_json(), indent=2).encode()
     head = {
         "running_mean": state.running_mean,
@@ -51,8 +46,8 @@ def save(run: RunDirectory, bank: AdapterBank, optimizer: torch.optim.Optimizer,
     run.save(state.step, head, files, best=state.validation_accuracy is not None)
 
 
-def load(run: RunDirectory, bank: AdapterBank, optimizer: torch.optim.Optimizer | None = None) -> State | None:
-    """Read a run's newest checkpoint into bank and optimizer; None if there is none yet.
+def load(run: RunDirectory, bank: AdapterBank, learner: Learner | None = None) -> State | None:
+    """Read a run's newest checkpoint into bank and learner; None if there is none yet.
 
     Raises ValueError that names the file if a checkpoint is truncated or damaged.
     """
@@ -69,8 +64,8 @@ def load(run: RunDirectory, bank: AdapterBank, optimizer: torch.optim.Optimizer 
     for node in bank.nodes:
         bank.load_peft(node, folder / "adapters" / str(node))
     bank.version = state["step"]
-    if optimizer is not None:
-        _load_optimizer(optimizer, bank, load_tensors((folder / "optimizer.safetensors").read_bytes()))
+    if learner is not None:
+        learner.load_state(load_tensors((folder / "optimizer.safetensors").read_bytes()))
     ledger = Ledger(**json.loads((folder / "ledger.json").read_text()))
     return State(
         state["step"], state["running_mean"], state["backbone_checksum"], ledger, Pace(**state["pace"]), topology
@@ -83,12 +78,3 @@ def load_best(run: RunDirectory, bank: AdapterBank) -> int:
     for node in bank.nodes:
         bank.load_peft(node, folder / "adapters" / str(node))
     return state["step"]
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, bank: AdapterBank, moments: dict[str, torch.Tensor]) -> None:
-    # Until some rollout has been right, no step has had a gradient, and there are no moments yet.
-    for name, parameter in bank.parameters().items():
-        # Nodes that have joined have none of their own until they have learned something.
-        for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.step" in moments else ():
-            value = moments[f"{name}.{key}"]
-            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

@@ -1,7 +1,7 @@
 """Who learns: the gradient of a step's rollouts, and one optimizer step over the adapters of all nodes.
 
-`TorchLearner` learns in process, on the weights that the torch engine samples with. A service that keeps adapters of its own
-stands beside it as another `Learner`, as its sampler stands beside the torch engine as another `Engine`.
+`TorchLearner` learns in process, on the weights that the torch engine samples with. `Setup` holds the run's learner: another
+one, such as a service that trains, is any class with these methods.
 """
 
 import math
@@ -33,12 +33,24 @@ class Update:
 
 
 class Learner(Protocol):
-    """Updates the adapters that sampled."""
+    """Updates the adapters that sampled. Adapters themselves are saved and loaded by the run, in PEFT's format."""
 
     def update(
         self, groups: Sequence[Group], advantages: Mapping[int, Float[Tensor, "P G"]], *, learning: Collection[int], lr: float
     ) -> Update:
         """Do one joint update of the nodes in `learning`; Diverged if a number is not finite, before anything is changed."""
+        ...
+
+    def add_nodes(self, parameters: Sequence[Parameter]) -> None:
+        """Learn the parameters of new nodes too; optimizer state of the others is not touched."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state, for a checkpoint."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a state that was saved."""
         ...
 
 
@@ -50,9 +62,23 @@ class TorchLearner:
         self.policy, self.config, self.bank = policy, config, policy.adapters
         self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=config.lr, weight_decay=0.0)
 
-    def add(self, parameters: Sequence[Parameter]) -> None:
-        """Take up parameters of new nodes; optimizer state of the others is not touched."""
+    def add_nodes(self, parameters: Sequence[Parameter]) -> None:
         self.optimizer.add_param_group({"params": list(parameters)})
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, parameter in self.bank.parameters().items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        # Until some rollout has been right, no step has had a gradient, and there are no moments yet.
+        for name, parameter in self.bank.parameters().items():
+            # Nodes that have joined have none of their own until they have learned something.
+            for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.step" in state else ():
+                value = state[f"{name}.{key}"]
+                self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
     def update(
         self, groups: Sequence[Group], advantages: Mapping[int, Float[Tensor, "P G"]], *, learning: Collection[int], lr: float

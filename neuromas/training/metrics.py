@@ -18,7 +18,7 @@ METRICS = {
     "message_fault/frac": "Share of messages that were missing, empty or without a `TO node k:` header.",
     "message_fault/missing/frac": "Share of messages whose sender addressed others, not this recipient.",
     "message_fault/unaddressed/frac": "Share of messages whose sender addressed no node: the whole text is delivered.",
-    "message_fault/empty/frac": "Share of messages with a header and nothing after it.",
+    "message_fault/empty/frac": "Share of messages without any text.",
     "dropped_text/frac": "Share of hidden nodes' completions with a part that no recipient gets.",
     "truncated/frac": "Share of completions cut off at --max-new-tokens.",
     "sampled_tokens/sum": "Tokens that all nodes wrote in the step's rollouts.",

@@ -6,6 +6,7 @@
     RUN/checkpoints/step-000040/    adapters/<node>/ (PEFT)  optimizer.safetensors  ledger.json  state.json  checksum
     RUN/checkpoints/best-000020/    the same, after the validation with the highest accuracy (the first of equals)
     RUN/adapters -> checkpoints/<newest>/adapters
+    RUN/lock             held while a process trains; NAME.new and NAME.partial are files that were not finished
 
 A checkpoint is written under another name, flushed, and renamed when complete, so a killed run leaves the one before it.
 `state.json` holds the checksum of every other file, `checksum` that of `state.json`: no bit of it changes unnoticed.
@@ -145,7 +146,7 @@ class RunDirectory:
 
     @property
     def first_step(self) -> int:
-        """Optimizer steps done when this run began: those of the run that it has grown from, else 0."""
+        """Training steps done when this run began: those of the run that it has grown from, else 0."""
         origin = self.read_json("parent.json", dict) or {}
         digits = str(origin.get("checkpoint", "step-0")).removeprefix("step-")
         return int(digits) if digits.isdecimal() else 0
@@ -212,7 +213,7 @@ class RunDirectory:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done by the newest checkpoint, 0 if there is none."""
+        """Training steps done by the newest checkpoint, 0 if there is none."""
         folders = self.checkpoints()
         return _step_of(folders[-1]) if folders else 0
 

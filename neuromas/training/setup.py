@@ -12,6 +12,7 @@ from neuromas.model.backbone import Backbone
 from neuromas.rollout.network import Network
 from neuromas.rollout.torch_engine import MAX_ROWS
 from neuromas.tasks import from_config
+from neuromas.training.learner import Learner, TorchLearner
 from neuromas.training.plan import Plan
 
 ROLLOUT_BYTES = 3000
@@ -20,10 +21,11 @@ ROLLOUT_BYTES = 3000
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A plan, and the network that it starts with."""
+    """A plan, and what carries it out: a network, whose engine samples, and a learner."""
 
     plan: Plan
     network: Network
+    learner: Learner
 
 
 def set_up(plan: Plan) -> Setup:
@@ -34,7 +36,7 @@ def set_up(plan: Plan) -> Setup:
     questions = plan.questions
     network.check_lengths([*questions.training, *chain(*questions.evaluation_sets.values())], *later)
     check_memory(plan.config, network, max(len(shape.nodes) for shape in (network.topology, *later)))
-    return Setup(plan, network)
+    return Setup(plan, network, TorchLearner(network.policy, plan.config))
 
 
 def build_network(config: TrainConfig, topology: Topology | None = None) -> Network:

@@ -12,7 +12,6 @@ from neuromas.rollout.network import Diverged
 from neuromas.training import checkpoint, reinforce
 from neuromas.training.evaluate import Evaluation, evaluate
 from neuromas.training.growth_schedule import GrowthSchedule, changed_answers
-from neuromas.training.learner import TorchLearner
 from neuromas.training.learning_rate import learning_rate
 from neuromas.training.ledger import Ledger, Pace
 from neuromas.training.metrics import rollout_metrics, well_formed
@@ -35,8 +34,8 @@ class Trainer:
         self.checksum = self.backbone.checksum()
         self.growths = GrowthSchedule(setup.network, plan.growths)
         self.growths.restore(run.step)
-        self.learner = TorchLearner(setup.network.policy, plan.config)
-        state = checkpoint.load(run, self.bank, self.learner.optimizer)
+        self.learner = setup.learner
+        state = checkpoint.load(run, self.bank, self.learner)
         if state:
             run.check_backbone(self.checksum, state.backbone_checksum)
         self.step = state.step if state else 0
@@ -173,7 +172,7 @@ class Trainer:
         examples = self.task.examples("validation", self.config.validation_size) if measured else []
         before = evaluate(self.network, self.task, examples) if measured else None
         if parameters := self.network.grow(growth):
-            self.learner.add(parameters)
+            self.learner.add_nodes(parameters)
         self.growths.taken += 1
         self.growths.open(growth.at_step)
         self.ledger.begin_phase(self.bank.trainable_parameters)
@@ -226,7 +225,7 @@ class Trainer:
         state = checkpoint.State(
             self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology, validation_accuracy
         )
-        checkpoint.save(self.run, self.bank, self.learner.optimizer, state)
+        checkpoint.save(self.run, self.bank, self.learner, state)
 
     def check_frozen(self) -> None:
         """Raise RuntimeError if a weight of the backbone is not what it was."""

@@ -85,10 +85,10 @@ def hold(policy: Policy) -> Hold:
         def say(request: Request) -> str:
             key = str(request.seed[-1])
             # What follows the text is the chat template's.
-            held.calls[key] = policy.backbone.decode(request.prompt.suffix_ids).removesuffix(footer)
+            held.calls[key] = policy.backbone.detokenize(request.prompt.suffix_ids).removesuffix(footer)
             return script(key, held.calls[key])
 
-        footer = policy.backbone.decode(policy.prompt("", "").suffix_ids)
+        footer = policy.backbone.detokenize(policy.prompt("", "").suffix_ids)
         conversation = method.conversation(EXAMPLES[0], task, **{**method.settings, **settings})
         (held.answered,) = run([(EXAMPLES[0], conversation)], policy, ScriptedEngine(say))
         return held
@@ -485,7 +485,7 @@ def hold_swarm(policy: Policy, edges: set[tuple[int, int]], script: Script) -> H
 
     def say(request: Request) -> str:
         key = str(request.seed[-1])
-        held.calls[key] = policy.backbone.decode(request.prompt.suffix_ids)
+        held.calls[key] = policy.backbone.detokenize(request.prompt.suffix_ids)
         return script(key, held.calls[key])
 
     conversation = swarm(EXAMPLES[0], TASK, edges=frozenset(edges), truthful=2)
@@ -541,7 +541,7 @@ def test_a_swarm_learns_to_leave_its_liars_out_and_counts_what_that_took(policy:
     method = GPTSwarm(truthful=1, adversarial=2, iterations=60)
 
     def say(request: Request) -> str:
-        text = policy.backbone.decode(request.prompt.suffix_ids)
+        text = policy.backbone.detokenize(request.prompt.suffix_ids)
         return NO if "wrong" in text else YES
 
     def hold(conversations: list[tuple[Example, Conversation]], seed: tuple[int | str, ...]) -> list[Answered]:

@@ -245,7 +245,7 @@ def prompts_of(name: str, spec: CellSpec, backbone: Backbone) -> dict[int, str]:
     topology = config.topology.build()
 
     def say(request: Request) -> str:
-        whole = backbone.decode((*request.prompt.prefix_ids, *request.prompt.suffix_ids))
+        whole = backbone.detokenize((*request.prompt.prefix_ids, *request.prompt.suffix_ids))
         read[request.node] = whole.split("\n\n", 1)[1]
         return " ".join(f"TO node {r}: {request.node}" for r in topology.recipients(request.node)) or "Answer: Yes"
 

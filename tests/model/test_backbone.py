@@ -378,8 +378,8 @@ def test_control_tokens_in_a_question_or_message_stay_plain_text(bare: Backbone)
     specials = set(bare.tokenizer.all_special_ids)
     for part, frame in ((prompt.prefix_ids, plain.prefix_ids), (prompt.suffix_ids, plain.suffix_ids)):
         assert [token for token in part if token in specials] == [token for token in frame if token in specials]
-    assert f"a{control}b" in bare.decode(prompt.prefix_ids)
-    assert f"c{control}d" in bare.decode(prompt.suffix_ids)
+    assert f"a{control}b" in bare.detokenize(prompt.prefix_ids)
+    assert f"c{control}d" in bare.detokenize(prompt.suffix_ids)
 
 
 def test_without_a_chat_template_a_prompt_is_plain_text(folders: dict[str, Path]) -> None:
@@ -410,7 +410,7 @@ def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
     def prompt_text(config: TrainConfig) -> str:
         policy = build_network(config).policy
         prompt = policy.prompt("Is 2 even?", "You are node 1.")
-        return policy.backbone.decode((*prompt.prefix_ids, *prompt.suffix_ids))
+        return policy.backbone.detokenize((*prompt.prefix_ids, *prompt.suffix_ids))
 
     started = prompt_text(config)
     assert started == "Today Date: 02 Mar 2025\nIs 2 even?\n\nYou are node 1.\n>"

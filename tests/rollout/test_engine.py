@@ -319,7 +319,7 @@ def test_rows_end_with_the_stop_token_or_at_the_limit(folders: dict[str, Path]) 
         assert not policy.backbone.stop_ids & set(sample.token_ids[:-1])
         assert sample.stopped or len(sample.token_ids) == 4
         body = sample.token_ids[:-1] if sample.stopped else sample.token_ids
-        assert sample.text == policy.backbone.decode(body)
+        assert sample.text == policy.backbone.detokenize(body)
     lengths = {(len(sample.token_ids), sample.stopped) for sample in found}
     # Rows end in every way: at once, in between, with the last token allowed, and cut off.
     assert lengths >= {(1, True), (2, True), (4, True), (4, False)}
@@ -338,7 +338,7 @@ def test_every_stop_token_of_model_and_tokenizer_ends_a_row(folders: dict[str, P
     found = answer(policy, make_requests(policy, 40), max_new_tokens=8)
     assert {sample.token_ids[-1] for sample in found if sample.stopped} == backbone.stop_ids
     # A stop token that is a plain word is no part of the text either.
-    assert all(sample.text == backbone.decode(sample.token_ids[:-1]) for sample in found if sample.stopped)
+    assert all(sample.text == backbone.detokenize(sample.token_ids[:-1]) for sample in found if sample.stopped)
 
 
 def test_one_token_and_no_requests(folders: dict[str, Path]) -> None:

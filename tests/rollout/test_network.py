@@ -67,7 +67,7 @@ def read(tiny_backbone: Backbone) -> Callable[[Request], list[str]]:
     """Return a function that gives the lines of a node's own part of its prompt."""
 
     def lines(request: Request) -> list[str]:
-        whole = tiny_backbone.decode((*request.prompt.prefix_ids, *request.prompt.suffix_ids))
+        whole = tiny_backbone.detokenize((*request.prompt.prefix_ids, *request.prompt.suffix_ids))
         return whole.split("?\n\n", 1)[1].splitlines()
 
     return lines
@@ -173,7 +173,7 @@ def test_rollouts_of_an_example_share_a_prefix(make: Make, tiny_backbone: Backbo
             if request.seed[1] == name:
                 prefixes.setdefault(request.node, set()).add(request.prompt.prefix_ids)
         assert all(len(shared) == 1 for shared in prefixes.values())
-        texts = {node: tiny_backbone.decode(*shared) for node, shared in prefixes.items()}
+        texts = {node: tiny_backbone.detokenize(*shared) for node, shared in prefixes.items()}
         assert texts[3] == texts[4]
         assert texts[3].endswith(f"Question {name}?\n\n")
         assert f"Question {name}?\n\n" in texts[1]

@@ -19,32 +19,34 @@ from neuromas.model.adapters import AdapterBank
 from neuromas.model.policy import Policy
 from neuromas.training import checkpoint
 from neuromas.training.checkpoint import State
+from neuromas.training.learner import TorchLearner
 from neuromas.training.ledger import Ledger
 from neuromas.training.run_directory import RunDirectory
 
-Learner = tuple[AdapterBank, torch.optim.Optimizer]
+Learner = tuple[AdapterBank, TorchLearner]
 
 
 def make_learner(seed: int = 0) -> Learner:
     config = AdapterConfig(rank=2, target_modules=("q_proj", "down_proj"))
-    bank = Policy(Backbone.tiny(0), (1, 2), config, seed).adapters
-    assert bank is not None
-    return bank, torch.optim.AdamW(bank.parameters().values(), lr=0.01, weight_decay=0.0)
+    policy = Policy(Backbone.tiny(0), (1, 2), config, seed)
+    assert policy.adapters is not None
+    return policy.adapters, TorchLearner(policy, TrainConfig(lr=0.01))
 
 
 def learn(learner: Learner, seed: int) -> None:
     """Do an optimizer step on gradients drawn from a seed."""
-    bank, optimizer = learner
+    bank, torch_learner = learner
     generator = torch.Generator().manual_seed(seed)
     for parameter in bank.parameters().values():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    torch_learner.optimizer.step()
+    torch_learner.optimizer.zero_grad(set_to_none=True)
 
 
 def tensors(learner: Learner) -> list[torch.Tensor]:
     """Weights and moments, in one order."""
-    bank, optimizer = learner
+    bank, torch_learner = learner
+    optimizer = torch_learner.optimizer
     moments = [optimizer.state[p][key] for p in bank.parameters().values() for key in sorted(optimizer.state[p])]
     return [p.detach().clone() for p in bank.parameters().values()] + [moment.clone() for moment in moments]
 
