@@ -42,8 +42,8 @@ def render(topology: Topology, node: int, example: Example, inbox: Sequence[Mess
 def parse(text: str, sender: int, recipients: Sequence[int]) -> tuple[Message, ...]:
     """Split a node's text into one message per recipient; never raises.
 
-    A recipient named twice gets both segments, joined by a line break. Text before the first segment and segments for other nodes
-    are dropped. A text without any segment goes to every recipient as it is (`MessageStatus.UNADDRESSED`).
+    A recipient named twice gets both segments, joined by a line break. Text before the first segment and segments for other
+    nodes are dropped. A text without any segment goes to every recipient as it is (`MessageStatus.UNADDRESSED`).
     """
     parts = _SEGMENT.split(text)
     segments: dict[int, list[str]] = {}

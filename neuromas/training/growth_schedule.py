@@ -7,6 +7,8 @@ for bit.
 
 from collections.abc import Sequence
 
+from torch.nn import Parameter
+
 from neuromas.graph.growth import Growth
 from neuromas.rollout.network import Network
 from neuromas.tasks import Task
@@ -26,12 +28,14 @@ class GrowthSchedule:
         """The growth that was taken on last."""
         return self.all[self.taken - 1] if self.taken else None
 
-    def restore(self, step: int) -> None:
-        """Make the network what it is after `step` steps; its new adapters are to be loaded."""
+    def restore(self, step: int) -> list[list[Parameter]]:
+        """Make the network what it is after `step` steps; return the parameters of each growth, which are to be loaded."""
+        added = []
         while self.taken < len(self.all) and self.all[self.taken].at_step < step:
-            self.network.grow(self.all[self.taken])
+            added.append(self.network.grow(self.all[self.taken]))
             self.taken += 1
             self.open(step)
+        return [parameters for parameters in added if parameters]
 
     def due(self, step: int) -> Growth | None:
         """Return the growth with which this step begins, if any."""

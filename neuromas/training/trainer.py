@@ -33,8 +33,9 @@ class Trainer:
         self.tell: Callable[[str], None] = lambda text: None
         self.checksum = self.backbone.checksum()
         self.growths = GrowthSchedule(setup.network, plan.growths)
-        self.growths.restore(run.step)
         self.learner = setup.learner
+        for parameters in self.growths.restore(run.step):
+            self.learner.add_nodes(parameters)
         state = checkpoint.load(run, self.bank, self.learner)
         if state:
             run.check_backbone(self.checksum, state.backbone_checksum)

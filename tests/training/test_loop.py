@@ -81,8 +81,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, parameter in trainer.bank.parameters().items():
         state[name] = parameter.detach()
-        state |= {f"{name}.{key}": value for key, value in trainer.learner.optimizer.state[parameter].items()}
-    return state
+    return state | trainer.learner.state()
 
 
 def assert_bit_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
