@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from neuromas.bundled import find_backbone
 from neuromas.cli.flags import parse_flags
+from neuromas.model.sources import find_backbone
 from neuromas.training.questions import open_run
 
 MAX_QUESTION = 1_000_000

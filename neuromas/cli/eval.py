@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from neuromas.bundled import find_backbone
 from neuromas.cli.flags import parse_flags
 from neuromas.config import COLDEST, MOST_COUNTED, Split
+from neuromas.model.sources import find_backbone
 from neuromas.system.terminal import printable
 from neuromas.training.questions import drawn_in_training, open_run
 

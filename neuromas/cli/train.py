@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from neuromas.bundled import find_backbone
 from neuromas.cli.flags import parse_flags
 from neuromas.config import TrainConfig
+from neuromas.model.sources import find_backbone
 from neuromas.training.config_file import load_toml
 from neuromas.training.plan import resolve
 from neuromas.training.questions import check_code

@@ -20,15 +20,17 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from neuromas.bundled import BUNDLED, find_backbone
+from neuromas.bundled import BUNDLED
 from neuromas.config import PROMPT_DATE
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.attention import PrefixAttention, SuffixAttention
 from neuromas.model.decoder import Decoder, slides
+from neuromas.model.gguf_file import converted
 from neuromas.model.layers import Layers, TransformersLayers
 from neuromas.model.ops import ops_for
 from neuromas.model.packing import ATTENTION, Packed
 from neuromas.model.rms_norm import replace_norms
+from neuromas.model.sources import find_backbone
 
 _PLACEHOLDER = "PLACEHOLDER"
 
@@ -76,6 +78,7 @@ class Backbone:
         disable_progress_bar()
         set_verbosity_error()
         try:
+            source = _converted(source)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True,
@@ -89,7 +92,7 @@ class Backbone:
             backbone._probe()
         except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
             reason = " ".join(str(error).split())[:300]
-            where = "" if Path(source).is_dir() else " (no local folder; offline, a hub id must be in the cache already)"
+            where = "" if Path(source).exists() else " (no local folder; offline, a hub id must be in the cache already)"
             raise ValueError(f"--backbone {name}: cannot be loaded{where}: {reason}") from error
         return backbone
 
@@ -196,9 +199,14 @@ def config_of(name: str) -> Any:
     """Return a backbone's transformers config without its weights; raise ValueError as `Backbone.load` does."""
     source = find_backbone(name)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(_converted(source), trust_remote_code=False)
     except Exception as error:  # a damaged config raises whatever reading it meets
         raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def _converted(source: str) -> str:
+    """Return the folder or hub id to load: of a GGUF file, what it converts to."""
+    return str(converted(Path(source))) if source.endswith(".gguf") else source
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
