@@ -353,7 +353,7 @@ def test_no_command_lets_escape_codes_through(
     call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evil = "\x1b[31m\x9b1m\u202eAnswer: Yes\x07"
-    monkeypatch.setattr(Backbone, "decode", lambda self, ids: evil)
+    monkeypatch.setattr(Backbone, "detokenize", lambda self, ids: evil)
     path = write_lines(tmp_path / "mine.jsonl", [{"question": f"{evil} {n}?", "answer": f"{evil}{n}"} for n in range(12)])
     outcomes = [
         call("ask", trained, "Where?"),
