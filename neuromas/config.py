@@ -155,7 +155,7 @@ class GrowthConfig:
             raise ValueError("growth.new_layers names layers of growth.widths; give both")
         grown = Topology.from_edges(self.edges) if self.edges else parent
         if self.widths:
-            grown = growing.plan(parent, self.widths, new_layers=self.new_layers, skip=skip)
+            grown = growing.grow_to(parent, self.widths, new_layers=self.new_layers, skip=skip)
         for sender, recipient in self.connect:
             grown = growing.connect(grown, sender, recipient)
         growing.check(parent, grown)

@@ -28,7 +28,7 @@ CEILING = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SeedResult:
     """One method on one problem with one seed."""
 
     seed: int
@@ -94,7 +94,7 @@ def compare(
 def _compare(
     grid: Grid, found: Sequence[tuple[CellSpec, Stored | None]], adapters: Adapters, notes: Sequence[str], trials: Trials
 ) -> Comparison:
-    runs: dict[Problem, dict[str, list[Run]]] = {}
+    runs: dict[Problem, dict[str, list[SeedResult]]] = {}
     lost: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
     for spec, stored in found:
         problem = problem_of(spec)
@@ -105,7 +105,7 @@ def _compare(
         result = stored.result
         sets = result.best_answers if adapters == "best" and result.best_answers else result.answers
         for which, answers in sets.items():
-            run = Run(spec.config.seed, answers, amounts_of(spec, stored.result, answers), stored.result)
+            run = SeedResult(spec.config.seed, answers, amounts_of(spec, stored.result, answers), stored.result)
             runs.setdefault((*problem, which), {}).setdefault(spec.method, []).append(run)
     for backbone, task in lost:
         # A problem without any answers is in the report too.
@@ -131,7 +131,7 @@ def _compare(
 
 
 def _table(
-    grid: Grid, problem: Problem, runs: Mapping[str, list[Run]], lost: Mapping[str, dict[str, list[str]]]
+    grid: Grid, problem: Problem, runs: Mapping[str, list[SeedResult]], lost: Mapping[str, dict[str, list[str]]]
 ) -> tuple[Table, list[statistics.Estimate | None]]:
     scores, missing = {}, {}
     for method in grid.methods:
@@ -153,7 +153,7 @@ def _table(
     return Table(problem, scores, missing, differences), estimates
 
 
-def _score(name: str, runs: Sequence[Run]) -> Score:
+def _score(name: str, runs: Sequence[SeedResult]) -> Score:
     method = find_method(name)
     right = np.array([run.right for run in runs])
     n, distinct = len(runs[0].answers), right.shape[1]
@@ -180,7 +180,7 @@ def _score(name: str, runs: Sequence[Run]) -> Score:
     return score
 
 
-def _flags(score: Score, runs: Sequence[Run]) -> list[str]:
+def _flags(score: Score, runs: Sequence[SeedResult]) -> list[str]:
     flags = []
     if score.floor is None:
         flags.append("no floor")
@@ -203,7 +203,7 @@ def _flags(score: Score, runs: Sequence[Run]) -> list[str]:
 
 
 def _difference(
-    pair: Pair, runs: Mapping[str, list[Run]], missing: Mapping[str, str], scores: Mapping[str, Score]
+    pair: Pair, runs: Mapping[str, list[SeedResult]], missing: Mapping[str, str], scores: Mapping[str, Score]
 ) -> tuple[Difference, statistics.Estimate | None]:
     """Return the difference of a pair on one problem, or why it can't be compared."""
     if gaps := [f"{name}: {missing[name]}" for name in (pair.first, pair.second) if name in missing]:
@@ -241,7 +241,7 @@ def _uninformative(first: Score, second: Score, p: float) -> str | None:
     return None
 
 
-def _of_one_seed(first: Run, second: Run) -> dict[str, int | float]:
+def _of_one_seed(first: SeedResult, second: SeedResult) -> dict[str, int | float]:
     """Return the difference of one seed, with McNemar's test."""
     # The first answer to each distinct question: McNemar's test counts questions.
     rewards = [{answer.example: answer.reward for answer in reversed(run.answers)} for run in (first, second)]

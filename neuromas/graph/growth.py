@@ -82,7 +82,7 @@ def _free_ids(topology: Topology, count: int) -> range:
     return range(first, first + count)
 
 
-def plan(parent: Topology, widths: Iterable[int], *, new_layers: Sequence[int] = (), skip: bool = False) -> Topology:
+def grow_to(parent: Topology, widths: Iterable[int], *, new_layers: Sequence[int] = (), skip: bool = False) -> Topology:
     """Return the parent grown to these widths, layer by layer from the first.
 
     Which layers of `widths` are new is `new_layers`, counted from 1; by default every old layer keeps the earliest place that

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from neuromas.config import AdapterConfig
-from neuromas.model.lora import HALVES, MERGED_AT_MOST, AdaptedLinear, BankState, Route, name_of
+from neuromas.model.lora import LORA_MATRICES, MERGED_AT_MOST, AdaptedLinear, BankState, Route, name_of
 from neuromas.system.process import total_memory
 
 DEFAULT_TOTAL_RANK = 24
@@ -115,7 +115,7 @@ class AdapterBank:
     def _copy(self, source: int, node: int, noise: float) -> None:
         """Copy one node's adapter to another node and add noise."""
         for name, module in self.modules.items():
-            for half in HALVES:
+            for half in LORA_MATRICES:
                 copied, tensor = self._node_tensor(module, half, source), self._node_tensor(module, half, node)
                 tensor.copy_(copied)
                 if noise:
@@ -167,7 +167,7 @@ class AdapterBank:
             f"{name}.{name_of(half, number)}": module.stack(half, number)
             for number in wanted
             for name, module in self.modules.items()
-            for half in HALVES
+            for half in LORA_MATRICES
         }
 
     def drop_gradients(self, learning: Collection[int]) -> None:
@@ -203,7 +203,7 @@ class AdapterBank:
         tensors = {
             f"{_PEFT_PREFIX}{name}.{half}.weight": self._node_tensor(module, half, node).cpu().contiguous()
             for name, module in self.modules.items()
-            for half in HALVES
+            for half in LORA_MATRICES
         }
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
@@ -220,7 +220,7 @@ class AdapterBank:
         """Load a node's adapter from a PEFT folder; raise ValueError if its shapes are not this bank's."""
         tensors = load((folder / "adapter_model.safetensors").read_bytes())
         for name, module in self.modules.items():
-            for half in HALVES:
+            for half in LORA_MATRICES:
                 stored = tensors.get(f"{_PEFT_PREFIX}{name}.{half}.weight")
                 target = self._node_tensor(module, half, node)
                 if stored is None or stored.shape != target.shape:

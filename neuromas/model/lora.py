@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-HALVES = ("lora_A", "lora_B")
+LORA_MATRICES = ("lora_A", "lora_B")
 LONG_SEGMENT = 256
 """Segments of at least this many tokens, on average, cost less as one product each than as one with stacked adapters."""
 LONG_SEGMENT_IF_MERGED = 8
@@ -92,7 +92,7 @@ class AdaptedLinear(nn.Module):
 
     def add_cohort(self, cohort: int, nodes: int) -> None:
         """Add parameters for the nodes of a new cohort; the tensors of earlier cohorts are not touched."""
-        for half, parameter in zip(HALVES, self._zeros(nodes), strict=True):
+        for half, parameter in zip(LORA_MATRICES, self._zeros(nodes), strict=True):
             self.register_parameter(name_of(half, cohort), parameter)
 
     def stack(self, half: str, cohort: int) -> nn.Parameter:
@@ -191,7 +191,7 @@ def product(
     if route.segments and state.merged is not None:
         return _by_merged_weights(x_TI, weight, bias, adapted, columns, residual_TO)
     if route.segments:
-        halves = [module.all_nodes(half) for module in adapted for half in HALVES]
+        halves = [module.all_nodes(half) for module in adapted for half in LORA_MATRICES]
         y = _RoutedLinear.apply(x_TI, weight, bias, residual_TO, state.scaling, route.segments, columns, *halves)
         assert isinstance(y, Tensor)
         return y

@@ -1,4 +1,4 @@
-"""The static KV cache of rows that decode together, and attention over it and over the rows' prefixes."""
+"""The KV cache of rows that decode together, a slot a row, and attention over it and over the rows' prefixes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The default engine samples in process, with the learner's own weights, so that the samples are never of an older version.
 
 Each distinct prefix is computed once, however many rows continue it, and kept to the end of a call. A row takes a slot of a
-static KV cache, which holds its suffix and then what it writes. Rows of all nodes and layers decode together. When a row
+KV cache, which holds its suffix and then what it writes. Rows of all nodes and layers decode together. When a row
 finishes, a later row moves to its slot, so that live rows stay in the first slots, and new rows are added after them.
 """
 

@@ -34,7 +34,7 @@ class GrowthSchedule:
         while self.taken < len(self.all) and self.all[self.taken].at_step < step:
             added.append(self.network.grow(self.all[self.taken]))
             self.taken += 1
-            self.open(step)
+            self.set_open_probability(step)
         return [parameters for parameters in added if parameters]
 
     def due(self, step: int) -> Growth | None:
@@ -42,7 +42,7 @@ class GrowthSchedule:
         following = self.all[self.taken] if self.taken < len(self.all) else None
         return following if following and following.at_step <= step else None
 
-    def open(self, step: int) -> None:
+    def set_open_probability(self, step: int) -> None:
         """Set the probability that the last growth is open to that of this step."""
         if self.last:
             self.network.open_probability = self.last.open_probability(step)

@@ -24,11 +24,11 @@ def advantages(
     rewards_PG: Float[Tensor, "P G"],
     centring: Centring,
     *,
-    alike: int = 1,
+    shared_by: int = 1,
     running_mean: float = 0.0,
     normalize: bool = False,
 ) -> Float[Tensor, "P G"]:
-    """Centre rewards, for the texts that each `alike` rollouts in a row have in common.
+    """Centre rewards, for texts that `shared_by` consecutive rollouts have in common.
 
     `leave_one_out`: minus the mean of the group's other rollouts (Kool et al. 2019): those that do not hold the text, since the
     reward of one that does depends on it; unbiased.
@@ -42,9 +42,9 @@ def advantages(
     """
     group_size = rewards_PG.shape[1]
     if centring == "leave_one_out":
-        # r - (sum - sum of those alike) / (G - alike) in one fraction, which is 0 for a group of one.
-        same_PG = rewards_PG.unflatten(1, (-1, alike)).sum(2).repeat_interleave(alike, 1)
-        others = group_size - alike
+        # r - (sum - sum of those that share the text) / (G - shared_by) in one fraction, which is 0 for a group of one.
+        same_PG = rewards_PG.unflatten(1, (-1, shared_by)).sum(2).repeat_interleave(shared_by, 1)
+        others = group_size - shared_by
         centred = (others * rewards_PG - (rewards_PG.sum(1, keepdim=True) - same_PG)) / max(1, others)
     elif centring == "group_mean":
         centred = rewards_PG - rewards_PG.mean(1, keepdim=True)

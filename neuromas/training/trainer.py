@@ -78,7 +78,7 @@ class Trainer:
         """Grow the network if this step begins with a growth, and set the probability that the growth is open."""
         while growth := self.growths.due(step):
             self._grow(growth)
-        self.growths.open(step)
+        self.growths.set_open_probability(step)
 
     def draw_questions(self, step: int) -> list[Example]:
         """Return the questions of a step; with a budget of tokens, the number that fits it."""
@@ -114,7 +114,7 @@ class Trainer:
             rewards_PG = rewards_PG + config.format_bonus * torch.tensor(form).view_as(rewards_PG)
         found = {
             node: reinforce.advantages(
-                rewards_PG, config.centring, alike=config.branches ** (topology.depth - topology.layer(node)),
+                rewards_PG, config.centring, shared_by=config.branches ** (topology.depth - topology.layer(node)),
                 running_mean=self.running_mean, normalize=config.normalize,
             )
             for node in topology.nodes
@@ -134,7 +134,7 @@ class Trainer:
         """Validate if that is due, and log the step with all its rollouts; return all its metrics."""
         step = self.step
         self.step = step + 1
-        self.growths.open(self.step)
+        self.growths.set_open_probability(self.step)
         if self.validates and (self.step % self.config.eval_every == 0 or self.finished):
             metrics |= self._validate()
         self.run.log_metrics(step, metrics)
@@ -175,7 +175,7 @@ class Trainer:
         if parameters := self.network.grow(growth):
             self.learner.add_nodes(parameters)
         self.growths.taken += 1
-        self.growths.open(growth.at_step)
+        self.growths.set_open_probability(growth.at_step)
         self.ledger.begin_phase(self.bank.trainable_parameters)
         if before:
             record["changed_answers"] = changed_answers(before, self.network, self.task, examples)

@@ -312,7 +312,7 @@ def test_rollouts_of_a_tree_share_what_comes_before_their_branches(folder: Path)
 def test_a_tree_gives_each_text_the_value_of_its_leaves() -> None:
     """Return the weight of a text that rollouts share in the sum over them, for the 8 rewards of a tree of 2 branches."""
     leaves = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]])
-    summed = advantages(leaves, "leave_one_out", alike=4).view(2, 4).sum(1)
+    summed = advantages(leaves, "leave_one_out", shared_by=4).view(2, 4).sum(1)
     # Values of the two first texts: 3/4 and 1/4. What is left out is the other one's: four leaves, each 3/4 - 1/4 on average.
     assert summed.tolist() == pytest.approx([2.0, -2.0])
 

@@ -19,8 +19,8 @@ from products import listed
 import neuromas.model.adapters
 from neuromas import Backbone, Network, Topology
 from neuromas.config import AdapterConfig, GrowthConfig
-from neuromas.graph.growth import Growth, check, connect, deepen, describe, parse_copies, plan, widen, widths_of
-from neuromas.model.adapters import HALVES
+from neuromas.graph.growth import Growth, check, connect, deepen, describe, grow_to, parse_copies, widen, widths_of
+from neuromas.model.adapters import LORA_MATRICES
 from neuromas.types import Example, Group
 
 CHAIN = Topology.layered([1, 1, 1])
@@ -59,9 +59,9 @@ def test_connecting_adds_an_edge_and_moves_nobody() -> None:
 
 
 def test_the_papers_path() -> None:
-    five = plan(CHAIN, [2, 2, 1])
+    five = grow_to(CHAIN, [2, 2, 1])
     assert five == Topology(((1, 1), (2, 2), (3, 3), (4, 1), (5, 2)), edges("12 15 23 42 45 53"))
-    seven = plan(five, [2, 2, 2, 1])
+    seven = grow_to(five, [2, 2, 2, 1])
     assert dict(seven.layers) == {1: 1, 4: 1, 2: 2, 5: 2, 6: 3, 7: 3, 3: 4}
     assert seven.edges == edges("12 15 26 27 42 45 56 57 63 73")
     assert (seven.output_node, widths_of(seven)) == (3, [2, 2, 2, 1])
@@ -73,7 +73,7 @@ def test_the_papers_path() -> None:
 def test_any_legal_path_ends_in_the_widths_and_keeps_all(path: list[list[int]]) -> None:
     topology = Topology.layered(path[0])
     for widths in path[1:]:
-        grown = plan(topology, widths)
+        grown = grow_to(topology, widths)
         check(topology, grown)
         assert widths_of(grown) == widths
         assert len(grown.edges) == sum(a * b for a, b in pairwise(widths))
@@ -81,10 +81,10 @@ def test_any_legal_path_ends_in_the_widths_and_keeps_all(path: list[list[int]]) 
 
 
 def test_new_layers_go_last_unless_they_are_named() -> None:
-    assert dict(plan(CHAIN, [1, 1, 1, 1]).layers) == {1: 1, 2: 2, 4: 3, 3: 4}
-    assert dict(plan(CHAIN, [1, 1, 1, 1], new_layers=[1]).layers) == {4: 1, 1: 2, 2: 3, 3: 4}
+    assert dict(grow_to(CHAIN, [1, 1, 1, 1]).layers) == {1: 1, 2: 2, 4: 3, 3: 4}
+    assert dict(grow_to(CHAIN, [1, 1, 1, 1], new_layers=[1]).layers) == {4: 1, 1: 2, 2: 3, 3: 4}
     # A layer of two has no room in the first of [1,2,1].
-    assert dict(plan(Topology.layered([2, 1]), [1, 2, 1]).layers) == {4: 1, 1: 2, 2: 2, 3: 3}
+    assert dict(grow_to(Topology.layered([2, 1]), [1, 2, 1]).layers) == {4: 1, 1: 2, 2: 2, 3: 3}
 
 
 DIAMOND = Topology.from_edges(edges("12 13 24 34"))
@@ -102,18 +102,18 @@ DIAMOND = Topology.from_edges(edges("12 13 24 34"))
             lambda: connect(CHAIN, 3, 1),
             r"^connect: an edge must lead to a later layer, got 3 \(layer 3\) -> 1 \(layer 1\)$",
         ),
-        (lambda: plan(CHAIN, [2, 1]), r"^growth: a network of widths \[1, 1, 1\] does not fit into \[2, 1\]; nodes and lay"),
+        (lambda: grow_to(CHAIN, [2, 1]), r"^growth: a network of widths \[1, 1, 1\] does not fit into \[2, 1\]; nodes and lay"),
         (
-            lambda: plan(Topology.layered([3, 1]), [2, 2, 1]),
+            lambda: grow_to(Topology.layered([3, 1]), [2, 2, 1]),
             r"widths \[3, 1\] does not fit into \[2, 2, 1\]; .* never removed$",
         ),
-        (lambda: plan(CHAIN, [2, 2, 2]), r"^topology\.widths must end in 1 \(one output node\), got \[2, 2, 2\]$"),
+        (lambda: grow_to(CHAIN, [2, 2, 2]), r"^topology\.widths must end in 1 \(one output node\), got \[2, 2, 2\]$"),
         (
-            lambda: plan(CHAIN, [1, 1, 1, 1], new_layers=[4]),
+            lambda: grow_to(CHAIN, [1, 1, 1, 1], new_layers=[4]),
             r"^growth\.new_layers must name 1 of the layers 1 to 3, got \[4\]$",
         ),
         (
-            lambda: plan(Topology.layered([2, 1, 1]), [2, 1, 2, 1], new_layers=[1]),
+            lambda: grow_to(Topology.layered([2, 1, 1]), [2, 1, 2, 1], new_layers=[1]),
             r"widths \[2, 1, 1\] does not fit into \[2, 1, 2, 1\]",
         ),
         (lambda: check(DIAMOND, CHAIN), r"^growth must keep every node, it removes \[4\]; a network never shrinks$"),
@@ -139,7 +139,7 @@ def test_what_is_no_growth_says_why(grow: Callable[[], object], message: str) ->
 
 
 def test_where_new_adapters_come_from() -> None:
-    grown = plan(CHAIN, [2, 2, 1])
+    grown = grow_to(CHAIN, [2, 2, 1])
     assert parse_copies(["zero"], CHAIN, grown) == ((4, None), (5, None))
     assert parse_copies(["copy:2", "4:copy:1"], CHAIN, grown) == ((4, 1), (5, 2))
     assert parse_copies(["copy:2", "5:zero"], CHAIN, grown) == ((4, 2), (5, None))
@@ -157,14 +157,14 @@ def growth_of(parent: Topology, grown: Topology, **settings: object) -> Growth:
 
 
 def test_an_annealed_opening_rises_along_a_line() -> None:
-    growth = growth_of(CHAIN, plan(CHAIN, [2, 2, 1]), at_step=10, opening="annealed", open_steps=4)
+    growth = growth_of(CHAIN, grow_to(CHAIN, [2, 2, 1]), at_step=10, opening="annealed", open_steps=4)
     assert [growth.open_probability(step) for step in range(9, 16)] == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-    at_once = growth_of(CHAIN, plan(CHAIN, [2, 2, 1]), at_step=10, open_steps=4)
+    at_once = growth_of(CHAIN, grow_to(CHAIN, [2, 2, 1]), at_step=10, open_steps=4)
     assert (at_once.open_probability(10), at_once.opened_by) == (1.0, 10)
 
 
 def test_a_record_says_which_adapter_goes_where() -> None:
-    five = plan(CHAIN, [2, 2, 1])
+    five = grow_to(CHAIN, [2, 2, 1])
     record = GrowthConfig(at_step=3, widths=(2, 2, 2, 1), start=("6:copy:2",), noise=0.1, opening="annealed", open_steps=4)
     assert describe(record.build(five, skip=False).record()).splitlines() == [
         "growth at step 3: [2, 2, 1] ─▶ [2, 2, 2, 1]",
@@ -221,9 +221,9 @@ def logprobs(group: Group) -> list[float]:
 
 
 GROWN = {
-    "widen": plan(CHAIN, [2, 2, 1]),
-    "deepen": plan(CHAIN, [1, 1, 2, 1]),
-    "deepen in front": plan(CHAIN, [1, 1, 1, 1], new_layers=[1]),
+    "widen": grow_to(CHAIN, [2, 2, 1]),
+    "deepen": grow_to(CHAIN, [1, 1, 2, 1]),
+    "deepen in front": grow_to(CHAIN, [1, 1, 1, 1], new_layers=[1]),
     "connect": connect(CHAIN, 1, 3),
 }
 
@@ -268,7 +268,7 @@ def test_a_closed_growth_computes_what_its_parent_computes(
     monkeypatch.setattr(neuromas.model.adapters, "MERGED_AT_MOST", network.adapters._linear_bytes if kept else 0)
     for widths in path[1:]:
         before = network.topology
-        growth = growth_of(before, plan(before, widths), opening="annealed", open_steps=2)
+        growth = growth_of(before, grow_to(before, widths), opening="annealed", open_steps=2)
         with listed() as of_parent:
             groups = roll(network, 1.0)
         network.grow(growth)
@@ -313,7 +313,9 @@ def test_a_group_is_open_or_closed_as_a_whole(folders: dict[str, Path]) -> None:
 
 def rows(network: Network, node: int) -> dict[str, torch.Tensor]:
     bank = network.adapters
-    return {f"{name}.{half}": bank._node_tensor(m, half, node).clone() for name, m in bank.modules.items() for half in HALVES}
+    return {
+        f"{name}.{half}": bank._node_tensor(m, half, node).clone() for name, m in bank.modules.items() for half in LORA_MATRICES
+    }
 
 
 def test_old_adapters_are_bit_equal_and_new_ones_zero_or_copies(tiny_backbone: Backbone) -> None:
@@ -350,7 +352,7 @@ def test_a_network_grows_only_from_itself_and_when_it_is_open(tiny_backbone: Bac
     growth = growth_of(CHAIN, GROWN["widen"], opening="annealed", open_steps=2)
     network.grow(growth)
     network.open_probability = 0.5
-    further = growth_of(GROWN["widen"], plan(GROWN["widen"], [2, 2, 2, 1]))
+    further = growth_of(GROWN["widen"], grow_to(GROWN["widen"], [2, 2, 2, 1]))
     with pytest.raises(ValueError, match=r"^the growth before is open with probability 0\.5 only; open it fully first$"):
         network.grow(further)
     network.open_probability = 1.0

@@ -266,8 +266,8 @@ def test_a_tree_has_the_exact_gradient_in_every_layer(centring: Centring, biased
             rows = [(head[a], tail[a, b]) for a, b in zip(before, answers, strict=True)]
             # Each text is drawn once, however many leaves hold it.
             probability = (head[texts[0]] + head[texts[1]] + sum(own for _, own in rows)).exp().detach()
-            for layer, alike in ((0, 2), (1, 1)):
-                advantages_PG = reinforce.advantages(rewards_PG, centring, alike=alike, running_mean=0.3)
+            for layer, shared_by in ((0, 2), (1, 1)):
+                advantages_PG = reinforce.advantages(rewards_PG, centring, shared_by=shared_by, running_mean=0.3)
                 logprobs_K = torch.stack([row[layer] for row in rows])
                 total = total + probability * reinforce.loss(logprobs_K, advantages_PG[0], 4)
     expected = (head.exp()[:, None] * tail.exp() * rewards).sum()
