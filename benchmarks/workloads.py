@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from neuromas.graph import messages
 from neuromas.graph.topology import Topology
+from neuromas.graph.wording import WORDINGS
 from neuromas.types import Example
 
 Kind = Literal["rollout", "update", "step"]
@@ -112,8 +112,8 @@ def texts_of(case: Case, seed: int = 0) -> dict[str, Any]:
 
     def prompts(asked: str) -> list[str]:
         """Return what each node reads where nobody has written to it: for trainers that know no edges."""
-        example = Example("", asked, "", ANSWER_FORMAT)
-        return [f"{asked}\n\n{messages.render(topology, node, example, [])}" for node in topology.nodes]
+        example, wording = Example("", asked, "", ANSWER_FORMAT), WORDINGS["terse"]
+        return [f"{asked}\n\n{wording.render(topology, node, example, [])}" for node in topology.nodes]
 
     return {"steps": steps, "prompts": [[prompts(asked) for asked in step] for step in steps]}
 

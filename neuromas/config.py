@@ -6,6 +6,7 @@ Imports no torch, so `--help` and a wrong flag answer at once. A string under a 
 import dataclasses
 import math
 import re
+import string
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -16,6 +17,7 @@ import tyro
 from neuromas.graph import growth as growing
 from neuromas.graph.growth import Growth, Opening
 from neuromas.graph.topology import Topology
+from neuromas.graph.wording import WORDINGS, Wording
 from neuromas.system.schema import require
 
 Scope = Literal["all", "suffix"]
@@ -86,6 +88,60 @@ class TaskConfig:
     """How the answers of a task jsonl:PATH are checked."""
     train_on_evaluation: bool = False
     """Train a benchmark on the very items that it is scored on. The score then says nothing about new questions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptConfig:
+    """How a node's own part of its prompt is worded, after the question. `neuromas tasks show NAME` prints it."""
+
+    wording: Annotated[Literal["auto", "terse", "chat", "plain"], tyro.conf.arg(aliases=["--wording"])] = "auto"
+    """`terse` is what the bundled backbone learned; `chat` is for models with a chat template, `plain` for base models: both
+    begin a node's message and the answer for it. `auto` takes the one that fits the backbone."""
+    place: str = ""
+    """In place of the wording's first line; may hold {node} and {layer}."""
+    message: str = ""
+    """In place of its line for a received message; holds {sender} and {text}."""
+    write: str = ""
+    """In place of what a node with recipients is told; may hold {node}, {headers} and {recipients}."""
+    begin_messages: bool | None = None
+    """Begin each message by its `TO node k:`, which is then not sampled. None: as the wording has it."""
+    begin_answer: str | None = None
+    """What the output node's turn is begun by, e.g. "Answer:". "": nothing, so that it may work first. None: as the wording."""
+
+    def build(self, *, bundled: bool = False, has_chat_template: bool = True) -> Wording:
+        """Return the wording for a backbone; ValueError names the setting that is wrong."""
+        fitting = "terse" if bundled else "chat" if has_chat_template else "plain"
+        wording = WORDINGS[fitting if self.wording == "auto" else self.wording]
+        for name, needed in (("place", ()), ("message", ("sender", "text")), ("write", ())):
+            if given := getattr(self, name):
+                _check_template(name, given, needed)
+                wording = dataclasses.replace(wording, **{name: given})
+        if self.begin_messages is not None:
+            wording = dataclasses.replace(wording, begin_messages=self.begin_messages)
+        if self.begin_answer is not None:
+            wording = dataclasses.replace(wording, begin_answer=self.begin_answer)
+        return wording
+
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "place": {"node": 1, "layer": "layer 1"},
+    "message": {"sender": 1, "text": "hello"},
+    "write": {"node": 1, "headers": '"TO node 2:"', "recipients": "node 2"},
+}
+
+
+def _check_template(name: str, text: str, needed: tuple[str, ...]) -> None:
+    known = _FIELDS[name]
+    try:
+        found = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+        if not found - set(known):
+            text.format(**known)
+    except ValueError as error:
+        raise ValueError(f"prompt.{name}: {error} in {text!r}; write a brace that is meant as {{{{ or }}}}") from error
+    if unknown := found - set(known):
+        raise ValueError(f"prompt.{name} may hold {', '.join(f'{{{field}}}' for field in known)}, got {{{min(unknown)}}}")
+    if missing := [field for field in needed if field not in found]:
+        raise ValueError(f"prompt.{name} must hold {{{missing[0]}}}, got {text!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +227,7 @@ class TrainConfig:
 
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     growth: Annotated[tuple[GrowthConfig, ...], tyro.conf.Suppress] = ()
     """Growths in the course of the run, in order; written in a TOML file, or by `neuromas grow`."""
@@ -243,6 +300,7 @@ class TrainConfig:
         _check_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
         self.adapter.check()
+        self.prompt.build()
         counted = ("num_steps", "examples_per_step", "max_new_tokens", "eval_size", "validation_size")
         for name in (*counted, "tokens_per_micro_batch", "save_every", "branches"):
             require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))

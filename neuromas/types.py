@@ -92,6 +92,8 @@ class Request:
     node: int
     prompt: Prompt
     seed: tuple[int | str, ...]
+    headers: tuple[tuple[int, ...], ...] = ()
+    """Token ids that begin each text after the first one: the row goes on with them where it has ended the text before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +101,20 @@ class Sample:
     """What an engine wrote for a request."""
 
     token_ids: tuple[int, ...]
-    """Sampled tokens, the stop token included."""
+    """All tokens after the prompt, stop tokens included."""
     logprobs: tuple[float, ...]
     """Log-probability of each sampled token under the distribution it was drawn from."""
-    text: str
-    """Decoded, without the stop token."""
+    texts: tuple[str, ...]
+    """Decoded, without headers and stop tokens: one text, and another one for each header of the request."""
     stopped: bool
-    """False if the length limit cut it off."""
+    """False if the length limit cut off a text."""
     adapter_version: int
+    given: tuple[int, ...] = ()
+    """Indices of the tokens that were not sampled: the headers of later texts."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,15 @@ class Completion:
     prompt: Prompt
     sample: Sample
     messages: tuple[Message, ...]
+    begins: tuple[str, ...] = ()
+    """How each of its texts was begun, if that was given and not left to the node."""
+
+    @property
+    def text(self) -> str:
+        """All that the node said, with what it was begun by."""
+        if not self.begins:
+            return self.sample.text
+        return "\n".join(f"{begin}{text}" for begin, text in zip(self.begins, self.sample.texts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +150,7 @@ class Rollout:
     @property
     def answer(self) -> str:
         """Text of the output node, or of the node whose answer won the vote."""
-        return self.completions[self.winner].sample.text
+        return self.completions[self.winner].text
 
 
 Group = tuple[Rollout, ...]

@@ -8,6 +8,7 @@ down; a ratio more than 30% below its reference fails.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def policy() -> Policy:
         if "lora_B" in name:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     # No token stops a text, so every text has the full length.
-    backbone.stop_ids = frozenset({-1})
+    policy.frame = replace(policy.frame, stop_ids=frozenset({-1}))
     return policy
 
 
@@ -68,7 +69,7 @@ def completions() -> list[Completion]:
     prefixes = [ids(PREFIX) for _ in range(QUESTIONS)]
     # All rows have the same length, so the simple way needs no padding.
     return [
-        Completion(node, Prompt(prefix, ids(OWN)), Sample(ids(NEW), (0.0,) * NEW, "", True, 0), ())
+        Completion(node, Prompt(prefix, ids(OWN)), Sample(ids(NEW), (0.0,) * NEW, ("",), True, 0), ())
         for prefix in prefixes
         for _ in range(GROUP)
         for node in NODES

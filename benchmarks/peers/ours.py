@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.peers.common import Row, of_first_layer, prepare, read_rows, score
 from benchmarks.peers.protocol import Work, serve
-from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, PromptConfig, TopologyConfig, TrainConfig
 from neuromas.model.backbone import Backbone
 from neuromas.rollout.network import Network
 from neuromas.tasks.task import Task
@@ -29,12 +30,16 @@ from neuromas.types import Completion, Example, Group, Prompt, Request, Rollout,
 def load(spec: dict[str, Any], device: torch.device) -> Network:
     """Build the case's network with its adapters as they are on disk."""
     backbone = Backbone.load(spec["model_folder"], dtype=spec["dtype"], device=device.type)
-    # Nothing stops a row but its length: every row samples as many tokens as it may.
-    backbone.stop_ids = frozenset({-1})
     config = AdapterConfig(rank=spec["rank"], scope=spec["scope"])
     network = Network(
-        TopologyConfig(widths=tuple(spec["widths"])).build(), backbone, adapter=config, max_new_tokens=spec["new"]
+        TopologyConfig(widths=tuple(spec["widths"])).build(),
+        backbone,
+        adapter=config,
+        max_new_tokens=spec["new"],
+        prompt=PromptConfig(wording="terse"),
     )
+    # Nothing stops a row but its length: every row samples as many tokens as it may.
+    network.policy.frame = replace(network.policy.frame, stop_ids=frozenset({-1}))
     for node in network.adapters.nodes:
         network.adapters.load_peft(node, Path(spec["adapters_folder"]) / str(node))
     return network
@@ -157,7 +162,7 @@ class UpdateWork:
 
 
 def _completion(row: Row, version: int) -> Completion:
-    sample = Sample(row.written, (0.0,) * len(row.written), "", True, version)
+    sample = Sample(row.written, (0.0,) * len(row.written), ("",), True, version)
     return Completion(row.node, Prompt(row.prefix, row.prompt), sample, ())
 
 

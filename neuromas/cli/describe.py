@@ -226,5 +226,5 @@ def rollout_json(rollout: Rollout, task: Task) -> dict[str, Any]:
         "text": rollout.answer,
         "answer": task.parse_answer(rollout.answer),
         "calls": len(rollout.completions),
-        "tokens": sum(len(c.sample.token_ids) for c in rollout.completions),
+        "tokens": sum(len(c.sample.logprobs) for c in rollout.completions),
     }

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from neuromas.config import TaskConfig
-from neuromas.graph.messages import render
 from neuromas.graph.topology import Topology
+from neuromas.graph.wording import Wording
 from neuromas.tasks import BENCHMARKS, FORMS, TASKS, DatasetTask, Task, floor, from_config, get_task
 from neuromas.types import Message, MessageStatus
 
@@ -72,8 +72,8 @@ def more_tasks() -> str:
     )
 
 
-def example_prompts(config: TaskConfig) -> dict[str, Any]:
-    """Return an example of a task with the prompts of the three nodes of a chain."""
+def example_prompts(config: TaskConfig, wording: Wording) -> dict[str, Any]:
+    """Return an example of a task with what the three nodes of a chain read, and how their turns begin."""
     task, topology = from_config(config), Topology.layered([1, 1, 1])
     split = config.split
     if isinstance(task, DatasetTask) and not task.has(split):
@@ -82,7 +82,8 @@ def example_prompts(config: TaskConfig) -> dict[str, Any]:
     nodes = []
     for node in topology.nodes:
         inbox = [Message(k, node, f"(what node {k} writes)", MessageStatus.OK) for k in topology.senders(node)]
-        nodes.append({"node": node, "reads": f"{example.question}\n\n{render(topology, node, example, inbox)}"})
+        reads = f"{example.question}\n\n{wording.render(topology, node, example, inbox)}"
+        nodes.append({"node": node, "reads": reads, "begins": list(wording.begins(topology.recipients(node)))})
     return {
         "task": task.name,
         "split": split,

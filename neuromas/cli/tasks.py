@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from neuromas.cli.flags import parse_flags
-from neuromas.config import Split, TaskConfig, Verifier
+from neuromas.config import PromptConfig, Split, TaskConfig, Verifier
 from neuromas.system.terminal import printable
 
 
@@ -40,6 +40,7 @@ class TasksShowArguments:
     """How hard generated problems are, in the task's own unit."""
     verifier: Annotated[Verifier, tyro.conf.arg(aliases=["--task.verifier"])] = "exact"
     """How the answers of a task jsonl:PATH are checked."""
+    prompt: PromptConfig = field(default_factory=lambda: PromptConfig(wording="terse"))
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -53,12 +54,14 @@ def run(args: Sequence[str]) -> None:
         config = TaskConfig(
             name=shown.name, difficulty=shown.difficulty, data=shown.data, split=shown.split, verifier=shown.verifier
         )
-        prompts = task_list.example_prompts(config)
+        prompts = task_list.example_prompts(config, shown.prompt.build())
         if shown.json:
             print(json.dumps(prompts))
             return
         for node in prompts["nodes"]:
             print(printable(f"--- node {node['node']} reads\n{node['reads']}"))
+            if node["begins"]:
+                print(f"--- and its turn begins\n{node['begins'][0]}")
         print(printable(f"--- gold answer, split {prompts['split']}, verifier {prompts['verifier']}\n{prompts['gold']}"))
         return
     parsed = parse_flags(TasksArguments, args, "tasks")

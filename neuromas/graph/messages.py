@@ -1,16 +1,9 @@
-"""What a node reads and how its text becomes messages. Plain text only: tokens are the backbone's business.
-
-A prompt is the question, the same for every node, then the node's own part: its id and layer, who wrote what to it, and
-to whom it writes. It mentions no role, unless the topology gives one, and never the size of the network, so a node's prompt
-does not change when nodes that it does not talk to come or go. The paper's exact wording is not public; `TO node k:`
-segments are its format (arXiv 2605.16757).
-"""
+"""How a node's text becomes messages: `TO node k:` and what node k reads (arXiv 2605.16757). Malformed text is data."""
 
 import re
 from collections.abc import Sequence
 
-from neuromas.graph.topology import Topology
-from neuromas.types import Example, Message, MessageStatus
+from neuromas.types import Message, MessageStatus
 
 NOTHING = "(nothing)"
 """What a recipient reads where no message arrived."""
@@ -18,25 +11,9 @@ NOTHING = "(nothing)"
 _SEGMENT = re.compile(r"\bTO node ([0-9]+):", re.IGNORECASE)
 
 
-def render(topology: Topology, node: int, example: Example, inbox: Sequence[Message]) -> str:
-    """Return the node's own part of its prompt, which follows the question.
-
-    >>> message = Message(1, 2, "hello", MessageStatus.OK)
-    >>> print(render(Topology.layered([1, 1, 1]), 2, example, [message]))
-    You are node 2 in layer 2.
-    From node 1: hello
-    Write "TO node 3:" and your message.
-    """
-    is_output = not topology.recipients(node)
-    layer = "the output layer" if is_output else f"layer {topology.layer(node)}"
-    lines = list(filter(None, [f"You are node {node} in {layer}.", topology.role(node)]))
-    lines += [f"From node {message.sender}: {message.text}" for message in inbox]
-    if is_output:
-        lines.append(example.answer_format)
-    else:
-        headers = " and ".join(f'"TO node {recipient}:"' for recipient in topology.recipients(node))
-        lines.append(f"Write {headers} and your message.")
-    return "\n".join(lines)
+def header(recipient: int) -> str:
+    """Return what begins a message to a node."""
+    return f"TO node {recipient}:"
 
 
 def parse(text: str, sender: int, recipients: Sequence[int]) -> tuple[Message, ...]:
@@ -63,6 +40,17 @@ def parse(text: str, sender: int, recipients: Sequence[int]) -> tuple[Message, .
         return Message(sender, recipient, body, status) if body else Message(sender, recipient, NOTHING, MessageStatus.EMPTY)
 
     return tuple(message(recipient) for recipient in recipients)
+
+
+def deliver(texts: Sequence[str], sender: int, recipients: Sequence[int]) -> tuple[Message, ...]:
+    """Return one message per recipient from texts whose headers were given; never raises."""
+
+    def message(recipient: int, text: str) -> Message:
+        body = text.strip()
+        return Message(sender, recipient, body or NOTHING, MessageStatus.OK if body else MessageStatus.EMPTY)
+
+    # The output node's text is no message.
+    return tuple(message(recipient, text) for recipient, text in zip(recipients, texts, strict=True)) if recipients else ()
 
 
 def drops_text(text: str, recipients: Sequence[int]) -> bool:

@@ -4,7 +4,6 @@ import copy
 import functools
 import hashlib
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,7 @@ from neuromas.model.ops import ops_for
 from neuromas.model.packing import ATTENTION, Packed
 from neuromas.model.rms_norm import replace_norms
 from neuromas.model.sources import find_backbone
-
-_PLACEHOLDER = "PLACEHOLDER"
+from neuromas.model.turns import Frame, chat_frame, plain_frame
 
 
 class Backbone:
@@ -46,13 +44,18 @@ class Backbone:
         replace_norms(model)
         self.tokenizer = tokenizer
         self.name = name
-        self.stop_ids = _stop_ids(model, tokenizer)
-        self.chat_frame = _chat_frame(tokenizer, prompt_date)
-        """Tokens before and after a user's message, up to where the answer starts."""
+        stop_ids = _stop_ids(model, tokenizer)
+        self.chat_frame = chat_frame(tokenizer, stop_ids, prompt_date) if tokenizer.chat_template else None
+        """What stands around a user's turn and an answer; None without a chat template."""
+        self._plain_frame = functools.cache(lambda one_line: plain_frame(tokenizer, stop_ids, one_line))
         self.ops = ops_for(model.dtype, model.device)
         self.has_own_decoder = Decoder.fits(model)
         """Whether our own decoder computes the model, and not its layers in transformers."""
         self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
+
+    def frame(self, *, chat: bool = True, one_line: bool = False) -> Frame:
+        """Return the chat template's frame, or that of plain text if there is none or it is not wanted."""
+        return self.chat_frame if chat and self.chat_frame else self._plain_frame(one_line)
 
     def layers(self, model: PreTrainedModel, adapters: AdapterBank | None) -> Layers:
         """Return the layers that compute a module tree of this model with these adapters."""
@@ -102,8 +105,8 @@ class Backbone:
 
         Models with a state other than keys and values cannot be cached here.
         """
-        header, footer = self.chat_frame
-        ids = (*header, *self.tokenize("Probe: 1 2 3"), *footer)
+        frame = self.frame()
+        ids = (*frame.header, *self.tokenize("Probe: 1 2 3"), *frame.footer)
         embeddings = self.model.config.get_text_config().vocab_size
         if not self.tokenize("Probe") or max(ids) >= embeddings:
             raise ValueError(f"its tokenizer does not fit: ids {ids[:8]}... for a model of {embeddings} tokens")
@@ -136,6 +139,12 @@ class Backbone:
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
             )  # fmt: skip
             return cls(Qwen3ForCausalLM(config), tokenizer, f"tiny-{seed}")
+
+    @functools.cached_property
+    def has_bundled_vocabulary(self) -> bool:
+        """Whether its tokens are those of the bundled backbone, which knows few words."""
+        bundled = AutoTokenizer.from_pretrained(BUNDLED)
+        return len(self.tokenizer) == len(bundled) and self.tokenizer.get_vocab() == bundled.get_vocab()
 
     @functools.cached_property
     def max_tokens(self) -> int | None:
@@ -217,44 +226,3 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fro
     if not ids:
         raise ValueError(f"--backbone {tokenizer.name_or_path}: neither the model nor the tokenizer names a stop token")
     return frozenset(ids)
-
-
-def _chat_frame(tokenizer: PreTrainedTokenizerBase, prompt_date: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the tokens before and after a user's message, up to where the answer starts; thinking is off.
-
-    A tokenizer without a chat template gets its begin token before and a line break after.
-    """
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": _PLACEHOLDER}],
-            chat_template=_dated(tokenizer.get_chat_template(), datetime.fromisoformat(prompt_date)),
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        assert isinstance(text, str)
-        header, footer = text.split(_PLACEHOLDER)
-    else:
-        header, footer = str(tokenizer.bos_token or ""), "\n"
-
-    def encode(part: str) -> tuple[int, ...]:
-        return tuple(tokenizer(part, add_special_tokens=False)["input_ids"])
-
-    return encode(header), encode(footer)
-
-
-def _dated(template: str, day: datetime) -> str:
-    """Return a chat template whose clock, `strftime_now`, always gives this day.
-
-    Otherwise a run that is resumed or evaluated on another day would have other prompts than it was trained on. The clock is a
-    macro, because transformers passes no functions to templates.
-    """
-    if "strftime_now" not in template:
-        return template
-    filters = "".join(
-        f" | replace({directive!r}, {day.strftime(directive)!r})"
-        for letter in "aAbBcdfHIjmMpSuUwWxXyYGV"
-        for directive in (f"%-{letter}", f"%{letter}")
-    )
-    # Jinja drops this line break after the block, so that the template itself still begins a line.
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"

@@ -18,6 +18,7 @@ from neuromas.model.adapters import AdapterBank
 from neuromas.model.attention import PrefixAttention, Prefixes, SuffixAttention
 from neuromas.model.backbone import Backbone
 from neuromas.model.packing import Attention, Packed
+from neuromas.model.turns import Frame
 from neuromas.types import Prompt
 
 PrefixKey = tuple[tuple[int, ...], int]
@@ -67,9 +68,16 @@ class Policy:
     """
 
     def __init__(
-        self, backbone: Backbone, nodes: Sequence[int] = (), adapter: AdapterConfig | None = None, seed: int = 0
+        self,
+        backbone: Backbone,
+        nodes: Sequence[int] = (),
+        adapter: AdapterConfig | None = None,
+        seed: int = 0,
+        frame: Frame | None = None,
     ) -> None:
         self.backbone = backbone
+        self.frame = frame or backbone.frame()
+        """What stands around prompts and texts."""
         adapter = adapter or AdapterConfig()
         self.model = backbone.new_module_tree()
         """The backbone's modules, with adapters."""
@@ -87,18 +95,24 @@ class Policy:
     def routing(self) -> Routing:
         return Routing(self.adapters.nodes if self.adapters else (), self.scope)
 
-    def prompt(self, question: str, node_text: str, *, has_inbox: bool = True) -> Prompt:
+    def prompt(self, question: str, node_text: str, *, has_inbox: bool = True, begin: str = "") -> Prompt:
         """Return the tokens of a node's prompt: one user message, the question first, the node's own part last.
+
+        `begin` is what the node's own text is begun by.
 
         Without an inbox that part is the same in all rollouts and belongs to the shared prefix, unless adapters act only after
         the question, or all nodes share one adapter and so the question's keys and values.
         """
-        header, footer = self.backbone.chat_frame
-        prefix, own = (*header, *self.backbone.tokenize(f"{question}\n\n")), self.backbone.tokenize(node_text)
+        footer = (*self.frame.footer, *self.backbone.tokenize(begin))
+        prefix, own = (*self.frame.header, *self.backbone.tokenize(f"{question}\n\n")), self.backbone.tokenize(node_text)
         shares_question = self.scope == "suffix" or (self.adapters is not None and self.adapters.shared)
         if not has_inbox and not shares_question and footer:
             return Prompt((*prefix, *own), footer)
         return Prompt(prefix, (*own, *footer))
+
+    def later_headers(self, begins: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens by which each text after a node's first one is begun."""
+        return tuple((*self.frame.separator, *self.backbone.tokenize(begin)) for begin in begins[1:])
 
     def sampling(self) -> AbstractContextManager[None]:
         """Prepare the adapters once for all forwards inside, which have no gradients and change no adapter."""

@@ -87,7 +87,7 @@ def write_card(folder: Path, step_accuracy: dict[str, float], step_examples: int
         )
         shares = []
         for index in (0, -1):
-            counts = Counter(behaviour(group[0].completions[index].sample.text) for group in groups)
+            counts = Counter(behaviour(group[0].completions[index].text) for group in groups)
             shares.append(
                 ", ".join(f"{kind} {counts[kind] / len(groups):.0%}" for kind in ("work", "guess", "restate", "chatter"))
             )

@@ -39,16 +39,20 @@ class Slots:
     """Number of tokens in the cache; the next one goes to this column."""
     last_token: Tensor
     count: Tensor
-    """Number of tokens sampled so far."""
+    """Number of tokens after the prompt so far."""
     uniforms: Tensor
     tokens: Tensor
     logprobs: Tensor
+    limit: Tensor
+    """Number of tokens at which the current text is cut off."""
+    given: Tensor
+    """Tokens that take the place of sampled ones, by their index after the prompt, or -1."""
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, those of the cache first."""
         return [
             *self.keys, *self.values, self.nodes, self.prefix, self.prefix_length, self.length, self.last_token, self.count,
-            self.uniforms, self.tokens, self.logprobs,
+            self.uniforms, self.tokens, self.logprobs, self.limit, self.given,
         ]  # fmt: skip
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:

@@ -7,17 +7,18 @@ from dataclasses import dataclass, field, replace
 
 from torch.nn import Parameter
 
-from neuromas.config import AdapterConfig
+from neuromas.config import AdapterConfig, PromptConfig
 from neuromas.graph import messages
 from neuromas.graph.growth import Growth
 from neuromas.graph.topology import Topology
+from neuromas.graph.wording import Wording
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, uniforms
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
-from neuromas.types import Completion, Example, Group, Message, Request, Rollout, Sample
+from neuromas.types import Completion, Example, Group, Request, Rollout, Sample
 
 
 class Diverged(ValueError):
@@ -41,6 +42,7 @@ class Network:
         max_new_tokens: int = 80,
         seed: int = 0,
         read: Callable[[str], str | None] | None = None,
+        prompt: PromptConfig | None = None,
     ) -> None:
         self.topology = topology
         self.read = read
@@ -48,7 +50,11 @@ class Network:
         """The topology before the last growth."""
         self.open_probability = 1.0
         """Probability that a group runs through `topology` and not through `parent`."""
-        self.policy = Policy(backbone, topology.nodes, adapter, seed)
+        self.wording = (prompt or PromptConfig()).build(
+            bundled=backbone.has_bundled_vocabulary, has_chat_template=backbone.chat_frame is not None
+        )
+        frame = backbone.frame(chat=self.wording.chat, one_line=self.wording.one_line)
+        self.policy = Policy(backbone, topology.nodes, adapter, seed, frame)
         self.engine: Engine = engine or TorchEngine(self.policy)
         self.max_new_tokens = max_new_tokens
         self._own: dict[tuple[Topology, str], int] = {}
@@ -81,7 +87,7 @@ class Network:
         """
         self.check_lengths(examples)
         routed = [(example, self.topology_of(example, seed)) for example in examples]
-        passing = _MessagePassing(self.policy, routed, group_size, tuple(seed), branches)
+        passing = _MessagePassing(self.policy, self.wording, routed, group_size, tuple(seed), branches)
         self.engine.generate(passing.start(), passing.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
         self._check_finite(passing.rollouts)
         return [tuple(map(self._vote, group)) for group in passing.groups()]
@@ -92,7 +98,7 @@ class Network:
         if len(answering) == 1:
             return rollout
         assert self.read is not None, "a network in which several nodes answer is built with `read`"
-        winner = majority_vote([rollout.completions[index].sample.text for index in answering], self.read)
+        winner = majority_vote([rollout.completions[index].text for index in answering], self.read)
         return replace(rollout, winner=answering[winner])
 
     def topology_of(self, example: Example, seed: Sequence[int | str]) -> Topology:
@@ -117,9 +123,14 @@ class Network:
     def check_lengths(self, examples: Iterable[Example], *later: Topology) -> None:
         """Raise ValueError if a node's prompt and text may be longer than the backbone reads, in `later` topologies too."""
         limit = self.backbone.max_tokens
+        shapes = [self.topology, *([self.parent] if self.parent else []), *later]
+        texts = max(len(self.wording.begins(shape.recipients(node))) for shape in shapes for node in shape.nodes)
+        if self.max_new_tokens < texts:
+            raise ValueError(
+                f"--max-new-tokens must be at least {texts}, the most recipients of a node, got {self.max_new_tokens}"
+            )
         if limit is None:
             return
-        shapes = [self.topology, *([self.parent] if self.parent else []), *later]
         most_senders = max(max(Counter(recipient for _, recipient in shape.edges).values(), default=0) for shape in shapes)
         # A message comes with a line of its own, and the chat template closes the prompt.
         texts = (most_senders + 1) * (self.max_new_tokens + 16) + 32
@@ -138,9 +149,14 @@ class Network:
         key = topology, answer_format
         if key not in self._own:
             example = Example("", "", "", answer_format)
-            texts = (messages.render(topology, node, example, []) for node in topology.nodes)
-            self._own[key] = max(len(self.policy.prompt("", text).suffix_ids) for text in texts)
+            self._own[key] = max(self._own_tokens_of(topology, node, example) for node in topology.nodes)
         return self._own[key]
+
+    def _own_tokens_of(self, topology: Topology, node: int, example: Example) -> int:
+        begins = self.wording.begins(topology.recipients(node))
+        text = self.wording.render(topology, node, example, [])
+        headers = sum(len(self.policy.frame.end) + len(header) for header in self.policy.later_headers(begins))
+        return len(self.policy.prompt("", text, begin=begins[0] if begins else "").suffix_ids) + headers
 
     def _check_finite(self, rollouts: Iterable["_RolloutInProgress"]) -> None:
         """Raise Diverged if a text was sampled from log-probabilities that are not finite."""
@@ -189,12 +205,13 @@ class _MessagePassing:
     def __init__(
         self,
         policy: Policy,
+        wording: Wording,
         examples: Sequence[tuple[Example, Topology]],
         group_size: int,
         seed: tuple[int | str, ...],
         branches: int,
     ) -> None:
-        self.policy, self.seed, self.group_size, self.branches = policy, seed, group_size, branches
+        self.policy, self.wording, self.seed, self.group_size, self.branches = policy, wording, seed, group_size, branches
         neighbours = {topology: _Neighbours.of(topology) for topology in dict.fromkeys(topology for _, topology in examples)}
         self.neighbours = list(neighbours.values())
         self.rollouts = [
@@ -219,12 +236,14 @@ class _MessagePassing:
         rollout = self.rollouts[number]
         senders = rollout.neighbours.senders[node]
         inbox = [m for sender in senders for m in rollout.completions[sender].messages if m.recipient == node]
-        text = messages.render(rollout.neighbours.topology, node, rollout.example, inbox)
-        prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders))
+        text = self.wording.render(rollout.neighbours.topology, node, rollout.example, inbox)
+        begins = self.wording.begins(rollout.neighbours.recipients[node])
+        prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders), begin=begins[0] if begins else "")
         # The number of rollouts that share this node's text.
         topology = rollout.neighbours.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1
-        request = Request(node, prompt, (*self.seed, rollout.example.id, rollout.index // leaves, node))
+        seed = (*self.seed, rollout.example.id, rollout.index // leaves, node)
+        request = Request(node, prompt, seed, self.policy.later_headers(begins))
         rollout.requests[node] = request
         self.keys.append((number, node))
         return len(self.keys) - 1, request
@@ -234,8 +253,10 @@ class _MessagePassing:
         number, node = self.keys[key]
         rollout = self.rollouts[number]
         neighbours = rollout.neighbours
-        sent: tuple[Message, ...] = messages.parse(sample.text, node, neighbours.recipients[node])
-        rollout.completions[node] = Completion(node, rollout.requests[node].prompt, sample, sent)
+        recipients = neighbours.recipients[node]
+        begins = self.wording.begins(recipients)
+        sent = messages.deliver(sample.texts, node, recipients) if begins else messages.parse(sample.text, node, recipients)
+        rollout.completions[node] = Completion(node, rollout.requests[node].prompt, sample, sent, begins)
         return [
             self._request(number, recipient)
             for recipient in neighbours.recipients[node]

@@ -8,7 +8,10 @@ from neuromas.types import Request, Sample
 
 
 class ScriptedEngine:
-    """Answers each request with `script(request)`, and keeps the requests in the order in which they came."""
+    """Answers each request with `script(request)`, once for each of its texts.
+
+    Keeps the requests in the order in which they came.
+    """
 
     def __init__(self, script: Callable[[Request], str]) -> None:
         self._script = script
@@ -21,6 +24,7 @@ class ScriptedEngine:
         while waiting:
             key, request = waiting.popleft()
             self.requests.append(request)
-            text = self._script(request)
-            sample = Sample(tuple(text.encode()), (0.0,) * len(text.encode()), text, stopped=True, adapter_version=0)
+            texts = tuple(self._script(request) for _ in range(1 + len(request.headers)))
+            ids = tuple("".join(texts).encode())
+            sample = Sample(ids, (0.0,) * len(ids), texts, stopped=True, adapter_version=0)
             waiting.extend(on_sample(key, sample))

@@ -1,12 +1,14 @@
 """The default engine samples in process, with the learner's own weights, so that the samples are never of an older version.
 
 Each distinct prefix is computed once, however many rows continue it, and kept to the end of a call. A row takes a slot of a
-KV cache, which holds its suffix and then what it writes. Rows of all nodes and layers decode together. When a row
-finishes, a later row moves to its slot, so that live rows stay in the first slots, and new rows are added after them.
+KV cache, which holds its suffix and then what it writes. Rows of all nodes and layers decode together. A row with several
+texts goes on where it has ended one: the tokens that begin the next one take the place of sampled ones. When a row finishes, a
+later row moves to its slot, so that live rows stay in the first slots, and new rows are added after them.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from neuromas.rollout.kv_cache import DecodeAttention, LiveRows, PrefillAttentio
 from neuromas.types import Request, Sample
 
 MAX_ROWS = 256
+NOT_GIVEN = -1
 
 Keyed = tuple[int, Request]
 """A request with the caller's key for it."""
@@ -54,10 +57,14 @@ class _DecodingBatch:
     def __init__(self, policy: Policy, max_rows: int, temperature: float, max_new_tokens: int) -> None:
         self.policy, self.backbone, self.max_rows = policy, policy.backbone, max_rows
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.stop_ids = torch.tensor(sorted(self.backbone.stop_ids), device=self.backbone.device)
+        self.stop_ids = torch.tensor(sorted(policy.frame.stop_ids), device=self.backbone.device)
         self.version, self.routing = policy.version, policy.routing
         self.rows: list[int] = []
         """Key of the request in each live slot."""
+        self.headers: dict[int, list[tuple[int, ...]]] = {}
+        """Tokens that begin the texts to come, by the key of a row that has any."""
+        self.gives_tokens = False
+        """Whether any row has had headers."""
         self.prefixes: Prefixes | None = None
         self.index_of_prefix: dict[PrefixKey, int] = {}
         self.live_rows: LiveRows | None = None
@@ -78,7 +85,10 @@ class _DecodingBatch:
         nodes = [self.routing.adapter_of(request.node) for _, request in requests]
         prefix_keys = [self.routing.prefix_key(request.prompt, request.node) for _, request in requests]
         self._compute_prefixes(prefix_keys, nodes)
-        self._reserve(self.live + len(prompts), max(len(prompt.suffix_ids) for prompt in prompts) + self.max_new_tokens)
+        # A text that is cut off gets its end.
+        end = len(self.policy.frame.end)
+        texts = self.max_new_tokens + max(sum(end + len(header) for header in request.headers) for _, request in requests)
+        self._reserve(self.live + len(prompts), max(len(prompt.suffix_ids) for prompt in prompts) + texts, texts)
         slots, prefixes, first, device = self.slots, self.prefixes, self.live, self.backbone.device
         assert slots is not None
         assert prefixes is not None
@@ -90,7 +100,12 @@ class _DecodingBatch:
         slots.length[new] = 0
         slots.nodes[new] = torch.tensor(nodes, device=device)
         slots.count[new] = 0
-        draws = np.stack([uniforms(request.seed, self.max_new_tokens) for _, request in requests])
+        self.headers |= {key: list(request.headers) for key, request in requests if request.headers}
+        self.gives_tokens |= bool(self.headers)
+        slots.given[new] = NOT_GIVEN
+        shares = [self.max_new_tokens // (1 + len(request.headers)) for _, request in requests]
+        slots.limit[new] = torch.tensor(shares, device=device)
+        draws = np.stack([uniforms(request.seed, slots.uniforms.shape[1]) for _, request in requests])
         slots.uniforms[new] = torch.from_numpy(draws).to(device)
         suffixes = Packed.of([prompt.suffix_ids for prompt in prompts], device)
         used, prefix_of_row_B = slots.prefix[new].unique(return_inverse=True)
@@ -124,6 +139,9 @@ class _DecodingBatch:
         slots.length[slot_B] += written_B
         count_B = slots.count[slot_B]
         tokens_B, logprobs_B = self.policy.ops.sample(logits_BV, slots.uniforms[slot_B, count_B], self.temperature)
+        if self.gives_tokens:
+            given_B = slots.given[slot_B, count_B]
+            tokens_B = torch.where(given_B == NOT_GIVEN, tokens_B, given_B)
         slots.tokens[slot_B, count_B] = tokens_B
         slots.logprobs[slot_B, count_B] = logprobs_B
         slots.last_token[slot_B] = tokens_B
@@ -134,16 +152,24 @@ class _DecodingBatch:
         slots = self.slots
         assert slots is not None
         stopped = torch.isin(slots.last_token[: self.live], self.stop_ids)
-        done = (stopped | (slots.count[: self.live] >= self.max_new_tokens)).nonzero()[:, 0]
-        if not len(done):
+        ended = stopped | (slots.count[: self.live] >= slots.limit[: self.live])
+        if self.gives_tokens:
+            # A header's own tokens, such as the end of a text that was cut off, end nothing.
+            ended &= slots.given[: self.live].gather(1, slots.count[: self.live, None] - 1)[:, 0] == NOT_GIVEN
+        done = []
+        for row in ended.nonzero()[:, 0].tolist():
+            if self.rows[row] in self.headers:
+                self._begin_next_text(row, bool(stopped[row]))
+            else:
+                done.append(row)
+        if not done:
             return []
         finished = []
         counts, tokens, logprobs = slots.count[done].tolist(), slots.tokens[done].tolist(), slots.logprobs[done].tolist()
-        did_stop = stopped[done].tolist()
-        for row, count, ids, sampled, stop in zip(done.tolist(), counts, tokens, logprobs, did_stop, strict=True):
-            text = self.backbone.detokenize(ids[: count - 1] if stop else ids[:count])
-            finished.append((self.rows[row], Sample(tuple(ids[:count]), tuple(sampled[:count]), text, stop, self.version)))
-        gone = set(done.tolist())
+        is_given = (slots.given[done] != NOT_GIVEN).tolist()
+        for row, count, ids, sampled, given in zip(done, counts, tokens, logprobs, is_given, strict=True):
+            finished.append((self.rows[row], self._sample(ids[:count], sampled[:count], given[:count])))
+        gone = set(done)
         left = self.live - len(gone)
         holes = [row for row in gone if row < left]
         movers = [row for row in range(left, self.live) if row not in gone]
@@ -154,6 +180,33 @@ class _DecodingBatch:
         del self.rows[left:]
         self.live_rows = None
         return finished
+
+    def _begin_next_text(self, row: int, stopped: bool) -> None:
+        """Have a row that has ended a text go on with the header of the next one, and give that its share of tokens."""
+        slots, key = self.slots, self.rows[row]
+        assert slots is not None
+        header, left = self.headers[key][0], len(self.headers[key])
+        tokens = header if stopped else (*self.policy.frame.end, *header)
+        count = int(slots.count[row])
+        sampled = int((slots.given[row, :count] == NOT_GIVEN).sum())
+        slots.given[row, count : count + len(tokens)] = torch.tensor(tokens, device=slots.given.device)
+        slots.limit[row] = count + len(tokens) + max(1, (self.max_new_tokens - sampled) // left)
+        del self.headers[key][0]
+        if not self.headers[key]:
+            del self.headers[key]
+
+    def _sample(self, ids: list[int], logprobs: list[float], is_given: list[bool]) -> Sample:
+        """Return what a finished row has written: its texts are what stands between the tokens that were given."""
+        frame, texts, stopped = self.policy.frame, list[str](), True
+        for given, text in groupby(range(len(ids)), key=lambda index: is_given[index]):
+            if not given:
+                body, ended = frame.split([ids[index] for index in text])
+                decoded = self.backbone.detokenize(body)
+                texts.append(decoded.partition("\n")[0] if frame.one_line and ended else decoded)
+                stopped &= ended
+        kept = tuple(logprob for logprob, given in zip(logprobs, is_given, strict=True) if not given)
+        indices = tuple(index for index, given in enumerate(is_given) if given)
+        return Sample(tuple(ids), kept, tuple(texts), stopped, self.version, indices)
 
     def _compute_prefixes(self, prefix_keys: Sequence[PrefixKey], nodes: Sequence[int]) -> None:
         """Prefill the prefixes that are not computed yet."""
@@ -166,15 +219,16 @@ class _DecodingBatch:
         self.index_of_prefix |= {key: len(self.index_of_prefix) + index for index, key in enumerate(missing)}
         self.prefixes = computed if self.prefixes is None else self.prefixes.join(computed)
 
-    def _reserve(self, rows: int, columns: int) -> None:
-        """Make the cache at least this large, and keep its content."""
+    def _reserve(self, rows: int, columns: int, texts: int) -> None:
+        """Make the cache at least this large, with room for so many tokens after a prompt, and keep its content."""
         old = self.slots
         if old is not None:
             had_rows, _, had_columns, _ = old.keys[0].shape
-            if had_rows >= rows and had_columns >= columns:
+            had_texts = old.tokens.shape[1]
+            if had_rows >= rows and had_columns >= columns and had_texts >= texts:
                 return
             # The cache grows by more than is needed, because it is copied every time.
-            rows, columns = max(rows, had_rows), max(columns + 32, had_columns)
+            rows, columns, texts = max(rows, had_rows), max(columns + 32, had_columns), max(texts, had_texts)
         assert self.prefixes is not None
         layers = self.prefixes.past
         device = self.backbone.device
@@ -194,9 +248,11 @@ class _DecodingBatch:
             length=integers(rows),
             last_token=integers(rows),
             count=integers(rows),
-            uniforms=torch.zeros((rows, self.max_new_tokens), dtype=torch.float64, device=device),
-            tokens=integers(rows, self.max_new_tokens),
-            logprobs=torch.zeros((rows, self.max_new_tokens), device=device),
+            uniforms=torch.zeros((rows, texts), dtype=torch.float64, device=device),
+            tokens=integers(rows, texts),
+            logprobs=torch.zeros((rows, texts), device=device),
+            limit=integers(rows),
+            given=integers(rows, texts) + NOT_GIVEN,
         )
         if old is not None:
             for target, source in zip(slots.tensors(), old.tensors(), strict=True):

@@ -66,8 +66,8 @@ def spending(groups: Sequence[Group]) -> Spending:
     completions = [c for group in groups for rollout in group for c in rollout.completions]
     return Spending(
         len(completions),
-        sum(len(c.prompt.prefix_ids) + len(c.prompt.suffix_ids) for c in completions),
-        sum(len(c.sample.token_ids) for c in completions),
+        sum(len(c.prompt.prefix_ids) + len(c.prompt.suffix_ids) + len(c.sample.given) for c in completions),
+        sum(len(c.sample.logprobs) for c in completions),
     )
 
 

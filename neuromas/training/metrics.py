@@ -82,7 +82,7 @@ def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, adv
         return sum(s is status for s in statuses) / max(1, len(statuses))
 
     hidden = [c for c in completions if c.messages]
-    dropped = [c for c in hidden if drops_text(c.sample.text, [message.recipient for message in c.messages])]
+    dropped = [c for c in hidden if not c.begins and drops_text(c.text, [message.recipient for message in c.messages])]
     metrics = {
         "reward/mean": rewards_PG.mean().item(),
         "answer_parsed/frac": sum(task.parse_answer(r.answer) is not None for r in rollouts) / len(rollouts),
@@ -98,7 +98,7 @@ def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, adv
         "logprob/mean": sum(sum(c.sample.logprobs) for c in completions) / max(1, spent.sampled_tokens),
     }
     for node in dict.fromkeys(c.node for c in completions):
-        lengths = [len(c.sample.token_ids) for c in completions if c.node == node]
+        lengths = [len(c.sample.logprobs) for c in completions if c.node == node]
         metrics[f"completion_tokens/node/{node}/mean"] = sum(lengths) / len(lengths)
     return metrics
 

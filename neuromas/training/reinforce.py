@@ -111,7 +111,12 @@ class Batch:
         samples = [completion.sample for completion, _ in part]
         suffixes = Packed.of([(*completion.prompt.suffix_ids, *completion.sample.token_ids) for completion, _ in part], device)
         asked_B = torch.tensor([len(completion.prompt.suffix_ids) for completion, _ in part], device=device)
-        sampled_K = (suffixes.column_T >= asked_B[suffixes.row_T]).nonzero()[:, 0]
+        is_sampled_T = suffixes.column_T >= asked_B[suffixes.row_T]
+        if any(sample.given for sample in samples):
+            firsts = (suffixes.lengths_B.cumsum(0) - suffixes.lengths_B + asked_B).tolist()
+            given = [first + index for first, sample in zip(firsts, samples, strict=True) for index in sample.given]
+            is_sampled_T[torch.tensor(given, device=device)] = False
+        sampled_K = is_sampled_T.nonzero()[:, 0]
         rows = Rows(
             prefixes=Packed.of([prefix for prefix, _ in distinct], device),
             prefix_node_Q=torch.tensor([node for _, node in distinct], device=device),

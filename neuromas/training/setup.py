@@ -44,7 +44,7 @@ def build_network(config: TrainConfig, topology: Topology | None = None) -> Netw
     backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
     return Network(
         topology or config.topology.build(), backbone, adapter=config.adapter, max_new_tokens=config.max_new_tokens,
-        seed=config.seed, read=from_config(config.task).parse_answer if config.topology.vote else None,
+        seed=config.seed, prompt=config.prompt, read=from_config(config.task).parse_answer if config.topology.vote else None,
     )  # fmt: skip
 
 

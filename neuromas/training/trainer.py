@@ -243,7 +243,7 @@ def _records(groups: list[Group], rewards: list[list[float]] | None = None, spli
             "question": rollout.example.question,
             "gold": rollout.example.answer,
             "rollout": rollout.index,
-            "texts": {c.node: c.sample.text for c in rollout.completions},
+            "texts": {c.node: c.text for c in rollout.completions},
             "faults": [[m.sender, m.recipient, m.status.value] for c in rollout.completions for m in c.messages
                        if m.status.value != "ok"],
             **({"reward": rewards[i][j]} if rewards else {}),

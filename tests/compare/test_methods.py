@@ -147,7 +147,7 @@ class NewestFirst:
             key, request = waiting.pop()
             self.answered.append(request.seed[2:])
             text = f"<{request.seed[-1]}>"
-            waiting.extend(on_sample(key, Sample((1, 2, 3), (0.0,) * 3, text, stopped=True, adapter_version=0)))
+            waiting.extend(on_sample(key, Sample((1, 2, 3), (0.0,) * 3, (text,), stopped=True, adapter_version=0)))
 
 
 def test_no_conversation_waits_for_another(policy: Policy) -> None:

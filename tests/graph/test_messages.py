@@ -5,11 +5,13 @@ import random
 import pytest
 
 from neuromas import Topology
-from neuromas.graph.messages import NOTHING, parse, render
+from neuromas.graph.messages import NOTHING, parse
+from neuromas.graph.wording import WORDINGS
 from neuromas.types import Example, Message, MessageStatus
 
 EXAMPLE = Example("id", "Is 2 even?", "Yes", 'Write "Answer: Yes" or "Answer: No".')
 CHAIN = Topology.layered([1, 1, 1])
+render = WORDINGS["terse"].render
 
 
 def statuses(messages: tuple[Message, ...]) -> list[tuple[int, str, MessageStatus]]:

@@ -28,7 +28,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from neuromas import Network, Topology
 from neuromas.compare.methods.converse import Answerer
-from neuromas.config import AdapterConfig, Scope, TrainConfig
+from neuromas.config import AdapterConfig, PromptConfig, Scope, TrainConfig
 from neuromas.model.adapters import AdapterBank, resolve_rank
 from neuromas.model.attention import Prefixes, SuffixAttention
 from neuromas.model.backbone import Backbone, config_of, resolve_device
@@ -300,7 +300,8 @@ def test_a_model_whose_angles_change_with_the_length_takes_texts_up_to_that_leng
     backbone = load_backbone(save_model(Phi3ForCausalLM(config), tmp_path / "phi"))
     assert backbone.max_tokens == original
     adapter = AdapterConfig(rank=2, target_modules=("qkv_proj",))
-    network = Network(Topology.layered([1, 1]), backbone, adapter=adapter, max_new_tokens=5)
+    prompt = PromptConfig(wording="terse")
+    network = Network(Topology.layered([1, 1]), backbone, adapter=adapter, max_new_tokens=5, prompt=prompt)
     short, long = (Example(str(n), "one " * n, "", "") for n in (40, original))
     ((rollout,),) = network.rollout([short], 1, seed=(0,))
     for completion in rollout.completions:

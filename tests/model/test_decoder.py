@@ -82,7 +82,7 @@ def batch_of(policy: Policy) -> Batch:
 
     prefixes = [ids(9), ids(5)]
     completions = [
-        Completion(node, Prompt(prefixes[row % 2], ids(3 + row)), Sample(ids(2 + row), (0.0,) * (2 + row), "", True, 0), ())
+        Completion(node, Prompt(prefixes[row % 2], ids(3 + row)), Sample(ids(2 + row), (0.0,) * (2 + row), ("",), True, 0), ())
         for node in (1, 2)
         for row in range(5)
     ]

@@ -225,7 +225,7 @@ def test_greedy_equals_transformers_generate(folders: dict[str, Path], family: s
         ids = torch.tensor([[*request.prompt.prefix_ids, *request.prompt.suffix_ids]])
         expected = plain.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
-            eos_token_id=sorted(policy.backbone.stop_ids),
+            eos_token_id=sorted(policy.frame.stop_ids),
         )  # fmt: skip
         assert list(sample.token_ids) == expected[0, ids.shape[1] :].tolist()
 
@@ -315,8 +315,8 @@ def test_rows_end_with_the_stop_token_or_at_the_limit(folders: dict[str, Path]) 
     found = answer(policy, make_requests(policy, 60), max_new_tokens=4)
     for sample in found:
         assert len(sample.token_ids) == len(sample.logprobs) <= 4
-        assert sample.stopped is (sample.token_ids[-1] in policy.backbone.stop_ids)
-        assert not policy.backbone.stop_ids & set(sample.token_ids[:-1])
+        assert sample.stopped is (sample.token_ids[-1] in policy.frame.stop_ids)
+        assert not policy.frame.stop_ids & set(sample.token_ids[:-1])
         assert sample.stopped or len(sample.token_ids) == 4
         body = sample.token_ids[:-1] if sample.stopped else sample.token_ids
         assert sample.text == policy.backbone.detokenize(body)
@@ -333,10 +333,10 @@ def test_every_stop_token_of_model_and_tokenizer_ends_a_row(folders: dict[str, P
     assert given.model.generation_config is not None
     given.model.generation_config.eos_token_id = [yes]
     backbone = Backbone(given.model, given.tokenizer, "two stops")
-    assert backbone.stop_ids == {yes, end}
+    assert backbone.frame().stop_ids == {yes, end}
     policy = Policy(backbone)
     found = answer(policy, make_requests(policy, 40), max_new_tokens=8)
-    assert {sample.token_ids[-1] for sample in found if sample.stopped} == backbone.stop_ids
+    assert {sample.token_ids[-1] for sample in found if sample.stopped} == backbone.frame().stop_ids
     # A stop token that is a plain word is no part of the text either.
     assert all(sample.text == backbone.detokenize(sample.token_ids[:-1]) for sample in found if sample.stopped)
 

@@ -32,7 +32,8 @@ def make_slots(prefix_of_row: list[int], lengths_Q: Tensor) -> Slots:
     return Slots(
         keys=[keys for keys, _ in caches], values=[values for _, values in caches], nodes=integers * 7 % 3, prefix=prefix,
         prefix_length=lengths_Q[prefix], length=integers * 5 % (COLUMNS - 2), last_token=integers, count=integers,
-        uniforms=torch.zeros(SLOTS, 1), tokens=integers[:, None], logprobs=torch.zeros(SLOTS, 1),
+        uniforms=torch.zeros(SLOTS, 1), tokens=integers[:, None], logprobs=torch.zeros(SLOTS, 1), limit=integers,
+        given=integers[:, None],
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ SMALL = AdapterConfig(rank=1, target_modules=("q_proj",))
 
 def sample(text: str) -> Sample:
     ids = tuple(text.encode())
-    return Sample(ids, (0.0,) * len(ids), text, stopped=True, adapter_version=0)
+    return Sample(ids, (0.0,) * len(ids), (text,), stopped=True, adapter_version=0)
 
 
 class NewestFirst:

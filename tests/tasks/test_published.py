@@ -16,6 +16,7 @@ from paths import DATA, DOCS, ROOT
 
 from neuromas.cli import task_list
 from neuromas.config import TaskConfig, TrainConfig
+from neuromas.graph.wording import WORDINGS
 from neuromas.sandbox import ISOLATIONS, choose_isolation
 from neuromas.tasks import BENCHMARKS, TASKS, DatasetTask, floor, from_config, get_task, question_id
 from neuromas.tasks.code import HumanEval, HumanEvalPlus, Mbpp
@@ -537,7 +538,7 @@ def test_the_listing_without_data_fetches_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_example_reads_as_each_node_of_a_chain_gets_it() -> None:
-    reading = task_list.example_prompts(TaskConfig(name="navigate"))
+    reading = task_list.example_prompts(TaskConfig(name="navigate"), WORDINGS["terse"])
     first, second, third = (node["reads"] for node in reading["nodes"])
     assert all(text.startswith(reading["question"]) for text in (first, second, third))
     assert first.endswith('You are node 1 in layer 1.\nWrite "TO node 2:" and your message.')

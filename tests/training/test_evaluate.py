@@ -20,7 +20,7 @@ NUMBERS = count()
 
 def rollout(gold: str, text: str, *, calls: int = 1, tokens: int = 5, example: str | None = None) -> Rollout:
     """A rollout of `calls` nodes, each of which read 3 + 4 tokens and wrote `tokens`; to a new question, if not named."""
-    sample = Sample(tuple(range(tokens)), (0.0,) * tokens, text, stopped=True, adapter_version=0)
+    sample = Sample(tuple(range(tokens)), (0.0,) * tokens, (text,), stopped=True, adapter_version=0)
     completions = tuple(Completion(node, Prompt((1, 2, 3), (4, 5, 6, 7)), sample, ()) for node in range(1, calls + 1))
     return Rollout(Example(example or f"q{next(NUMBERS)}", "q", gold, "Write it."), 0, completions)
 

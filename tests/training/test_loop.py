@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 
 from neuromas import Network, Topology
 from neuromas.cli import main as cli
-from neuromas.config import AdapterConfig, TaskConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.rollout.engine import uniforms
 from neuromas.tasks import get_task
 from neuromas.training import checkpoint, reinforce
@@ -65,6 +65,7 @@ def make_config(backbone: Path, run_dir: Path, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {
         "topology": TopologyConfig(widths=(1, 1)), "task": TaskConfig(), "adapter": AdapterConfig(), "num_steps": 4,
         "examples_per_step": 4, "group_size": 4, "max_new_tokens": 3, "eval_size": 2, "eval_every": 0, "lr": 0.01,
+        "prompt": PromptConfig(wording="terse"),
     }  # fmt: skip
     return TrainConfig(backbone=str(backbone), run_dir=run_dir, device="cpu", **{**settings, **changes}).check()
 
@@ -120,7 +121,9 @@ def plain_reinforce_step(model: Any, tokenizer: Any, optimizer: torch.optim.Opti
                 group.append(sample_plainly(model, prompt, draws, tokenizer.eos_token_id))
         scores = [task.reward(example, tokenizer.decode(written, skip_special_tokens=True)) for written in group]
         for written, score in zip(group, scores, strict=True):
-            completion = Completion(1, Prompt((), prompt), Sample(tuple(written), (), "", stopped=True, adapter_version=0), ())
+            completion = Completion(
+                1, Prompt((), prompt), Sample(tuple(written), (0.0,) * len(written), ("",), stopped=True, adapter_version=0), ()
+            )
             advantage = score - (sum(scores) - score) / (config.group_size - 1)
             loss = loss - advantage * plain_logprobs(model, completion).sum()
         rewards += scores
@@ -398,7 +401,8 @@ def test_every_family_trains_from_the_command_line_and_loads_in_plain_peft(
 ) -> None:
     run = tmp_path / "run"
     run_here(
-        monkeypatch, "--backbone", folders[family], "--run-dir", run, "--num-steps", 2, "--adapter.scope", scope
+        monkeypatch, "--backbone", folders[family], "--run-dir", run, "--num-steps", 2, "--adapter.scope", scope,
+        "--wording", "terse",
     )  # fmt: skip
     loaded = load_run(run)
     assert loaded.step == 2

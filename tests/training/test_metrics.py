@@ -15,7 +15,7 @@ PAGE = DOCS / "metrics.md"
 
 
 def completion(node: int, text: str, tokens: int, *, stopped: bool = True, recipients: tuple[int, ...] = ()) -> Completion:
-    sample = Sample(tuple(range(tokens)), (-0.5,) * tokens, text, stopped, adapter_version=0)
+    sample = Sample(tuple(range(tokens)), (-0.5,) * tokens, (text,), stopped, adapter_version=0)
     return Completion(node, Prompt((1, 2), (3,)), sample, parse(text, node, recipients))
 
 

@@ -24,7 +24,7 @@ STOP = 9
 
 def completion(node: int, prefix: list[int], suffix: list[int], written: list[int], *, version: int = 0) -> Completion:
     logprobs = tuple(-0.5 - position for position in range(len(written)))
-    sample = Sample(tuple(written), logprobs, "", stopped=written[-1] == STOP, adapter_version=version)
+    sample = Sample(tuple(written), logprobs, ("",), stopped=written[-1] == STOP, adapter_version=version)
     return Completion(node, Prompt(tuple(prefix), tuple(suffix)), sample, ())
 
 

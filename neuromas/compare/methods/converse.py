@@ -53,7 +53,7 @@ class _Round:
         """Store a sample; return the next requests of its conversation once all texts of its list are complete."""
         index, call_index = self.indices[key]
         running = self.conversations[index]
-        running.answered.sampled_tokens += len(sample.token_ids)
+        running.answered.sampled_tokens += len(sample.logprobs)
         running.texts[call_index] = sample.text
         if any(text is None for text in running.texts):
             return []

@@ -1,0 +1,107 @@
+"""How a node's prompt is worded, and how its turn begins.
+
+A prompt is the question, the same for every node, then the node's own part: where it is in the network, who wrote what to it,
+and what to write to whom. No wording mentions a role, unless the topology gives one, nor the size of the network, so a node's
+prompt does not change when nodes that it does not talk to come or go. The paper's exact wording is not public; `TO node k:`
+headers are its format (arXiv 2605.16757).
+
+A node may be left to write the headers itself, or its turn is begun by them: they are then given, not sampled, and a node with
+several recipients gets the next header where it has ended a message. A pretrained model that has never seen the format needs
+that; the bundled backbone has learned it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neuromas.graph.messages import header
+from neuromas.graph.topology import Topology
+from neuromas.types import Example, Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wording:
+    """The template of a node's own part of its prompt, and what begins its turn."""
+
+    name: str
+    place: str
+    """Holds {node} and {layer}, e.g. `layer 2` or `the output layer`."""
+    message: str
+    """Holds {sender} and {text}; a line for each message that the node has received."""
+    write: str
+    """What a node with recipients is told; may hold {node}, {headers} and {recipients}. The output node reads the task's
+    answer format."""
+    begin_messages: bool
+    """Whether each message is begun by its header."""
+    begin_answer: str
+    """What the output node's turn is begun by; empty: nothing."""
+    chat: bool
+    """Whether the prompt is a user's turn of the backbone's chat template, if it has one."""
+    one_line: bool
+    """Whether a text ends with its line."""
+
+    def render(self, topology: Topology, node: int, example: Example, inbox: Sequence[Message]) -> str:
+        """Return the node's own part of its prompt, which follows the question.
+
+        >>> from neuromas.types import MessageStatus
+        >>> message = Message(1, 2, "hello", MessageStatus.OK)
+        >>> example = Example("", "Is 2 even?", "Yes", 'Write "Answer: Yes" or "Answer: No".')
+        >>> print(WORDINGS["terse"].render(Topology.layered([1, 1, 1]), 2, example, [message]))
+        You are node 2 in layer 2.
+        From node 1: hello
+        Write "TO node 3:" and your message.
+        """
+        recipients = topology.recipients(node)
+        layer = f"layer {topology.layer(node)}" if recipients else "the output layer"
+        lines = list(filter(None, [self.place.format(node=node, layer=layer), topology.role(node)]))
+        lines += [self.message.format(sender=received.sender, text=received.text) for received in inbox]
+        if recipients:
+            headers = " and ".join(f'"{header(recipient)}"' for recipient in recipients)
+            named = " and ".join(f"node {recipient}" for recipient in recipients)
+            lines.append(self.write.format(node=node, headers=headers, recipients=named))
+        else:
+            lines.append(example.answer_format)
+        return "\n".join(lines)
+
+    def begins(self, recipients: Sequence[int]) -> tuple[str, ...]:
+        """Return what each text of a node is begun by; empty if the node is left to begin itself."""
+        if recipients:
+            return tuple(map(header, recipients)) if self.begin_messages else ()
+        return (self.begin_answer,) if self.begin_answer else ()
+
+
+WORDINGS = {
+    wording.name: wording
+    for wording in (
+        Wording(
+            name="terse",
+            place="You are node {node} in {layer}.",
+            message="From node {sender}: {text}",
+            write="Write {headers} and your message.",
+            begin_messages=False,
+            begin_answer="",
+            chat=True,
+            one_line=False,
+        ),
+        Wording(
+            name="chat",
+            place="You are node {node} in {layer}.",
+            message="Node {sender} wrote to you: {text}",
+            write="Do not answer yet. Write to {recipients}, in one or two sentences, what helps to find the answer.",
+            begin_messages=True,
+            begin_answer="Answer:",
+            chat=True,
+            one_line=False,
+        ),
+        Wording(
+            name="plain",
+            place="Node {node}, {layer}.",
+            message="Node {sender} wrote: {text}",
+            write="Node {node} writes what helps to find the answer.",
+            begin_messages=True,
+            begin_answer="Answer:",
+            chat=False,
+            one_line=True,
+        ),
+    )
+}
+"""`terse` is what the bundled backbone learned, `chat` is for instruct models, `plain` for base models."""
