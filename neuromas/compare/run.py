@@ -45,7 +45,7 @@ def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = Fa
     if not report_only:
         check_questions(grid)
     checksums = {name: _checksum(name, grid) for name in grid.backbones}
-    data = {spec.config.task: data_checksum(spec.config) for spec in {s.config.task: s for s in grid.cells}.values()}
+    data = {task: data_checksum(task) for task in {spec.config.task for spec in grid.cells}}
     with _locked(out) as lock:
         found: dict[Path, Stored] = {}
         notes: list[str] = []

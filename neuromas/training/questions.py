@@ -1,12 +1,12 @@
 """What a run asks: its task, what it trains on, and what it is scored on. Loads no torch, so that a mistake is told at once."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuromas.config import TrainConfig
+from neuromas.config import TaskConfig, TrainConfig
+from neuromas.system import files
 from neuromas.tasks import DatasetTask, Task, checksum_of, from_config
 from neuromas.tasks.user_tasks import OWN_CODE
 from neuromas.training.run_directory import RunDirectory
@@ -46,17 +46,17 @@ class Questions:
         return {name: checksum_of(asked) for name, asked in {"training": self.training, **self.evaluation_sets}.items()}
 
 
-def data_checksum(config: TrainConfig) -> str:
+def data_checksum(config: TaskConfig) -> str:
     """Return a checksum of all examples that come from files, and of a task's own code; empty where all are generated."""
-    task, parts = from_config(config.task), list[str]()
+    task, parts = from_config(config), list[str]()
     if isinstance(task, DatasetTask):
         parts += [f"{split} {checksum_of(examples)}" for split, examples in task.splits.items()]
-    if config.task.file:
-        parts.append(f"file {checksum_of(task.load(config.task.file))}")
-    if config.task.name.startswith(OWN_CODE):
-        file = Path(config.task.name.removeprefix(OWN_CODE).rpartition(":")[0])
-        parts.append(f"code {hashlib.blake2b(file.read_bytes()).hexdigest()}")
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest() if parts else ""
+    if config.file:
+        parts.append(f"file {checksum_of(task.load(config.file))}")
+    if config.name.startswith(OWN_CODE):
+        code = Path(config.name.removeprefix(OWN_CODE).rpartition(":")[0])
+        parts.append(f"code {files.checksum_of(code.read_bytes())}")
+    return files.checksum_of("\n".join(parts).encode()) if parts else ""
 
 
 def evaluation_sets(config: TrainConfig, task: Task) -> dict[str, list[Example]]:
