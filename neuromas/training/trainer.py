@@ -122,6 +122,17 @@ class Trainer:
         self.running_mean += (rewards_PG.mean().item() - self.running_mean) * (0.1 if self.step else 1.0)
         return found
 
+    def describe_step(self, groups: list[Group], rewards_PG: Tensor, advantages: dict[int, Tensor]) -> dict[str, float]:
+        """Return the metrics of a step's rollouts."""
+        metrics = rollout_metrics(self.task, groups, rewards_PG, advantages[self.network.topology.output_node])
+        metrics["questions/sum"] = float(len(groups))
+        if self.config.growth:
+            examples, seed = [group[0].example for group in groups], (self.config.seed, self.step)
+            grown = [self.network.topology_of(example, seed) == self.network.topology for example in examples]
+            metrics["open_groups/frac"] = sum(grown) / len(grown)
+            metrics["open_probability/value"] = self.network.open_probability
+        return metrics
+
     def update(self, groups: list[Group], advantages: dict[int, Tensor]) -> dict[str, float]:
         """Do one joint update of all nodes, and count it."""
         lr = learning_rate(self.config, self.step, self.ledger.sampled_tokens)
@@ -154,17 +165,6 @@ class Trainer:
             return self.config.examples_per_step
         tokens = self.pace.tokens_per_call * self.growths.expected_calls() * self.config.group_size
         return max(1, round((self.config.train_tokens - self.ledger.sampled_tokens) / tokens))
-
-    def describe_step(self, groups: list[Group], rewards_PG: Tensor, advantages: dict[int, Tensor]) -> dict[str, float]:
-        """Return the metrics of a step's rollouts."""
-        metrics = rollout_metrics(self.task, groups, rewards_PG, advantages[self.network.topology.output_node])
-        metrics["questions/sum"] = float(len(groups))
-        if self.config.growth:
-            examples, seed = [group[0].example for group in groups], (self.config.seed, self.step)
-            grown = [self.network.topology_of(example, seed) == self.network.topology for example in examples]
-            metrics["open_groups/frac"] = sum(grown) / len(grown)
-            metrics["open_probability/value"] = self.network.open_probability
-        return metrics
 
     def _grow(self, growth: Growth) -> None:
         """Take on a growth: old adapters and their optimizer state are not touched. What was done is told and stored."""
