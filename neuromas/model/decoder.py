@@ -162,11 +162,11 @@ class Decoder:
 
     def logprobs(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
-        chosen_K: Int[Tensor, " K"], temperature: float,
-    ) -> Float[Tensor, " K"]:  # fmt: skip
-        """Return the log-probability of one chosen token after each of the given indices."""
+        chosen_K: Int[Tensor, " K"], temperature: float, *, entropy: bool,
+    ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"] | None]:  # fmt: skip
+        """Return the log-probability of one chosen token after each of the given indices, and the entropies if asked."""
         hidden_KC = self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)
-        return chosen_logprobs(hidden_KC, self.head, chosen_K, temperature)
+        return chosen_logprobs(hidden_KC, self.head, chosen_K, temperature, entropy=entropy)
 
     def prefill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
         """Compute the keys and values of these tokens in all layers, and no more."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -43,9 +44,9 @@ class Layers(Protocol):
 
     def logprobs(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
-        chosen_K: Int[Tensor, " K"], temperature: float,
-    ) -> Float[Tensor, " K"]:  # fmt: skip
-        """Return the log-probability of one chosen token after each of the given indices."""
+        chosen_K: Int[Tensor, " K"], temperature: float, *, entropy: bool,
+    ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"] | None]:  # fmt: skip
+        """Return the log-probability of one chosen token after each of the given indices, and the entropies if asked."""
         ...
 
 
@@ -69,14 +70,15 @@ class TransformersLayers:
 
     def logprobs(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
-        chosen_K: Int[Tensor, " K"], temperature: float,
-    ) -> Float[Tensor, " K"]:  # fmt: skip
+        chosen_K: Int[Tensor, " K"], temperature: float, *, entropy: bool,
+    ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"] | None]:  # fmt: skip
         if self._plain_head is None:
-            logits_KV = self.logits(ids_T, positions_T, nodes_T, attention, keep_K)
-            return -cross_entropy(logits_KV / temperature, chosen_K, reduction="none")
+            logits_KV = self.logits(ids_T, positions_T, nodes_T, attention, keep_K) / temperature
+            logprobs_K = -cross_entropy(logits_KV, chosen_K, reduction="none")
+            return logprobs_K, Categorical(logits=logits_KV).entropy() if entropy else None
         with self._routed(nodes_T):
             hidden_TC = self._model.base_model(**self._inputs(ids_T, positions_T, attention)).last_hidden_state[0]
-        return chosen_logprobs(hidden_TC[keep_K], self._plain_head, chosen_K, temperature)
+        return chosen_logprobs(hidden_TC[keep_K], self._plain_head, chosen_K, temperature, entropy=entropy)
 
     def _inputs(self, ids_T: Tensor, positions_T: Tensor, attention: Attention) -> dict[str, Any]:
         return {

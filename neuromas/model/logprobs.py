@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, computed from hidden states in chunks so that not all logits are kept in memory."""
+"""Log-probabilities of chosen tokens and entropies, computed from hidden states in chunks so that not all logits are kept."""
 
 from typing import Any
 
@@ -12,18 +12,20 @@ LOGITS_AT_ONCE = 2**24
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """Computes log softmax(head h / temperature) at one token each.
+    """Computes log softmax(head h / temperature) at one token each, and if it is asked for the entropy of that softmax p.
 
-    The head is frozen, so the gradient at h is a number times (row of the token - mean row under the softmax) / temperature.
-    It is computed together with the logits, one chunk of tokens at a time.
+    The head is frozen, so the gradient at h of a log-probability is (row of the token - mean row under p) / temperature, and
+    that of the entropy H is the rows weighted by -p (log p + H) / temperature. Both are computed together with the logits, one
+    chunk of tokens at a time.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_KC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, ids_K: Tensor, temperature: float
-    ) -> Tensor:
+        ctx: Any, hidden_KC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, ids_K: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         logprobs_K = torch.empty(len(ids_K), dtype=torch.float32, device=hidden_KC.device)
-        gradient_KC = torch.empty_like(hidden_KC) if ctx.needs_input_grad[0] else None
+        entropies_K = torch.empty_like(logprobs_K) if entropy else None
+        gradients = [torch.empty_like(hidden_KC) for _ in range(1 + entropy)] if ctx.needs_input_grad[0] else []
         chunk = max(1, LOGITS_AT_ONCE // len(weight_VC))
         for start in range(0, len(ids_K), chunk):
             part, ids = slice(start, start + chunk), ids_K[start : start + chunk, None]
@@ -32,24 +34,37 @@ class _ChosenLogprobs(torch.autograd.Function):
                 logits /= temperature
             total = logits.logsumexp(-1, keepdim=True)
             logprobs_K[part] = (logits.gather(1, ids) - total)[:, 0]
-            if gradient_KC is not None:
+            if entropies_K is not None:
+                logp = logits - total
+                p = logp.exp()
+                entropies_K[part] = -torch.linalg.vecdot(p, logp)
+                if gradients:
+                    weights = logp.add_(entropies_K[part, None]).mul_(p)
+                    gradients[1][part] = weights.to(weight_VC.dtype) @ weight_VC / -temperature
+            if gradients:
                 difference = logits.sub_(total).exp_()
                 difference.scatter_add_(1, ids, difference.new_full(ids.shape, -1.0))
-                gradient_KC[part] = difference.to(weight_VC.dtype) @ weight_VC / -temperature
-        if gradient_KC is not None:
-            ctx.save_for_backward(gradient_KC)
-        return logprobs_K
+                gradients[0][part] = difference.to(weight_VC.dtype) @ weight_VC / -temperature
+        ctx.save_for_backward(*gradients)
+        return logprobs_K, entropies_K
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient_KC,) = ctx.saved_tensors
-        return gradient_KC * grads[0][:, None].to(gradient_KC.dtype), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None, None]:
+        first_KC, *others = [
+            gradient_KC * grad_K[:, None].to(gradient_KC.dtype)
+            for gradient_KC, grad_K in zip(ctx.saved_tensors, grads, strict=False)
+            if grad_K is not None
+        ]
+        gradient_KC = first_KC + others[0] if others else first_KC
+        return gradient_KC, None, None, None, None, None
 
 
 def chosen_logprobs(
-    hidden_KC: Float[Tensor, "K C"], head: nn.Linear, ids_K: Int[Tensor, " K"], temperature: float
-) -> Float[Tensor, " K"]:
-    """Return the float32 log-probability of one token after each hidden state, under a frozen head."""
-    logprobs_K = _ChosenLogprobs.apply(hidden_KC, head.weight, head.bias, ids_K, temperature)
-    assert isinstance(logprobs_K, Tensor)
-    return logprobs_K
+    hidden_KC: Float[Tensor, "K C"], head: nn.Linear, ids_K: Int[Tensor, " K"], temperature: float, *, entropy: bool = False
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"] | None]:
+    """Return the float32 log-probability of one token after each hidden state, under a frozen head.
+
+    With `entropy` also the entropy of each distribution, in nats.
+    """
+    logprobs_K, entropies_K = _ChosenLogprobs.apply(hidden_KC, head.weight, head.bias, ids_K, temperature, entropy)
+    return logprobs_K, entropies_K

@@ -146,9 +146,19 @@ class Policy:
         The prefix is computed once per question (scope `suffix`) or once per question and node (scope `all`), and the rows that
         continue it share its keys and values; gradients flow through them.
         """
+        return self._logprobs(rows, entropy=False)[0]
+
+    def logprobs_and_entropies(self, rows: Rows) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
+        """Return as well the entropy of the distribution that each token was sampled from, in nats and with its gradient."""
+        logprobs_K, entropies_K = self._logprobs(rows, entropy=True)
+        assert entropies_K is not None
+        return logprobs_K, entropies_K
+
+    def _logprobs(self, rows: Rows, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         suffixes = rows.suffixes
         attention = SuffixAttention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
         nodes_T, chosen_K = rows.node_of_row_B[suffixes.row_T], suffixes.ids_T[rows.sampled_K]
         return self._layers.logprobs(
-            suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1, chosen_K, rows.temperature
-        )
+            suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1, chosen_K, rows.temperature,
+            entropy=entropy,
+        )  # fmt: skip
