@@ -36,6 +36,8 @@ class EvalArguments:
     """Seed of the samples where the temperature is above 0."""
     untrained: bool = False
     """Score the network before training."""
+    best: bool = False
+    """Score the adapters of the run's best validation, not its last ones."""
     allow_code: bool = False
     """Execute the Python file that holds the run's task (class:FILE.py:CLASS)."""
     json: bool = False
@@ -49,14 +51,18 @@ def run(args: Sequence[str]) -> None:
         raise ValueError(f"--size must be 1 to {MOST_COUNTED:,}, got {parsed.size}")
     if parsed.temperature != 0 and not COLDEST <= parsed.temperature < math.inf:
         raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {parsed.temperature}")
+    if parsed.best and parsed.untrained:
+        raise ValueError("--best and --untrained exclude each other; give one of them")
     opened, task = open_run(parsed.run, untrained=parsed.untrained, data=parsed.data, allow_code=parsed.allow_code)
+    if parsed.best and opened.best() is None:
+        raise ValueError(f"{parsed.run} holds no best checkpoint: no validation was its best yet; leave --best out")
     task.check_ready()
     examples = task.load(parsed.file) if parsed.file else task.examples(parsed.split, parsed.size)
     find_backbone(opened.config.backbone)
     from neuromas.training.evaluate import evaluate, score
     from neuromas.training.load_run import load_network
 
-    network, step = load_network(opened, untrained=parsed.untrained)
+    network, step = load_network(opened, untrained=parsed.untrained, best=parsed.best)
     result, groups = evaluate(network, task, examples, temperature=parsed.temperature, seed=parsed.seed)
     report, lines = result.to_json(), [str(result)]
     if parsed.file:

@@ -81,5 +81,11 @@ def train_and_report(config: TrainConfig, *, resume: bool = False, parent: RunDi
     for when, results in scores.items():
         for name, result in results.items():
             print(f"{when} training, {name}: {result}")
+    if best := run.best():
+        state = best[1]
+        print(
+            f"best validation: {state['validation_accuracy']:.1%} after step {state['step']}; "
+            f"neuromas eval {run.path} --best scores those adapters"
+        )
     print(f"curve: {plot_run(run)}")
     print(f"details: neuromas show {run.path}")

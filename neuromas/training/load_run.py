@@ -34,8 +34,8 @@ def load_run(path: Path, *, untrained: bool = False, data: Path | None = None, a
     return LoadedRun(run, network, task, step)
 
 
-def load_network(run: RunDirectory, *, untrained: bool = False) -> tuple[Network, int]:
-    """Return the network of a run's newest checkpoint and its step, or the one before training and 0."""
+def load_network(run: RunDirectory, *, untrained: bool = False, best: bool = False) -> tuple[Network, int]:
+    """Return the network of a run's newest checkpoint, or of its `best`, and its step, or the one before training and 0."""
     # A run trained on a GPU answers on a machine without one.
     network = build_network(dataclasses.replace(run.config, device="auto"))
     if untrained:
@@ -44,4 +44,5 @@ def load_network(run: RunDirectory, *, untrained: bool = False) -> tuple[Network
     state = checkpoint.load(run, network.adapters)
     assert state is not None
     run.check_backbone(network.backbone.checksum(), state.backbone_checksum)
-    return network, state.step
+    # The best is kept of the network as it is last.
+    return network, checkpoint.load_best(run, network.adapters) if best else state.step

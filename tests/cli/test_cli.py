@@ -255,6 +255,8 @@ def test_a_backbone_that_has_changed_since(call: Call, tmp_path: Path, trained: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--best"], r"^error: .*/run holds no best checkpoint: no validation was its best yet; leave --best out$"),
+        (["--best", "--untrained"], r"^error: --best and --untrained exclude each other; give one of them$"),
         (["--size", "0"], r"^error: --size must be 1 to 999,999, got 0$"),
         (["--temperature", "-1"], r"^error: --temperature must be 0 \(greedy\) or at least 0\.001, got -1\.0$"),
     ],
@@ -323,6 +325,15 @@ def test_show_prints_brackets_in_a_path_as_they_are(call: Call, tmp_path: Path, 
     path = tmp_path / "run.toml"
     path.write_text(f"backbone = '{folder}'\n")
     assert "/[bold]/[/model" in call("show", path).out.replace("\n", "")
+
+
+def test_the_best_validation_is_told_and_can_be_scored(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--num-steps", "2", "--eval-every", "1", "--validation-size", "2", "--backbone", tiny_folder, "--run-dir", run)
+    told = f"best validation: 0.0% after step 1; neuromas eval {run} --best scores those adapters"
+    assert told in call("train", *FLAGS, *flags).out.splitlines()
+    scored = call("eval", run, "--best", "--size", "2")
+    assert (scored.status, scored.out[:4]) == (0, "0.0%"), scored
 
 
 def test_eval_json(call: Call, trained: Path, tmp_path: Path) -> None:
