@@ -276,6 +276,12 @@ class TrainConfig:
     format_bonus: float = 0.0
     """Added to a rollout's reward: this times the share of its messages, the answer among them, that are well-formed. 0: the
     terminal reward alone, the paper's."""
+    kl_coef: float = 0.0
+    """Above 0, takes this times the divergence from the bare backbone off a rollout's reward: log p - log p_bare in nats,
+    summed over all tokens of all nodes. Costs one forward of the bare backbone a step."""
+    entropy_coef: float = 0.0
+    """Above 0, pays this times the entropy of a node's distribution, in nats, at each token that it samples: nodes keep
+    exploring."""
     normalize: bool = False
     """Divide a group's advantages by the standard deviation of its rewards."""
     tokens_per_micro_batch: int = 10_000
@@ -313,7 +319,8 @@ class TrainConfig:
         least = f"at least {COLDEST} (training samples)"
         require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
         require(self.lr > 0, "--lr", "above 0", self.lr)
-        require(self.format_bonus >= 0, "--format-bonus", "at least 0", self.format_bonus)
+        for name in ("format_bonus", "kl_coef", "entropy_coef"):
+            require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
         require(_is_date(self.prompt_date), "--prompt-date", "a date YYYY-MM-DD", self.prompt_date)
         needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1

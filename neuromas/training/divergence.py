@@ -24,8 +24,8 @@ from neuromas.training.ledger import spending
 from neuromas.training.reinforce import Batch, advantages
 from neuromas.types import Completion, Group, Prompt, Rollout
 
-Text = tuple[Prompt, tuple[int, ...]]
-"""A prompt and the sampled tokens after it."""
+Text = tuple[Prompt, tuple[int, ...], tuple[int, ...]]
+"""A prompt, the tokens after it, and the indices of those that were given and not sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Divergence:
         batch = Batch(tuple(completions.values()), len(groups), bare.routing, temperature)
         with torch.no_grad():
             parts = [bare.logprobs(part.rows) for part in batch.split(tokens_per_micro_batch, bare.backbone.device)]
-        by_text = torch.cat(parts).cpu().split([len(token_ids) for _, token_ids in completions])
+        by_text = torch.cat(parts).cpu().split([len(completion.sample.logprobs) for completion, _ in batch.completions])
         return cls(groups, {text: logprobs.sum().item() for text, logprobs in zip(completions, by_text, strict=True)})
 
     def per_token(self) -> float:
@@ -77,4 +77,4 @@ class Divergence:
 
 
 def _text(completion: Completion) -> Text:
-    return completion.prompt, completion.sample.token_ids
+    return completion.prompt, completion.sample.token_ids, completion.sample.given

@@ -18,6 +18,7 @@ from neuromas.config import TrainConfig
 from neuromas.model.policy import Policy
 from neuromas.rollout.network import Diverged
 from neuromas.training import reinforce
+from neuromas.training.ledger import spending
 from neuromas.types import Group
 
 
@@ -30,6 +31,8 @@ class Update:
     """Largest difference between a token's log-probability as sampled and as recomputed by the learner."""
     grad_norms: dict[int, float]
     """Norm of each node's gradient before clipping."""
+    entropy: float | None = None
+    """Mean entropy at a sampled token; None without an entropy bonus."""
 
 
 class Learner(Protocol):
@@ -85,12 +88,19 @@ class TorchLearner:
     ) -> Update:
         policy, config = self.policy, self.config
         batch = reinforce.build_batch(
-            groups, advantages, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature
+            groups, advantages, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature,
+            keep_all=config.entropy_coef > 0,
         )  # fmt: skip
-        loss_sum = gap = 0.0
+        loss_sum = gap = entropy_sum = 0.0
         for micro_batch in batch.split(config.tokens_per_micro_batch, policy.backbone.device):
-            logprobs_K = policy.logprobs(micro_batch.rows)
+            if config.entropy_coef:
+                logprobs_K, entropies_K = policy.logprobs_and_entropies(micro_batch.rows)
+            else:
+                logprobs_K, entropies_K = policy.logprobs(micro_batch.rows), None
             loss = reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts)
+            if entropies_K is not None:
+                loss = loss + reinforce.entropy_loss(entropies_K, config.entropy_coef, batch.num_rollouts)
+                entropy_sum += entropies_K.sum().item()
             loss.backward()
             loss_sum += loss.item()
             gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
@@ -103,4 +113,5 @@ class TorchLearner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.bank.version += 1
-        return Update(loss_sum, gap, grad_norms)
+        entropy = entropy_sum / spending(groups).sampled_tokens if config.entropy_coef else None
+        return Update(loss_sum, gap, grad_norms, entropy)

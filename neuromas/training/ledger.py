@@ -17,7 +17,8 @@ class Ledger:
     steps: int = 0
     """Training steps: each draws questions and rolls them out."""
     optimizer_steps: int = 0
-    """Steps that had a gradient. A step whose groups are all right or all wrong changes no adapter."""
+    """Steps that had a gradient. A step whose groups are all right or all wrong has none, unless divergence is penalised or
+    entropy paid for."""
     questions: int = 0
     rollouts: int = 0
     calls: int = 0

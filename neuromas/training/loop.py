@@ -23,8 +23,9 @@ def train_step(trainer: Trainer) -> dict[str, float]:
     groups = trainer.roll_out(examples, step)
     sampled = time.perf_counter()
     rewards_PG = trainer.rewards(groups)
-    advantages = trainer.advantages(rewards_PG, groups)
-    metrics = trainer.describe_step(groups, rewards_PG, advantages)
+    divergence = trainer.divergence(groups)
+    advantages = trainer.advantages(rewards_PG, groups, divergence)
+    metrics = trainer.describe_step(groups, rewards_PG, advantages, divergence)
     metrics |= trainer.update(groups, advantages)
     ended = time.perf_counter()
     metrics["seconds/rollout/sum"], metrics["seconds/update/sum"] = sampled - started, ended - sampled
@@ -39,7 +40,7 @@ def train_to_end(trainer: Trainer, progress: Progress, stop: Stop) -> None:
             metrics = train_step(trainer)
         except Diverged as error:
             raise trainer.diverged(f"step {trainer.step + 1}", error) from error
-        progress.step(trainer.step, metrics, trainer.ledger.sampled_tokens)
+        progress.step(trainer.step, metrics, trainer.ledger.sampled_tokens, trainer.watch.active.values())
         trainer.save_if_due(asked=stop.asked)
         stop.leave_if_asked(f"after step {trainer.step}")
     trainer.check_frozen()

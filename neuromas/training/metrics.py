@@ -9,11 +9,14 @@ from torch import Tensor
 from neuromas.graph.messages import drops_text
 from neuromas.tasks import Task
 from neuromas.training.ledger import spending
+from neuromas.training.watch import asked, mixed_share, top_answer
 from neuromas.types import Group, MessageStatus, Rollout
 
 METRICS = {
     "reward/mean": "Mean terminal reward of the step's rollouts.",
     "answer_parsed/frac": "Share of rollouts whose answer the task could read.",
+    "top_answer/frac": "Share of the most frequent answer among those that the task could read.",
+    "mixed_groups/frac": "Share of questions whose rollouts have different rewards; the others do not tell right from wrong.",
     "signal/frac": "Share of rollouts with an advantage other than 0; the rest teach nothing.",
     "message_fault/frac": "Share of messages that were missing, empty or without a `TO node k:` header.",
     "message_fault/missing/frac": "Share of messages whose sender addressed others, not this recipient.",
@@ -25,6 +28,8 @@ METRICS = {
     "completion_tokens/mean": "Mean sampled tokens of a completion, stop token included.",
     "completion_tokens/node/<k>/mean": "The same for node k.",
     "logprob/mean": "Mean log-probability of a sampled token; towards 0 the nodes stop exploring.",
+    "kl/mean": "Mean over sampled tokens of log p - log p_bare, an estimate of the divergence; with --kl-coef.",
+    "entropy/mean": "Mean entropy, in nats, of the distributions that tokens were sampled from; with --entropy-coef.",
     "grad_norm/node/<k>/max": "Norm of node k's gradient before clipping.",
     "logprob_gap/max": "Largest difference between a token's log-probability as sampled and as recomputed by the learner.",
     "loss/mean": "The surrogate loss; its value means little, its gradient is the estimator.",
@@ -74,6 +79,7 @@ def well_formed(task: Task, rollout: Rollout) -> float:
 def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, advantages_PG: Tensor) -> dict[str, float]:
     """Return what a step's rollouts tell."""
     rollouts = [rollout for group in groups for rollout in group]
+    questions = asked(task, groups, rewards_PG)
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     statuses = [message.status for completion in completions for message in completion.messages]
     spent = spending(groups)
@@ -85,7 +91,9 @@ def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, adv
     dropped = [c for c in hidden if not c.begins and drops_text(c.text, [message.recipient for message in c.messages])]
     metrics = {
         "reward/mean": rewards_PG.mean().item(),
-        "answer_parsed/frac": sum(task.parse_answer(r.answer) is not None for r in rollouts) / len(rollouts),
+        "answer_parsed/frac": sum(each.answers.total() for each in questions) / len(rollouts),
+        "top_answer/frac": top_answer(questions)[1],
+        "mixed_groups/frac": mixed_share(questions),
         "signal/frac": torch.count_nonzero(advantages_PG).item() / advantages_PG.numel(),
         "message_fault/frac": 1 - share(MessageStatus.OK) if statuses else 0.0,
         "message_fault/missing/frac": share(MessageStatus.MISSING),

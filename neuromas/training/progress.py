@@ -1,14 +1,14 @@
 """What a person sees while a run trains: a live bar in a terminal, a line now and then in a log."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from neuromas.system.terminal import printable
+from neuromas.system.terminal import one_line, printable
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -39,11 +39,12 @@ class Progress:
     def note(self, text: str) -> None:
         self._console.print(printable(text), markup=False)
 
-    def step(self, steps: int, metrics: Mapping[str, float], sampled_tokens: int) -> None:
-        """Show that `steps` steps are done, in which the nodes have sampled so many tokens."""
+    def step(self, steps: int, metrics: Mapping[str, float], sampled_tokens: int, warnings: Iterable[str] = ()) -> None:
+        """Show that `steps` steps are done, in which the nodes have sampled so many tokens, and the warnings that hold."""
         text = (
             f"reward {metrics['reward/mean']:.2f} parsed {metrics['answer_parsed/frac']:.0%} "
             f"faults {metrics['message_fault/frac']:.0%} {metrics['sampled_tokens_per_second/mean']:,.0f} tok/s"
+            + "".join(f"  ! {one_line(warning)}" for warning in warnings)
         )
         if "validation/accuracy/mean" in metrics:
             self.note(

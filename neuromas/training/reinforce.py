@@ -138,9 +138,11 @@ def build_batch(
     routing: Routing,
     adapter_version: int,
     temperature: float,
+    keep_all: bool = False,
 ) -> Batch:
     """Return one row per completion that has an advantage other than 0, of those of its node; the others have no gradient.
 
+    `keep_all` keeps those too: an entropy bonus has a gradient in every text.
     Raises ValueError if a completion was written by another version of the adapters: the estimator is on-policy.
     """
     chosen: list[tuple[Completion, float]] = []
@@ -155,7 +157,7 @@ def build_batch(
                         f"node {completion.node}'s completion was written by adapter version {written_by}, the learner holds "
                         f"{adapter_version}; sample again with the current adapters"
                     )
-                if advantage != 0:
+                if advantage != 0 or keep_all:
                     chosen.append((completion, advantage))
     # Stable, so rows of one node and one question stay together and a prefix is computed in few micro-batches.
     chosen.sort(key=lambda item: item[0].node)
@@ -168,3 +170,12 @@ def loss(logprobs_K: Float[Tensor, " K"], advantages_K: Float[Tensor, " K"], num
     The denominator is fixed before sampling: a sum divided by sampled length is no longer the gradient of the expected reward.
     """
     return -(logprobs_K * advantages_K).sum() / num_rollouts
+
+
+def entropy_loss(entropies_K: Float[Tensor, " K"], coefficient: float, num_rollouts: int) -> Float[Tensor, ""]:
+    """Return - coefficient * sum over sampled tokens of the entropy there, over the rollouts of the step (Mnih et al. 2016).
+
+    Its gradient is exact at each token, from all the vocabulary's probabilities. What a token does to the entropy after it is
+    left out: a node is not paid for writing more tokens.
+    """
+    return -coefficient * entropies_K.sum() / num_rollouts

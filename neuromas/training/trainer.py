@@ -8,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuromas.graph.growth import Growth, describe
+from neuromas.model.policy import Policy
 from neuromas.rollout.network import Diverged
 from neuromas.training import checkpoint, reinforce
+from neuromas.training.divergence import Divergence
 from neuromas.training.evaluate import Evaluation, evaluate
 from neuromas.training.growth_schedule import GrowthSchedule, changed_answers
 from neuromas.training.learning_rate import learning_rate
@@ -19,6 +21,7 @@ from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
+from neuromas.training.watch import Watch, asked
 from neuromas.types import Example, Group
 
 
@@ -31,9 +34,12 @@ class Trainer:
         self.task, self.sets = plan.questions.task, plan.questions.evaluation_sets
         self.bank, self.backbone = setup.network.adapters, setup.network.backbone
         self.tell: Callable[[str], None] = lambda text: None
+        self.watch = Watch()
         self.checksum = self.backbone.checksum()
         self.growths = GrowthSchedule(setup.network, plan.growths)
         self.learner = setup.learner
+        self.bare = Policy(self.backbone) if self.config.kl_coef else None
+        """The backbone without adapters, from which divergence is penalised."""
         for parameters in self.growths.restore(run.step):
             self.learner.add_nodes(parameters)
         state = checkpoint.load(run, self.bank, self.learner)
@@ -106,26 +112,46 @@ class Trainer:
         rewards = self.task.rewards([(r.example, r.answer) for group in groups for r in group])
         return torch.tensor(rewards).view(len(groups), self.config.group_size)
 
-    def advantages(self, rewards_PG: Float[Tensor, "P G"], groups: list[Group]) -> dict[int, Float[Tensor, "P G"]]:
+    def divergence(self, groups: list[Group]) -> Divergence | None:
+        """Return how far the rollouts are from the bare backbone's; None, at no cost, where that is not penalised."""
+        if self.bare is None:
+            return None
+        config = self.config
+        return Divergence.of(
+            groups, self.bare, temperature=config.temperature, tokens_per_micro_batch=config.tokens_per_micro_batch
+        )  # fmt: skip
+
+    def advantages(
+        self, rewards_PG: Float[Tensor, "P G"], groups: list[Group], divergence: Divergence | None
+    ) -> dict[int, Float[Tensor, "P G"]]:
         """Return the advantages of each node's texts; in a tree, rollouts have those of early layers in common."""
         config, topology = self.config, self.network.topology
+        shared_by = {node: config.branches ** (topology.depth - topology.layer(node)) for node in topology.nodes}
         if config.format_bonus:
             form = [well_formed(self.task, r) for group in groups for r in group]
             rewards_PG = rewards_PG + config.format_bonus * torch.tensor(form).view_as(rewards_PG)
         found = {
             node: reinforce.advantages(
-                rewards_PG, config.centring, shared_by=config.branches ** (topology.depth - topology.layer(node)),
-                running_mean=self.running_mean, normalize=config.normalize,
+                rewards_PG, config.centring, shared_by=shared_by[node], running_mean=self.running_mean,
+                normalize=config.normalize,
             )
             for node in topology.nodes
         }  # fmt: skip
+        if divergence:
+            # Not a part of what is normalized: in a group of equal rewards that would blow it up to the size of a reward.
+            for node, advantages_PG in found.items():
+                found[node] = advantages_PG - config.kl_coef * divergence.penalties(node, shared_by=shared_by[node])
         self.running_mean += (rewards_PG.mean().item() - self.running_mean) * (0.1 if self.step else 1.0)
         return found
 
-    def describe_step(self, groups: list[Group], rewards_PG: Tensor, advantages: dict[int, Tensor]) -> dict[str, float]:
+    def describe_step(
+        self, groups: list[Group], rewards_PG: Tensor, advantages: dict[int, Tensor], divergence: Divergence | None
+    ) -> dict[str, float]:
         """Return the metrics of a step's rollouts."""
         metrics = rollout_metrics(self.task, groups, rewards_PG, advantages[self.network.topology.output_node])
         metrics["questions/sum"] = float(len(groups))
+        if divergence:
+            metrics["kl/mean"] = divergence.per_token()
         if self.config.growth:
             examples, seed = [group[0].example for group in groups], (self.config.seed, self.step)
             grown = [self.network.topology_of(example, seed) == self.network.topology for example in examples]
@@ -139,7 +165,8 @@ class Trainer:
         update = self.learner.update(groups, advantages, learning=self.growths.learning(self.step, groups), lr=lr)
         self.ledger.record(groups, updated=any(update.grad_norms.values()))
         norms = {f"grad_norm/node/{node}/max": norm for node, norm in update.grad_norms.items()}
-        return {"loss/mean": update.loss, "logprob_gap/max": update.logprob_gap, "lr/value": lr, **norms}
+        entropy = {} if update.entropy is None else {"entropy/mean": update.entropy}
+        return {"loss/mean": update.loss, "logprob_gap/max": update.logprob_gap, "lr/value": lr, **entropy, **norms}
 
     def finish_step(self, groups: list[Group], rewards_PG: Tensor, metrics: dict[str, float]) -> dict[str, float]:
         """Validate if that is due, and log the step with all its rollouts; return all its metrics."""
@@ -148,6 +175,8 @@ class Trainer:
         self.growths.set_open_probability(self.step)
         if self.validates and (self.step % self.config.eval_every == 0 or self.finished):
             metrics |= self._validate()
+        for text in self.watch.look(asked(self.task, groups, rewards_PG)):
+            self.tell(f"step {self.step}: {text}")
         self.run.log_metrics(step, metrics)
         self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
         return metrics

@@ -70,12 +70,12 @@ def test_the_expected_gradient_is_that_of_the_divergence_of_whole_rollouts(share
     first, second, bare_first, bare_second = (t.log_softmax(-1) for t in (head, tail, bare_head, bare_tail))
 
     def completion(node: int, read: tuple[int, ...], symbol: int, logprob: Tensor) -> Completion:
-        sample = Sample((symbol,), (logprob.item(),), "x", stopped=True, adapter_version=0)
+        sample = Sample((symbol,), (logprob.item(),), ("x",), stopped=True, adapter_version=0)
         return Completion(node, Prompt(read, (node,)), sample, parse("x", node, (2,) if node == 1 else ()))
 
     bare = {
-        **{(Prompt((), (1,)), (a,)): bare_first[a].item() for a in range(2)},
-        **{(Prompt((a,), (2,)), (b,)): bare_second[a, b].item() for a, b in product(range(2), repeat=2)},
+        **{(Prompt((), (1,)), (a,), ()): bare_first[a].item() for a in range(2)},
+        **{(Prompt((a,), (2,)), (b,), ()): bare_second[a, b].item() for a, b in product(range(2), repeat=2)},
     }
     total = torch.zeros((), dtype=torch.float64)
     for texts in product(range(2), repeat=2):

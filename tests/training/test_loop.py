@@ -29,16 +29,18 @@ from models import (
 from runs import train_run
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributions import Categorical
 from transformers import AutoTokenizer
 
 from neuromas import Network, Topology
 from neuromas.cli import main as cli
-from neuromas.config import AdapterConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, GrowthConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
+from neuromas.model.policy import Policy, Rows
 from neuromas.rollout.engine import uniforms
 from neuromas.tasks import get_task
 from neuromas.training import checkpoint, reinforce
 from neuromas.training.learning_rate import learning_rate
-from neuromas.training.load_run import load_run
+from neuromas.training.load_run import load_network, load_run
 from neuromas.training.loop import train_step
 from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
@@ -107,9 +109,15 @@ def sample_plainly(model: Any, prompt: tuple[int, ...], draws: Any, stop: int) -
     return written
 
 
-def plain_reinforce_step(model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
-    """Do one step of textbook REINFORCE with leave-one-out centring on one PEFT model; return the mean reward."""
+def plain_reinforce_step(
+    model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int
+) -> dict[str, float]:
+    """Do one step of textbook REINFORCE with leave-one-out centring on one PEFT model; return its metrics.
+
+    A divergence from the bare model is a part of the reward, the entropy of each token's softmax a part of the loss.
+    """
     task, rewards, loss = get_task("navigate"), [], torch.zeros(())
+    ratios, entropies = [], []
     for example in task.training_batch(config.seed, step, config.examples_per_step):
         text = f"{example.question}\n\nYou are node 1 in the output layer.\n{example.answer_format}"
         chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
@@ -120,25 +128,39 @@ def plain_reinforce_step(model: Any, tokenizer: Any, optimizer: torch.optim.Opti
             with torch.no_grad():
                 group.append(sample_plainly(model, prompt, draws, tokenizer.eos_token_id))
         scores = [task.reward(example, tokenizer.decode(written, skip_special_tokens=True)) for written in group]
-        for written, score in zip(group, scores, strict=True):
-            completion = Completion(
-                1, Prompt((), prompt), Sample(tuple(written), (0.0,) * len(written), ("",), stopped=True, adapter_version=0), ()
-            )
-            advantage = score - (sum(scores) - score) / (config.group_size - 1)
-            loss = loss - advantage * plain_logprobs(model, completion).sum()
+        samples = [Sample(tuple(written), (0.0,) * len(written), ("",), stopped=True, adapter_version=0) for written in group]
+        texts = [Completion(1, Prompt((), prompt), sample, ()) for sample in samples]
+        with torch.no_grad():
+            learned = [plain_logprobs(model, text).sum().item() for text in texts]
+            with model.disable_adapter():
+                bare = [plain_logprobs(model, text).sum().item() for text in texts]
+        ratios += [p - q for p, q in zip(learned, bare, strict=True)]
+        paid = [score - config.kl_coef * (p - q) for score, p, q in zip(scores, learned, bare, strict=True)]
+        for text, score in zip(texts, paid, strict=True):
+            advantage = score - (sum(paid) - score) / (config.group_size - 1)
+            logits = model(input_ids=torch.tensor([[*prompt, *text.sample.token_ids]])).logits[0, len(prompt) - 1 : -1]
+            entropy = Categorical(logits=logits).entropy()
+            loss = loss - advantage * plain_logprobs(model, text).sum() - config.entropy_coef * entropy.sum()
+            entropies += entropy.tolist()
         rewards += scores
     optimizer.zero_grad()
     (loss / len(rewards)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
-    return sum(rewards) / len(rewards)
+    tokens = len(entropies)
+    return {
+        "reward/mean": sum(rewards) / len(rewards), "kl/mean": sum(ratios) / tokens, "entropy/mean": sum(entropies) / tokens,
+    }  # fmt: skip
 
 
-def test_one_node_is_single_model_reinforce(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kl_coef", "entropy_coef"), [(0.0, 0.0), (0.3, 0.2)])
+def test_one_node_is_single_model_reinforce(
+    folders: dict[str, Path], tmp_path: Path, kl_coef: float, entropy_coef: float
+) -> None:
     """Three steps of the loop equal three steps of a loop written with PEFT, torch and nothing of ours but the draws."""
     config = make_config(
         folders["qwen3"], tmp_path / "run", topology=TopologyConfig(widths=(1,)), adapter=AdapterConfig(rank=2), lr=1e-3,
-        warmup_steps=0, final_lr=1.0, max_grad_norm=0.5,
+        warmup_steps=0, final_lr=1.0, max_grad_norm=0.5, kl_coef=kl_coef, entropy_coef=entropy_coef,
     )  # fmt: skip
     trainer = start(config)
     model = load_peft(folders["qwen3"], export_peft(trainer.bank, 1, tmp_path / "start"))
@@ -153,10 +175,77 @@ def test_one_node_is_single_model_reinforce(folders: dict[str, Path], tmp_path: 
     for step in range(3):
         metrics = train_step(trainer)
         assert metrics["signal/frac"] > 0
-        assert plain_reinforce_step(model, tokenizer, optimizer, config, step) == metrics["reward/mean"]
+        expected = plain_reinforce_step(model, tokenizer, optimizer, config, step)
+        assert ("kl/mean" in metrics, "entropy/mean" in metrics) == (kl_coef > 0, entropy_coef > 0)
+        found = {name: metrics.get(name, expected[name]) for name in expected}
+        assert found == pytest.approx(expected, rel=0, abs=1e-5)
     for name, parameter in trainer.bank.parameters().items():
         assert (parameter - before[name]).abs().max() > 1e-3
         torch.testing.assert_close(parameter[0], learned[name], rtol=0, atol=1e-6)
+
+
+# Divergence from the bare backbone, and entropy
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": AdapterConfig(rank=2, shared=True)},
+        {"topology": TopologyConfig(widths=(1, 1), roles=("You plan.", "You answer."))},
+        {"branches": 2},
+        {"topology": TopologyConfig(widths=(1,)), "growth": (GrowthConfig(at_step=2, widths=(1, 1)),), "group_size": 2},
+    ],
+    ids=["shared", "roles", "branches", "grown"],
+)
+def test_where_nothing_is_right_entropy_rises_and_divergence_falls(
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Every kind of network, on a task that nobody solves, resumed in between."""
+
+    def measured(name: str, *, resumed: bool, **coefficient: float) -> list[float]:
+        config = make_config(
+            folders["qwen3"], tmp_path / f"{name}{resumed}", num_steps=6, warmup_steps=0, lr=0.005,
+            **{**changes, **coefficient},
+        )  # fmt: skip
+        values, trainer = [], start(config)
+        trainer.task.parse_answer = lambda text: None
+        if "kl_coef" in coefficient:
+            randomise(trainer.bank, 0.3)
+        for step in range(6):
+            if resumed and step == 3:
+                trainer.save()
+                trainer = start(config, resume=True)
+                trainer.task.parse_answer = lambda text: None
+            metrics = train_step(trainer)
+            assert metrics["reward/mean"] == 0.0
+            values.append(metrics[name])
+        return values
+
+    entropies = measured("entropy/mean", resumed=False, entropy_coef=1.0)
+    divergences = measured("kl/mean", resumed=False, kl_coef=1.0)
+    print(entropies, divergences)
+    assert sum(entropies[-2:]) > sum(entropies[:2])
+    assert sum(divergences[-2:]) < sum(divergences[:2])
+    assert measured("kl/mean", resumed=True, kl_coef=1.0) == divergences
+    assert measured("entropy/mean", resumed=True, entropy_coef=1.0) == entropies
+
+
+def test_without_a_coefficient_the_bare_backbone_is_not_asked(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    logprobs = Policy.logprobs
+
+    def counted(policy: Policy, rows: Rows) -> Tensor:
+        asked.append(policy.adapters is None)
+        return logprobs(policy, rows)
+
+    monkeypatch.setattr(Policy, "logprobs", counted)
+    for number, coefficient in enumerate((0.0, 0.1)):
+        asked.clear()
+        metrics = train_step(start(make_config(folders["qwen3"], tmp_path / str(number), kl_coef=coefficient)))
+        assert ("kl/mean" in metrics) == (coefficient > 0)
+        assert asked.count(True) == (coefficient > 0)
 
 
 # What one step must not do
@@ -230,14 +319,17 @@ def test_a_gradient_that_is_no_number_moves_nothing(
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize("scope", ["all", "suffix"])
-def test_micro_batches_make_the_same_step(folders: dict[str, Path], tmp_path: Path, scope: Literal["all", "suffix"]) -> None:
+@pytest.mark.parametrize(("scope", "coefficient"), [("all", 0.0), ("suffix", 0.0), ("all", 0.2)])
+def test_micro_batches_make_the_same_step(
+    folders: dict[str, Path], tmp_path: Path, scope: Literal["all", "suffix"], coefficient: float
+) -> None:
     """The optimizer's first moment is 0.1 times the clipped gradient: equal within 1e-5 of its largest entry."""
     moments = []
     for tokens in (1, 100_000):
         config = make_config(
-            folders["gemma3"], tmp_path / f"run{tokens}", adapter=AdapterConfig(scope=scope), tokens_per_micro_batch=tokens
-        )
+            folders["gemma3"], tmp_path / f"run{tokens}", adapter=AdapterConfig(scope=scope), tokens_per_micro_batch=tokens,
+            kl_coef=coefficient, entropy_coef=coefficient,
+        )  # fmt: skip
         trainer = start(config)
         train_step(trainer)
         moments.append({name: value for name, value in state_of(trainer).items() if name.endswith("exp_avg")})
@@ -487,6 +579,9 @@ def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[st
     assert [folder.name for folder in sorted((config.run_path / "checkpoints").glob("best-*"))] == ["best-000002"]
     assert checkpoint.load_best(trainer.run, trainer.bank) == 2
     assert_bit_equal(dict(trainer.bank.parameters()), at[2])
+    network, step = load_network(trainer.run, best=True)
+    assert step == 2
+    assert_bit_equal(dict(network.adapters.parameters()), at[2])
     assert start(config, resume=True).best_accuracy == 0.5
 
 

@@ -62,6 +62,9 @@ def test_rollout_metrics_counted_by_hand() -> None:
         {
             "reward/mean": 0.25,
             "answer_parsed/frac": 0.75,
+            # One Yes and two No can be read.
+            "top_answer/frac": 2 / 3,
+            "mixed_groups/frac": 1.0,
             "signal/frac": 0.5,
             "message_fault/frac": 0.75,
             "message_fault/missing/frac": 0.25,

@@ -16,7 +16,7 @@ def group(gold: str, *answers: str) -> Group:
     """Return rollouts that give these answers; an empty one is a text that no answer can be read from."""
 
     def rollout(index: int, answer: str) -> Rollout:
-        sample = Sample((1,), (-0.5,), f"Answer: {answer}", stopped=True, adapter_version=0)
+        sample = Sample((1,), (-0.5,), (f"Answer: {answer}",), stopped=True, adapter_version=0)
         return Rollout(Example("id", "q", gold, ""), index, (Completion(1, Prompt((), (1,)), sample, ()),))
 
     return tuple(rollout(index, answer) for index, answer in enumerate(answers))
