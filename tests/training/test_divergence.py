@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from neuromas import Network, Topology
-from neuromas.config import AdapterConfig, Scope
+from neuromas.config import AdapterConfig, PromptConfig, Scope
 from neuromas.graph.messages import parse
 from neuromas.model.policy import Policy
 from neuromas.tasks import get_task
@@ -24,10 +25,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(make_model("qwen3"), tmp_path_factory.mktemp("bare") / "qwen3")
 
 
-@pytest.mark.parametrize("scope", ["all", "suffix"])
-def test_it_is_the_sum_of_log_ratios_of_plain_transformers(folder: Path, scope: Scope) -> None:
+@pytest.mark.parametrize(("scope", "wording"), [("all", "terse"), ("suffix", "chat")])
+def test_it_is_the_sum_of_log_ratios_of_plain_transformers(
+    folder: Path, scope: Scope, wording: Literal["terse", "chat"]
+) -> None:
+    """With wording `chat` node 1 writes two texts, and the header of the second is given: it counts for nothing."""
     backbone = load_backbone(folder)
-    network = Network(Topology.layered([2, 1]), backbone, adapter=AdapterConfig(rank=2, scope=scope), max_new_tokens=5)
+    network = Network(
+        Topology.layered([1, 2, 1]), backbone, adapter=AdapterConfig(rank=2, scope=scope), max_new_tokens=30,
+        prompt=PromptConfig(wording=wording),
+    )  # fmt: skip
     examples, bare = get_task("navigate").examples("test", 2), Policy(backbone)
 
     def divergence(tokens_per_micro_batch: int = 10_000) -> Divergence:
@@ -37,22 +44,23 @@ def test_it_is_the_sum_of_log_ratios_of_plain_transformers(folder: Path, scope: 
     assert divergence().per_token() == pytest.approx(0, abs=1e-5)
     randomise(network.adapters)
     found, plain = divergence(), AutoModelForCausalLM.from_pretrained(folder)
-    ratios = [
-        [{c.node: sum(c.sample.logprobs) - plain_logprobs(plain, c, 0.7).sum().item() for c in r.completions} for r in group]
-        for group in found.groups
-    ]
-    # Nodes 1 and 2 write to node 3: what one of them writes changes nothing of the other's text.
-    for node, counted in ((1, (1, 3)), (2, (2, 3)), (3, (3,))):
+    completions = [c for group in found.groups for r in group for c in r.completions]
+    assert any(c.sample.given for c in completions) == (wording == "chat")
+
+    def log_ratio(c: Completion) -> float:
+        of_bare = plain_logprobs(plain, c, 0.7).tolist()
+        return sum(c.sample.logprobs) - sum(p for index, p in enumerate(of_bare) if index not in c.sample.given)
+
+    ratios = [[{c.node: log_ratio(c) for c in r.completions} for r in group] for group in found.groups]
+    # Nodes 2 and 3 write to node 4: what one of them writes changes nothing of the other's text.
+    for node, counted in ((1, (1, 2, 3, 4)), (2, (2, 4)), (3, (3, 4)), (4, (4,))):
         sums = torch.tensor([[sum(rollout[n] for n in counted) for rollout in group] for group in ratios])
         assert sums.abs().max() > 0.1
         torch.testing.assert_close(found.penalties(node), sums - sums.flip(1), rtol=0, atol=1e-4)
         one_by_one = divergence(tokens_per_micro_batch=1).penalties(node)
         torch.testing.assert_close(one_by_one, found.penalties(node), rtol=0, atol=1e-4)
-    tokens = [len(c.sample.token_ids) for group in found.groups for r in group for c in r.completions]
     total = sum(ratio for group in ratios for rollout in group for ratio in rollout.values())
-    assert found.per_token() == pytest.approx(total / sum(tokens), abs=1e-5)
-    # A text that is written twice, as in a tree, is computed once.
-    assert len(found.bare) <= len(tokens)
+    assert found.per_token() == pytest.approx(total / sum(len(c.sample.logprobs) for c in completions), abs=1e-4)
 
 
 @pytest.mark.parametrize("shared_by", [1, 2])
