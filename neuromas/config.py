@@ -233,8 +233,8 @@ class TrainConfig:
     """Growths in the course of the run, in order; written in a TOML file, or by `neuromas grow`."""
 
     backbone: str = "bundled"
-    """Frozen language model shared by all nodes: `bundled`, a folder, a GGUF file, `smollm2-135m` (an installed package), or a
-    Hugging Face id such as Qwen/Qwen3-0.6B."""
+    """Frozen language model shared by all nodes: `bundled`, a folder, a GGUF file, `smollm2-135m` or `gemma3-270m` (installed
+    packages), or a Hugging Face id such as Qwen/Qwen3-0.6B."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen backbone; adapters are float32 always."""
     device: Device = "auto"

@@ -3,11 +3,13 @@
 import copy
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.bundled import BUNDLED
 from neuromas.config import PROMPT_DATE
-from neuromas.model.adapters import AdapterBank
+from neuromas.model.adapters import AdapterBank, require_memory
 from neuromas.model.attention import PrefixAttention, SuffixAttention
 from neuromas.model.decoder import Decoder, slides
 from neuromas.model.gguf_file import converted
@@ -29,7 +31,7 @@ from neuromas.model.layers import Layers, TransformersLayers
 from neuromas.model.ops import ops_for
 from neuromas.model.packing import ATTENTION, Packed
 from neuromas.model.rms_norm import replace_norms
-from neuromas.model.sources import find_backbone
+from neuromas.model.sources import find_backbone, is_gguf
 from neuromas.model.turns import Frame, chat_frame, plain_frame
 
 
@@ -82,6 +84,7 @@ class Backbone:
         set_verbosity_error()
         try:
             source = _converted(source)
+            _require_room(Path(source), dtype, device)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True,
@@ -215,7 +218,19 @@ def config_of(name: str) -> Any:
 
 def _converted(source: str) -> str:
     """Return the folder or hub id to load: of a GGUF file, what it converts to."""
-    return str(converted(Path(source))) if source.endswith(".gguf") else source
+    return str(converted(Path(source))) if is_gguf(source) else source
+
+
+def _require_room(folder: Path, dtype: str, device: str) -> None:
+    """Raise ValueError if the weights in a folder need more memory than there is; of a hub id nothing is known yet."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118  # no dict
+    size = count * getattr(torch, dtype).itemsize
+    # They are read into the memory of the CPU first.
+    for where in dict.fromkeys(("cpu", device)):
+        require_memory(f"its {count:,} weights in {dtype}", size, torch.device(where))
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

