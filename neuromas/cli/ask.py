@@ -43,14 +43,14 @@ def run(args: Sequence[str]) -> None:
         raise ValueError("QUESTION must not be empty")
     if not question.isascii() and question.encode(errors="replace").decode() != question:
         raise ValueError("QUESTION must be UTF-8 text, got bytes that are none")
-    opened, _ = open_run(parsed.run, allow_code=parsed.allow_code)
+    opened, task = open_run(parsed.run, allow_code=parsed.allow_code)
     find_backbone(opened.config.backbone)
     from neuromas.cli.describe import print_rollout, rollout_json
-    from neuromas.training.load_run import load_run
+    from neuromas.training.load_run import load_network
 
-    loaded = load_run(parsed.run, allow_code=parsed.allow_code)
-    rollout = loaded.network.ask(question.strip(), answer_format=loaded.task.answer_format)
+    network, _ = load_network(opened)
+    rollout = network.ask(question.strip(), answer_format=task.answer_format)
     if parsed.json:
-        print(json.dumps(rollout_json(rollout, loaded.task)))
+        print(json.dumps(rollout_json(rollout, task)))
     else:
-        print_rollout(rollout, loaded.task)
+        print_rollout(rollout, task)

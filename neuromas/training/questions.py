@@ -8,6 +8,7 @@ from pathlib import Path
 from neuromas.config import TaskConfig, TrainConfig
 from neuromas.system import files
 from neuromas.tasks import DatasetTask, Task, checksum_of, from_config
+from neuromas.tasks.published import Benchmark
 from neuromas.tasks.user_tasks import OWN_CODE
 from neuromas.training.run_directory import RunDirectory
 from neuromas.types import Example
@@ -76,13 +77,19 @@ def evaluation_sets(config: TrainConfig, task: Task) -> dict[str, list[Example]]
 def open_run(
     path: Path, *, untrained: bool = False, data: Path | None = None, allow_code: bool = False
 ) -> tuple[RunDirectory, Task]:
-    """Return a run and its task, without its network; ValueError if there is no run or checkpoint, or as `check_code`."""
+    """Return a run and its task, without its network; a benchmark's items are taken from `data`, if given.
+
+    Raises ValueError if there is no run or checkpoint, if another task than a benchmark is given data, or as `check_code`.
+    """
     run = RunDirectory.open(path)
     if not untrained and not run.checkpoints():
         raise ValueError(f"{path} holds no checkpoint yet; train it first")
     check_code(run, allow_code)
     config = run.config.task
-    return run, from_config(dataclasses.replace(config, data=data) if data else config)
+    task = from_config(dataclasses.replace(config, data=data) if data else config)
+    if data and not isinstance(task, Benchmark):
+        raise ValueError(f"--data must be left out for task {config.name}, which is no benchmark; --file FILE scores on a file")
+    return run, task
 
 
 def check_code(run: RunDirectory, allow_code: bool) -> None:

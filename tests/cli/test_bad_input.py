@@ -116,6 +116,8 @@ def test_what_has_no_end_is_not_read(refuses: Refuses, call: Call, trained: Path
         assert_refused(call("train", path), message)
         assert_refused(call("compare", path), message)
         assert_refused(call("eval", trained, "--file", path), message)
+    message = r"^error: --data must be left out for task navigate, which is no benchmark; --file FILE scores on a file$"
+    assert_refused(call("eval", trained, "--data", tmp_path), message)
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
     (run / "evaluation.json").unlink()
