@@ -14,6 +14,8 @@ from neuromas.system.process import total_memory
 
 COPIES = 2
 """Times the weights in float32 that a conversion holds at once: as read, and as loaded."""
+BESIDE = 2**29
+"""Bytes that it takes besides: libraries and the tokenizer."""
 LISTING = "converted.json"
 """File of a converted model with the size of every other file: the last that is written."""
 
@@ -66,11 +68,11 @@ def _check(file: Path) -> None:
         raise ValueError(f"it is no GGUF file, or cut off: {' '.join(str(error).split())[:200]}") from error
     for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors}.items():
         try:
-            dequantize(tensor.data[:1], kind)
+            dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
         except NotImplementedError as error:
             raise ValueError(f"its tensor {tensor.name} is quantized as {kind.name}, which is not known here") from error
     elements = sum(int(tensor.n_elements) for tensor in tensors)
-    needed, there = 4 * COPIES * elements, total_memory()
+    needed, there = 4 * COPIES * elements + BESIDE, total_memory()
     if there is not None and needed > there:
         raise ValueError(
             f"to convert its {elements:,} weights needs {needed / 2**30:,.1f} GiB of memory, there are {there / 2**30:,.1f}"

@@ -123,8 +123,9 @@ def test_a_cache_that_cannot_be_written_is_named(file: Path, call: Call, monkeyp
 
 
 def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = file.with_name("cut.gguf")
+    cut, short = file.with_name("cut.gguf"), file.with_name("short.gguf")
     cut.write_bytes(file.read_bytes()[:5000])
+    short.write_bytes(file.read_bytes()[:-1000])
     no = file.with_name("no.gguf")
     no.write_text("no model")
     weights = make_model("llama").state_dict()
@@ -134,6 +135,7 @@ def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypat
     folder.mkdir()
     for bad, message in (
         (cut, r"cut.gguf: cannot be loaded: it is no GGUF file, or cut off"), (no, r"it is no GGUF file, or cut off"),
+        (short, r"it is no GGUF file, or cut off"),
         (other, r"unheard-of"),
         (coarse, r"its tensor \S+ is quantized as I8, which is not known here$"),
         (file.with_name("none.gguf"), "expected a GGUF file, found none"),
@@ -147,7 +149,7 @@ def test_a_model_that_memory_does_not_hold_is_not_loaded(
 ) -> None:
     with monkeypatch.context() as small:
         small.setattr(gguf_file, "total_memory", lambda: 1000)
-        message = r"to convert its [\d,]+ weights needs 0.0 GiB of memory, there are 0.0"
+        message = r"to convert its [\d,]+ weights needs 0.5 GiB of memory, there are 0.0"
         assert_refused(call("train", *FLAGS, "--backbone", file), message)
     folder = gguf_file.converted(file)
     capsys.readouterr()
