@@ -11,6 +11,7 @@ from neuromas.system.terminal import one_line
 
 USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 
+  screen --tasks NAMES  answer many times without training; says which tasks reinforcement can learn
   train [CONFIG.toml]   train a network; without arguments a small one on a bundled backbone, in minutes
   grow RUN --to WIDTHS  add nodes or layers to a trained network and train on, in a new run
   eval RUN              score a trained run on held-out problems or on a file
@@ -21,7 +22,7 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 
 neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
 
-COMMANDS = ("train", "grow", "compare", "eval", "ask", "show", "tasks")
+COMMANDS = ("screen", "train", "grow", "compare", "eval", "ask", "show", "tasks")
 """Modules of this package, each with a function `run` of arguments; only the one that is called is loaded."""
 
 

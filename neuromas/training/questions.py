@@ -1,7 +1,8 @@
 """What a run asks: its task, what it trains on, and what it is scored on. Loads no torch, so that a mistake is told at once."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,22 +30,57 @@ class Questions:
     @classmethod
     def of(cls, config: TrainConfig) -> "Questions":
         """Read or generate them; ValueError names the flag that is wrong."""
-        task = from_config(config.task)
-        try:
+        with _own_code(config.task):
+            task = from_config(config.task)
             task.check_ready()
             sets = evaluation_sets(config, task)
             # A task with nothing to train on says so now, not after the first evaluation.
             first = task.training_batch(config.seed, 0, min(config.drawn_per_step, LOOKED_AT))
             return cls(task, task.training_examples() if isinstance(task, DatasetTask) and not task.generates else first, sets)
-        except Exception as error:
-            # Whatever the user's own class raises.
-            if isinstance(error, ValueError) or not config.task.name.startswith(OWN_CODE):
-                raise
-            raise ValueError(f"--task {config.task.name}: {type(error).__name__}: {error}") from error
 
     def checksums(self) -> dict[str, str]:
         """Return checksums of questions and answers, by what they are for."""
         return {name: checksum_of(asked) for name, asked in {"training": self.training, **self.evaluation_sets}.items()}
+
+
+@contextmanager
+def _own_code(config: TaskConfig) -> Iterator[None]:
+    """Turn whatever the user's own class raises into a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) or not config.name.startswith(OWN_CODE):
+            raise
+        raise ValueError(f"--task {config.name}: {type(error).__name__}: {error}") from error
+
+
+def questions_to_screen(configs: Sequence[TrainConfig], count: int) -> list[tuple[Task, list[Example]]]:
+    """Return the tasks of these configs, each with `count` different validation questions, or training questions where it has
+    no validation split. Test questions are never among them.
+
+    Raises ValueError for a name that is wrong before any task's data is read, and for data that are missing.
+    """
+    tasks, found = [], []
+    for config in configs:
+        with _own_code(config.task):
+            # Else the training questions of a benchmark might be its test questions.
+            tasks.append(from_config(dataclasses.replace(config.task, train_on_evaluation=False)))
+    for config, task in zip(configs, tasks, strict=True):
+        with _own_code(config.task):
+            task.check_ready()
+            examples = task.examples("validation", count) if task.has("validation") else _to_train_on(task, config, count)
+            found.append((task, list({example.id: example for example in examples}.values())))
+    return found
+
+
+def _to_train_on(task: Task, config: TrainConfig, count: int) -> list[Example]:
+    try:
+        return task.training_batch(config.seed, 0, count)
+    except ValueError as error:
+        raise ValueError(
+            f"task {task.name} has neither validation nor training questions here, and test questions are not screened; leave "
+            "the task out, or give --task.data that holds some"
+        ) from error
 
 
 def data_checksum(config: TaskConfig) -> str:

@@ -24,7 +24,9 @@ CHAIN = ["--widths", "1", "1", "1"]
 
 
 def test_unknown_command(call: Call) -> None:
-    assert_refused(call("trian"), r"^error: unknown command 'trian'; known are train, grow, compare, eval, ask, show, tasks$")
+    assert_refused(
+        call("trian"), r"^error: unknown command 'trian'; known are screen, train, grow, compare, eval, ask, show, tasks$"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""`neuromas screen`: say before any training which tasks a network can learn by reinforcement."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from neuromas.cli.flags import parse_flags
+from neuromas.config import MOST_COUNTED, TopologyConfig, TrainConfig
+from neuromas.model.sources import find_backbone
+from neuromas.system.files import replace_file
+from neuromas.system.schema import require
+from neuromas.system.terminal import printable
+from neuromas.training.config_file import load_toml, to_json
+from neuromas.training.questions import questions_to_screen
+
+ONE_NODE = TrainConfig(topology=TopologyConfig(widths=(1,)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScreenArguments:
+    """Answer validation questions of several tasks with an untrained network, many times each, and say which tasks
+    reinforcement can learn.
+
+    A TOML file of a run may come first: neuromas screen configs/chain3.toml --tasks navigate dyck_languages. Without one, the
+    network is one node. All settings of a run may be given; those of training and of scores are not used.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: ONE_NODE)
+    tasks: tuple[str, ...] = ()
+    """Tasks to screen. Empty: the task of the settings."""
+    samples: int = 8
+    """Answers sampled to each question: the k of pass@k."""
+    questions: int = 40
+    """Validation questions of each task, or training questions where it has no validation split; never test."""
+    out: Path | None = None
+    """File to write the results to as JSON, after each task."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command `screen`."""
+    base, rest = ONE_NODE, list(args)
+    if rest and not rest[0].startswith("-"):
+        base = load_toml(Path(rest.pop(0)))
+    parsed = parse_flags(ScreenArguments, rest, "screen", default=ScreenArguments(config=base))
+    config = parsed.config.check()
+    require(2 <= parsed.samples <= MOST_COUNTED, "--samples", f"2 to {MOST_COUNTED:,}", parsed.samples)
+    require(1 <= parsed.questions <= MOST_COUNTED, "--questions", f"1 to {MOST_COUNTED:,}", parsed.questions)
+    names = dict.fromkeys(parsed.tasks or (config.task.name,))
+    configs = [dataclasses.replace(config, task=dataclasses.replace(config.task, name=name)) for name in names]
+    if parsed.out and (parsed.out.is_dir() or not parsed.out.parent.is_dir()):
+        raise ValueError(f"--out must be a file in a folder that is there, got {parsed.out}")
+    find_backbone(config.backbone)
+    asked = questions_to_screen(configs, parsed.questions)
+    # These load torch: mistakes are reported before.
+    from rich.console import Console
+
+    from neuromas.training.screen import RULE, screen, table
+    from neuromas.training.setup import build_network
+
+    network, done = build_network(config), []
+    for _, examples in asked:
+        network.check_lengths(examples)
+    console = Console(stderr=True, highlight=False, markup=False)
+    report = {"config": json.loads(to_json(config)), "rule": RULE, "tasks": []}
+    with console.status("") as status:
+        for task, examples in asked:
+            network.read = task.parse_answer
+            done.append(
+                screen(
+                    network, task, examples, parsed.samples, temperature=config.temperature, seed=config.seed,
+                    tell=lambda text: status.update(printable(text)),
+                )
+            )  # fmt: skip
+            report["tasks"].append(done[-1].to_json())
+            if parsed.out:
+                replace_file(parsed.out, json.dumps(report, indent=2).encode())
+            console.print(printable(f"{task.name}: {done[-1].verdict}, {done[-1].seconds:.0f} s"), soft_wrap=True)
+    nodes = len(network.topology.nodes)
+    settings = (
+        f"{config.backbone}, {nodes} {'node' if nodes == 1 else 'nodes'}, {parsed.samples} samples a question, temperature "
+        f"{config.temperature:g}, at most {config.max_new_tokens} tokens a text, seed {config.seed}"
+    )
+    print(json.dumps(report) if parsed.json else printable(f"{table(done)}\n\n{settings}\n{RULE}"))
