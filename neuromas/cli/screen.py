@@ -84,7 +84,8 @@ def run(args: Sequence[str]) -> None:
             console.print(printable(f"{task.name}: {done[-1].verdict}, {done[-1].seconds:.0f} s"), soft_wrap=True)
     nodes = len(network.topology.nodes)
     settings = (
-        f"{config.backbone}, {nodes} {'node' if nodes == 1 else 'nodes'}, {parsed.samples} samples a question, temperature "
-        f"{config.temperature:g}, at most {config.max_new_tokens} tokens a text, seed {config.seed}"
+        f"{config.backbone}, {nodes} {'node' if nodes == 1 else 'nodes'}, wording {network.wording.name}, {parsed.samples} "
+        f"samples a question, temperature {config.temperature:g}, at most {config.max_new_tokens} tokens a text, seed "
+        f"{config.seed}"
     )
     print(json.dumps(report) if parsed.json else printable(f"{table(done)}\n\n{settings}\n{RULE}"))

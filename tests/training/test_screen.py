@@ -113,7 +113,7 @@ def test_the_command_prints_a_table_or_json(call: Call, tiny_folder: Path, tmp_p
     head, _, *rows = plain.out.splitlines()
     assert head.startswith("| task | n | pass@1 (95% interval) | pass@2 | greedy | floor | parsed | messages | mixed groups |")
     assert [row.split(" | ")[:2] for row in rows[:2]] == [["| navigate", "3"], ["| dyck_languages", "3"]]
-    assert "1 node, 2 samples a question, temperature 1, at most 3 tokens a text, seed 0" in plain.out
+    assert "1 node, wording terse, 2 samples a question, temperature 1, at most 3 tokens a text, seed 0" in plain.out
     assert "can learn a task with a pass@1 of 5% to 60%, with a pass@k at least 10 points above it" in plain.out
     assert [line.partition(":")[0] for line in plain.err.splitlines()] == ["navigate", "dyck_languages"]
     report = json.loads(call(*flags, "--json", "--out", out).out)
