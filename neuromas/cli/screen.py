@@ -70,12 +70,19 @@ def run(args: Sequence[str]) -> None:
     console = Console(stderr=True, highlight=False, markup=False)
     report = {"config": json.loads(to_json(config)), "rule": RULE, "tasks": []}
     with console.status("") as status:
+
+        def tell(text: str) -> None:
+            # A terminal shows the last line alone, a log all.
+            if console.is_terminal:
+                status.update(printable(text))
+            else:
+                console.print(printable(text), soft_wrap=True)
+
         for task, examples in asked:
             network.read = task.parse_answer
             done.append(
                 screen(
-                    network, task, examples, parsed.samples, temperature=config.temperature, seed=config.seed,
-                    tell=lambda text: status.update(printable(text)),
+                    network, task, examples, parsed.samples, temperature=config.temperature, seed=config.seed, tell=tell
                 )
             )  # fmt: skip
             report["tasks"].append(done[-1].to_json())
