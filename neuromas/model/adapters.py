@@ -20,7 +20,15 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from neuromas.config import AdapterConfig
-from neuromas.model.lora import LORA_MATRICES, MERGED_AT_MOST, AdaptedLinear, BankState, Route, name_of
+from neuromas.model.lora import (
+    LORA_MATRICES,
+    MERGED_AT_MOST,
+    WIDENED_AT_MOST,
+    AdaptedLinear,
+    BankState,
+    Route,
+    name_of,
+)
 from neuromas.system.process import total_memory
 
 DEFAULT_TOTAL_RANK = 24
@@ -65,6 +73,8 @@ class AdapterBank:
         # Modules without an adapter count too: merged weights cover all modules of a product.
         linears = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name)
         self._linear_bytes = sum(linear.weight.nbytes for linear in linears)
+        if self._dtype == torch.bfloat16 and device.type == "cpu" and self._linear_bytes <= WIDENED_AT_MOST:
+            self.state.widened = {}
         self.modules: dict[str, AdaptedLinear] = {}
         for name, linear in targets.items():
             parent, _, child = name.rpartition(".")
@@ -143,7 +153,8 @@ class AdapterBank:
         # The engine asks for the route of the same tokens at every step until a row starts or finishes.
         if self._last_route is not None and self._last_route[0] is nodes_T:
             return self._last_route[1]
-        route = Route.of(nodes_T, self._dtype, has_merged=self.state.merged is not None)
+        state = self.state
+        route = Route.of(nodes_T, self._dtype, has_merged=state.merged is not None, in_segments=state.widened is None)
         if self.state.stacked is not None:
             self._last_route = nodes_T, route
         return route
@@ -159,6 +170,8 @@ class AdapterBank:
             yield
         finally:
             self.state.stacked = self.state.merged = self._last_route = None
+            for wide in (self.state.widened or {}).values():
+                wide.holds = None
 
     def parameters(self, cohort: int | None = None) -> dict[str, nn.Parameter]:
         """Return every trainable tensor by name, or those of one cohort."""

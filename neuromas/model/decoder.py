@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.attention import PrefixAttention
-from neuromas.model.logprobs import chosen_logprobs
+from neuromas.model.logprobs import chosen_logprobs, logits_of
 from neuromas.model.lora import LinearGroup
 from neuromas.model.ops import GATES, TorchOps, ops_for
 from neuromas.model.packing import Attention, Packed
@@ -82,14 +82,18 @@ class _Layer:
 
     def rest(self, hidden_TC: Tensor, attended_THD: Tensor) -> Tensor:
         """Return the layer's output, given its input and its attention heads' output."""
-        hidden_TC = _added(hidden_TC, self.out, attended_THD.flatten(1), self.after_attention)
+        attended_TI = attended_THD.flatten(1).to(self.out.weight.dtype)
+        hidden_TC = _added(hidden_TC, self.out, attended_TI, self.after_attention)
         gated_TI = self.ops.gate(self.gate_up(self.before_mlp(hidden_TC)), self.activation)
         return _added(hidden_TC, self.down, gated_TI, self.after_mlp)
 
 
 def _added(hidden_TC: Tensor, linear: LinearGroup, x_TI: Tensor, norm: RMSNorm | None) -> Tensor:
     """Return the residual stream plus a product, which is normed first if there is a norm."""
-    return linear(x_TI, hidden_TC) if norm is None else hidden_TC + norm(linear(x_TI))
+    if norm is None and hidden_TC.dtype == linear.weight.dtype:
+        return linear(x_TI, hidden_TC)
+    y_TC = linear(x_TI)
+    return hidden_TC + (y_TC if norm is None else norm(y_TC))
 
 
 class Decoder:
@@ -103,6 +107,7 @@ class Decoder:
         self.head = head
         self._adapters = adapters
         ops, config = ops_for(model.dtype, model.device), model.config.get_text_config()
+        self._wide_residual = ops.wide_residual
         self._layers = [_layer(layer, config, ops) for layer in base.layers]
         self._frequencies = {kind: _frequencies(base.rotary_emb, kind) for kind in {layer.kind for layer in self._layers}}
 
@@ -158,7 +163,7 @@ class Decoder:
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor
     ) -> Float[Tensor, "K V"]:
         """Return float32 logits of the tokens at the given indices."""
-        return self.head(self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)).float()
+        return logits_of(self.hidden(ids_T, positions_T, nodes_T, attention, keep_K), self.head.weight, self.head.bias)
 
     def logprobs(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
@@ -180,6 +185,8 @@ class Decoder:
         """Return the last layer's input, the same after its first norm, and the cosines and sines of its rotary positions."""
         hidden_TC = self._embedding(ids_T)
         dtype = torch.promote_types(hidden_TC.dtype, torch.float32)
+        if self._wide_residual:
+            hidden_TC = hidden_TC.to(dtype)
         angles = {kind: _angles(positions_T, *frequencies, dtype) for kind, frequencies in self._frequencies.items()}
         for number, layer in enumerate(self._layers[:-1]):
             streams = layer.query_keys_values(layer.before_attention(hidden_TC), angles[layer.kind])

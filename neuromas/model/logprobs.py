@@ -11,6 +11,21 @@ LOGITS_AT_ONCE = 2**24
 """Number of logits in a chunk; they take 64 MiB in float32."""
 
 
+def logits_of(hidden_KC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Return float32 logits.
+
+    A logit of 20 in bfloat16 is up to 0.06 off. So on a CPU what the rounding has left out is computed by a second product, to
+    which the first one's result is added negatively before it is rounded: two products take a third of the time of one in
+    float32. (CUDA's products round the sum, but their backbones keep bfloat16 throughout.)
+    """
+    if hidden_KC.dtype != torch.bfloat16 or hidden_KC.device.type != "cpu":
+        return functional.linear(hidden_KC, weight_VC, bias_V).float()
+    rounded = hidden_KC @ weight_VC.T
+    rest = torch.addmm(rounded, hidden_KC, weight_VC.T, beta=-1)
+    logits = rounded.float().add_(rest)
+    return logits if bias_V is None else logits.add_(bias_V)
+
+
 class _ChosenLogprobs(torch.autograd.Function):
     """Computes log softmax(head h / temperature) at one token each, and if it is asked for the entropy of that softmax p.
 
@@ -29,7 +44,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         chunk = max(1, LOGITS_AT_ONCE // len(weight_VC))
         for start in range(0, len(ids_K), chunk):
             part, ids = slice(start, start + chunk), ids_K[start : start + chunk, None]
-            logits = functional.linear(hidden_KC[part], weight_VC, bias_V).float()
+            logits = logits_of(hidden_KC[part], weight_VC, bias_V)
             if temperature != 1:
                 logits /= temperature
             total = logits.logsumexp(-1, keepdim=True)

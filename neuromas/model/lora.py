@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from neuromas.model.widened import Widened, WidenedLinear
+
 LORA_MATRICES = ("lora_A", "lora_B")
 LONG_SEGMENT = 256
 """Segments of at least this many tokens, on average, cost less as one product each than as one with stacked adapters."""
@@ -23,6 +25,8 @@ LONG_SEGMENT_IF_MERGED = 8
 """The same bound where each node's merged weights are kept."""
 MERGED_AT_MOST = 2**24
 """Merged weights of one node are kept while sampling if they take at most this many bytes."""
+WIDENED_AT_MOST = 2**30
+"""Weights in bfloat16 are copied for widened products if they take at most this many bytes."""
 _MERGE_FROM = 4
 """A segment of at least this many times I x O / (I + O) tokens is multiplied by merged weights made for it."""
 Segments = tuple[tuple[int, int, int], ...]
@@ -44,11 +48,14 @@ class Route:
     """1 at a token's node, else 0, for the nodes of `nodes`; None if the tokens are of a single node."""
 
     @classmethod
-    def of(cls, nodes_T: Tensor, dtype: torch.dtype, *, has_merged: bool) -> "Route":
-        """Return the route of tokens of the given nodes; `has_merged` says whether merged weights are kept."""
+    def of(cls, nodes_T: Tensor, dtype: torch.dtype, *, has_merged: bool, in_segments: bool) -> "Route":
+        """Return the route of tokens of the given nodes.
+
+        `has_merged` says whether merged weights are kept, `in_segments` whether long segments are products of their own.
+        """
         segment_nodes, counts = torch.unique_consecutive(nodes_T, return_counts=True)
         long_from = LONG_SEGMENT_IF_MERGED if has_merged else LONG_SEGMENT
-        if torch.is_grad_enabled() or len(nodes_T) >= long_from * len(segment_nodes):
+        if in_segments and (torch.is_grad_enabled() or len(nodes_T) >= long_from * len(segment_nodes)):
             ends = counts.cumsum(0)
             return cls(tuple(zip(segment_nodes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
         present = segment_nodes.tolist()
@@ -71,6 +78,8 @@ class BankState:
     merged: "dict[tuple[tuple[AdaptedLinear, ...], int, int], Tensor] | None" = None
     """Merged weights by modules, output features of W and node; None if they are too large, or their dtype has too few digits
     to hold B A."""
+    widened: "dict[tuple[tuple[AdaptedLinear, ...], int], Widened] | None" = None
+    """Widened weights by modules and output features of W, each made once; None where products are not widened."""
     cohorts: list[tuple[int, ...]] = field(default_factory=list)
     """Nodes that joined together: those of the start, then those of each growth."""
 
@@ -188,6 +197,9 @@ def product(
     if state is None or state.route is None:
         return _linear(x_TI, weight, bias, residual_TO)
     route = state.route
+    if state.widened is not None:
+        assert residual_TO is None, "the residual stream is wider than a product"
+        return _widened_product(x_TI, weight, bias, adapted, columns)
     if route.segments and state.merged is not None:
         return _by_merged_weights(x_TI, weight, bias, adapted, columns, residual_TO)
     if route.segments:
@@ -208,6 +220,31 @@ def product(
     for part, b, where in zip(parts, bs, columns, strict=True):
         y_TO[:, where].addmm_(part, b)
     return y_TO
+
+
+def _widened_product(
+    x_TI: Tensor, weight: Tensor, bias: Tensor | None, adapted: tuple[AdaptedLinear, ...], columns: tuple[slice, ...]
+) -> Tensor:
+    state, ranks = adapted[0].state, adapted[0].nodes * len(adapted) * adapted[0].rank
+    assert state.widened is not None
+    assert state.route is not None
+    key, route = (adapted, weight.shape[0]), state.route
+    wide = state.widened.get(key)
+    # Nodes may have joined since it was made.
+    if wide is None or wide.ranks < ranks:
+        wide = state.widened[key] = Widened(weight, columns, ranks)
+    if torch.is_grad_enabled():
+        halves = [module.all_nodes(half) for module in adapted for half in LORA_MATRICES]
+        nodes = slice(route.nodes.start, route.nodes.stop)
+        y = WidenedLinear.apply(x_TI, wide, route.mask_TN, nodes, state.scaling, *halves)
+        assert isinstance(y, Tensor)
+    else:
+        a, bs = _stacked_adapters(state, adapted, route.nodes, x_TI.dtype)
+        if state.stacked is None or wide.holds != route.nodes:
+            wide.hold([b.unflatten(0, (len(route.nodes), -1)).mT for b in bs])
+            wide.holds = None if state.stacked is None else route.nodes
+        y = wide.product(wide.with_ranks(x_TI, a, route.mask_TN))
+    return y if bias is None else y + bias
 
 
 def _linear(x_TI: Tensor, weight: Tensor, bias: Tensor | None, residual_TO: Tensor | None) -> Tensor:

@@ -21,6 +21,8 @@ class TorchOps:
 
     has_cache_attention = False
     """Whether a decoding step computes attention over the KV cache by the compiled loops."""
+    wide_residual = False
+    """Whether everything between matrix products, the residual stream and attention among it, is in float32."""
 
     def rms_norm(self, x: Tensor, scale_C: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * scale over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
@@ -66,16 +68,26 @@ class CpuOps(TorchOps):
 
 
 class CompiledOps(CpuOps):
-    """Compiled loops wherever there is one, for float32 on a CPU."""
+    """Compiled loops wherever there is one, on a CPU, for models in float32 or bfloat16.
+
+    In bfloat16, matrix products alone are: what enters one is rounded to it, and what a product returns is added to a residual
+    stream in float32, normed, rotated and attended to in float32. So log-probabilities of sampler and learner, which add up
+    in different orders, stay close to each other.
+    """
 
     has_cache_attention = True
+    wide_residual = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        """What matrix products take."""
 
     def rms_norm(self, x: Tensor, scale_C: Tensor, eps: float) -> Tensor:
         if x.dim() != 2:  # transformers' own layers pass batches
             return super().rms_norm(x, scale_C, eps)
         if not torch.is_grad_enabled():
-            return kernels.normalise(x, scale_C, eps)[0]
-        return _tensor(_CompiledRMSNorm.apply(x, scale_C, eps))
+            return kernels.normalise(x, scale_C, eps, self.dtype)[0]
+        return _tensor(_CompiledRMSNorm.apply(x, scale_C, eps, self.dtype))
 
     def heads(
         self, qkv_TO: Tensor, cos_TD: Tensor, sin: Tensor, queries: int, keys: int, scale: Tensor | None, eps: float
@@ -97,7 +109,7 @@ def ops_for(dtype: torch.dtype, device: torch.device) -> TorchOps:
     """Return the fastest operations for models of this dtype on this device."""
     if device.type != "cpu":
         return TorchOps()
-    return CompiledOps() if dtype == torch.float32 else CpuOps()
+    return CompiledOps(dtype) if dtype in (torch.float32, torch.bfloat16) else CpuOps()
 
 
 def _tensor(found: Any) -> Tensor:
@@ -142,15 +154,15 @@ class _RMSNorm(torch.autograd.Function):
 
 class _CompiledRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        y, inverse = kernels.normalise(x, scale, eps)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        y, inverse = kernels.normalise(x, scale, eps, dtype)
         ctx.save_for_backward(x, inverse, scale)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         x, inverse, scale = ctx.saved_tensors
-        return kernels.normalise_backward(grads[0], x, scale, inverse), None, None
+        return kernels.normalise_backward(grads[0], x, scale, inverse), None, None, None
 
 
 class _Heads(torch.autograd.Function):

@@ -188,7 +188,7 @@ class DecodeAttention:
         assert keep_K is None, "every row has one token, and it is kept"
         slots, sharing = self._slots, self._sharing
         window = effective_window(window, self._longest)
-        if self._uses_loops and keys_TJD.shape == values_TJD.shape:
+        if self._uses_loops and keys_TJD.shape == values_TJD.shape and query_KHD.dtype == torch.float32:
             attention = sharing.compiled_attention(query_KHD.shape[1], *keys_TJD.shape[1:])
             cache = slots.keys[layer], slots.values[layer]
             return attention.attend(

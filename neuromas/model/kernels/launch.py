@@ -61,4 +61,9 @@ def run(loop: Callable[..., None], *arguments: Tensor | np.ndarray | float | int
         numba.set_num_threads(min(threads, most))
         _threads.set = threads
     with _one_at_a_time:
-        loop(*[a.numpy() if isinstance(a, Tensor) else np.float32(a) if isinstance(a, float) else a for a in arguments])
+        loop(*[_array(a) if isinstance(a, Tensor) else np.float32(a) if isinstance(a, float) else a for a in arguments])
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor's memory as an array; NumPy has no bfloat16, and the loops read it as uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -13,10 +13,10 @@ _GATES = {"silu": (1.0, 0.0), "gelu_pytorch_tanh": (_GELU, 0.044715 * _GELU)}
 """The a and b of activations of the form g * sigmoid(a g + b g^3), by transformers' names."""
 
 
-def normalise(x_TC: Tensor, scale_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x / rms(x) * scale, and 1 / rms(x), which is (T,)."""
+def normalise(x_TC: Tensor, scale_C: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x / rms(x) * scale in a dtype, and 1 / rms(x), which is (T,)."""
     x_TC = x_TC.contiguous()
-    y_TC, inverse_T = torch.empty_like(x_TC), x_TC.new_empty(x_TC.shape[0])
+    y_TC, inverse_T = torch.empty_like(x_TC, dtype=dtype), scale_C.new_empty(x_TC.shape[0])
     run(loops.normalise, x_TC, scale_C, eps, y_TC, inverse_T)
     return y_TC, inverse_T
 
@@ -31,16 +31,16 @@ def normalise_backward(dy_TC: Tensor, x_TC: Tensor, scale_C: Tensor, inverse_T: 
 def heads(
     qkv: Tensor, cos_TD: Tensor, sin: Tensor, scale: Tensor | None, eps: float, queries: int, keys: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return queries, keys, values and, for the gradient, 1 / rms of queries and keys, (T, H + J).
+    """Return queries, keys, values and, for the gradient, 1 / rms of queries and keys, (T, H + J), all in float32.
 
     `qkv` is (T, H + 2 J, D), `scale` is (H + J, D) and `sin` is (T, D / 2).
     """
     tokens, heads, size = qkv.shape
     assert heads == queries + 2 * keys, "there are as many value heads as key heads"
-    query, key, value = (qkv.new_empty(tokens, count, size) for count in (queries, keys, keys))
-    inverse_rms = qkv.new_empty(tokens, queries + keys)
+    query, key, value = (cos_TD.new_empty(tokens, count, size) for count in (queries, keys, keys))
+    inverse_rms = cos_TD.new_empty(tokens, queries + keys)
     normed = scale is not None
-    scale = scale if scale is not None else qkv.new_ones(queries + keys, size)
+    scale = scale if scale is not None else cos_TD.new_ones(queries + keys, size)
     run(loops.heads, qkv, cos_TD, sin, scale, normed, eps, query, key, value, inverse_rms)
     return query, key, value, inverse_rms
 
@@ -52,7 +52,7 @@ def heads_backward(
     """Return the gradient at `qkv`."""
     d_qkv = torch.empty_like(qkv)
     normed = scale is not None
-    scale = scale if scale is not None else qkv.new_ones(inverse_rms.shape[1], qkv.shape[2])
+    scale = scale if scale is not None else cos_TD.new_ones(inverse_rms.shape[1], qkv.shape[2])
     contiguous = [grad.contiguous() for grad in grads]
     run(loops.heads_backward, *contiguous, qkv, cos_TD, sin, scale, normed, inverse_rms, d_qkv)
     return d_qkv

@@ -1,6 +1,7 @@
 """The loops themselves: each is compiled when it is first called, which takes seconds, and kept on disk.
 
 They are all in one file: Numba takes kept code as current by the time of the loop's own file, whatever it calls elsewhere.
+Numbers are computed in float32; arrays of bfloat16 are given as uint16, read by `wide` and written by `put`.
 
 Some arrays have axes that are sums or quotients of the legend's sizes. `qkv` is (T, H + 2 J, D): the heads of queries, keys and
 values; `scale`, (H + J, D), and `inverse_rms`, (T, H + J), are of queries and keys; `sin` is (T, D / 2). `own_queries`, then
@@ -13,7 +14,8 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import float32, float64, prange
+from numba import float32, float64, prange, types
+from numba.extending import overload
 
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
 """What the compiler needs to vectorise sums. Infinities and NaN stay what they are."""
@@ -42,6 +44,40 @@ ordered = _compiler(fastmath=_MATH | {"nnan"})
 kernel = _compiler(fastmath=_MATH, parallel=True, nogil=True)
 
 
+def wide(x: Any) -> Any:
+    """Return an array's number as float32."""
+    raise NotImplementedError(x)
+
+
+@overload(wide, inline="always")
+def _wide(x: Any) -> Any:
+    def shifted(x: Any) -> Any:
+        return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+
+    def same(x: Any) -> Any:
+        return x
+
+    return shifted if x == types.uint16 else same
+
+
+def put(y: Any, i: Any, x: Any) -> None:
+    """Write a float32 number into an array at index i, rounded to the nearest of its format and if tied to the even one."""
+    raise NotImplementedError(y, i, x)
+
+
+@overload(put, inline="always")
+def _put(y: Any, i: Any, x: Any) -> Any:
+    def rounded(y: Any, i: Any, x: Any) -> None:
+        bits = np.float32(x).view(np.uint32)
+        bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        y[i] = np.uint16(bits >> np.uint32(16))
+
+    def same(y: Any, i: Any, x: Any) -> None:
+        y[i] = x
+
+    return rounded if y.dtype == types.uint16 else same
+
+
 @function
 def exp(x: Any) -> Any:
     """Return e^x in float32 as 2^k times a polynomial, which can be vectorised (Cephes' expf)."""
@@ -66,11 +102,11 @@ def normalise(x_TC: Any, scale_C: Any, eps: Any, y_TC: Any, inverse_T: Any) -> N
         x, y = x_TC[t], y_TC[t]
         squares = float32(0)
         for c in range(size):
-            squares += x[c] * x[c]
+            squares += wide(x[c]) * wide(x[c])
         inverse = float32(1) / np.sqrt(squares / float32(size) + eps)
         inverse_T[t] = inverse
         for c in range(size):
-            y[c] = x[c] * inverse * scale_C[c]
+            put(y, c, wide(x[c]) * inverse * scale_C[c])
 
 
 @kernel
@@ -81,10 +117,10 @@ def normalise_backward(dy_TC: Any, x_TC: Any, scale_C: Any, inverse_T: Any, dx_T
         dy, x, dx, inverse = dy_TC[t], x_TC[t], dx_TC[t], inverse_T[t]
         along = float32(0)
         for c in range(size):
-            along += dy[c] * scale_C[c] * x[c]
+            along += wide(dy[c]) * scale_C[c] * wide(x[c])
         along *= inverse * inverse / float32(size)
         for c in range(size):
-            dx[c] = (dy[c] * scale_C[c] - x[c] * along) * inverse
+            put(dx, c, (wide(dy[c]) * scale_C[c] - wide(x[c]) * along) * inverse)
 
 
 @function
@@ -92,7 +128,7 @@ def _head(x: Any, cos: Any, sin: Any, scale: Any, inverse: Any, y: Any) -> None:
     """Norm and rotate one head."""
     half = len(sin)
     for d in range(half):
-        low, high = x[d] * inverse * scale[d], x[half + d] * inverse * scale[half + d]
+        low, high = wide(x[d]) * inverse * scale[d], wide(x[half + d]) * inverse * scale[half + d]
         y[d] = low * cos[d] - high * sin[d]
         y[half + d] = high * cos[d] + low * sin[d]
 
@@ -105,12 +141,13 @@ def _head_backward(dy: Any, x: Any, cos: Any, sin: Any, scale: Any, inverse: Any
     for d in range(half):
         low = (dy[d] * cos[d] + dy[half + d] * sin[d]) * scale[d]
         high = (dy[half + d] * cos[d] - dy[d] * sin[d]) * scale[half + d]
-        dx[d], dx[half + d] = low * inverse, high * inverse
-        along += low * x[d] + high * x[half + d]
+        put(dx, d, low * inverse)
+        put(dx, half + d, high * inverse)
+        along += low * wide(x[d]) + high * wide(x[half + d])
     if normed:
         along *= inverse * inverse * inverse / float32(2 * half)
         for d in range(2 * half):
-            dx[d] -= x[d] * along
+            put(dx, d, wide(dx[d]) - wide(x[d]) * along)
 
 
 @kernel
@@ -126,13 +163,15 @@ def heads(
             if normed:
                 squares = float32(0)
                 for d in range(size):
-                    squares += head[d] * head[d]
+                    squares += wide(head[d]) * wide(head[d])
                 inverse = float32(1) / np.sqrt(squares / float32(size) + eps)
             inverse_rms[t, h] = inverse
             y = query_THD[t, h] if h < queries else keys_TJD[t, h - queries]
             _head(head, cos_TD[t], sin[t], scale[h], inverse, y)
         for h in range(values_TJD.shape[1]):
-            values_TJD[t, h] = qkv[t, rotated + h]
+            value, y = qkv[t, rotated + h], values_TJD[t, h]
+            for d in range(size):
+                y[d] = wide(value[d])
 
 
 @kernel
@@ -148,7 +187,9 @@ def heads_backward(
             head, dx = qkv[t, h], d_qkv[t, h]
             _head_backward(dy, head, cos_TD[t], sin[t], scale[h], inverse_rms[t, h], normed, dx)
         for h in range(d_values_TJD.shape[1]):
-            d_qkv[t, rotated + h] = d_values_TJD[t, h]
+            dy, dx = d_values_TJD[t, h], d_qkv[t, rotated + h]
+            for d in range(len(dy)):
+                put(dx, d, dy[d])
 
 
 @kernel
@@ -158,8 +199,8 @@ def gate(gate_up_TO: Any, a: Any, b: Any, y_TI: Any) -> None:
     for t in prange(len(gate_up_TO)):
         gate, up, y = gate_up_TO[t, :size], gate_up_TO[t, size:], y_TI[t]
         for i in range(size):
-            g = gate[i]
-            y[i] = g / (float32(1) + exp(-(a + b * g * g) * g)) * up[i]
+            g = wide(gate[i])
+            put(y, i, g / (float32(1) + exp(-(a + b * g * g) * g)) * wide(up[i]))
 
 
 @kernel
@@ -171,10 +212,11 @@ def gate_backward(dy_TI: Any, gate_up_TO: Any, a: Any, b: Any, d_gate_up_TO: Any
             gate_up_TO[t, :size], gate_up_TO[t, size:], dy_TI[t], d_gate_up_TO[t, :size], d_gate_up_TO[t, size:],
         )  # fmt: skip
         for i in range(size):
-            g = gate[i]
+            g = wide(gate[i])
             sigmoid = float32(1) / (float32(1) + exp(-(a + b * g * g) * g))
-            d_up[i] = dy[i] * g * sigmoid
-            d_gate[i] = dy[i] * up[i] * sigmoid * (float32(1) + g * (float32(1) - sigmoid) * (a + float32(3) * b * g * g))
+            put(d_up, i, wide(dy[i]) * g * sigmoid)
+            slope = float32(1) + g * (float32(1) - sigmoid) * (a + float32(3) * b * g * g)
+            put(d_gate, i, wide(dy[i]) * wide(up[i]) * sigmoid * slope)
 
 
 @kernel
