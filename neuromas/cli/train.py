@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +46,26 @@ def run(args: Sequence[str]) -> None:
         run, named = RunDirectory.open(run_path), parsed.config.task.name
         parsed = parse_flags(TrainArguments, rest, "train", default=TrainArguments(config=run.config))
         check_code(run, parsed.allow_code or named == run.config.task.name)
+    config = with_dtype(parsed.config, resume=parsed.resume)
     if parsed.dry_run:
-        print_plan(parsed.config)
+        print_plan(config)
     else:
-        train_and_report(parsed.config, resume=parsed.resume)
+        train_and_report(config, resume=parsed.resume)
+
+
+def with_dtype(config: TrainConfig, *, resume: bool) -> TrainConfig:
+    """Return a config whose `--dtype auto` is what it means: the choice of the run to resume, or of this machine."""
+    if config.dtype != "auto":
+        return config
+    if resume and (config.run_path / "config.json").is_file():
+        return replace(config, dtype=RunDirectory.open(config.run_path).config.dtype)
+    config.check()
+    find_backbone(config.backbone)
+    from neuromas.model.backbone import resolve_dtype  # loads torch; a wrong flag is refused before
+
+    dtype = resolve_dtype(config.dtype, config.backbone, config.device)
+    print(f"--dtype auto: {dtype} suits this backbone and machine")
+    return replace(config, dtype=dtype)
 
 
 def print_plan(config: TrainConfig) -> None:

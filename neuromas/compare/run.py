@@ -1,5 +1,6 @@
 """The command `neuromas compare`: make the cells that are not there yet, then the report of all of them."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -26,7 +27,7 @@ from neuromas.compare.report import write_report
 from neuromas.compare.tuning import Tuning
 from neuromas.compare.workers import make_all
 from neuromas.config import TrainConfig
-from neuromas.model.backbone import Backbone, config_of
+from neuromas.model.backbone import Backbone, config_of, resolve_dtype
 from neuromas.model.sizes import sizes
 from neuromas.system.terminal import one_line
 from neuromas.tasks import from_config
@@ -44,6 +45,7 @@ def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = Fa
     """
     if not report_only:
         check_questions(grid)
+    grid = _with_dtypes(grid)
     checksums = {name: _checksum(name, grid) for name in grid.backbones}
     data = {task: data_checksum(task) for task in {spec.config.task for spec in grid.cells}}
     with _locked(out) as lock:
@@ -99,6 +101,20 @@ def check_questions(grid: Grid) -> None:
             task = from_config(config.task)
             task.check_ready()
             evaluation_sets(config, task)
+
+
+def _with_dtypes(grid: Grid) -> Grid:
+    """Return a grid whose cells say which number format `auto` is on this machine: it is part of what they are."""
+    wanted = {(spec.config.backbone, spec.config.device) for spec in grid.cells if spec.config.dtype == "auto"}
+    chosen = {(name, device): resolve_dtype("auto", name, device) for name, device in wanted}
+
+    def resolved(spec: CellSpec) -> CellSpec:
+        config = spec.config
+        if config.dtype != "auto":
+            return spec
+        return dataclasses.replace(spec, config=dataclasses.replace(config, dtype=chosen[config.backbone, config.device]))
+
+    return dataclasses.replace(grid, cells=tuple(map(resolved, grid.cells)))
 
 
 def _checksum(backbone: str, grid: Grid) -> str:

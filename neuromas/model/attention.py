@@ -93,6 +93,10 @@ class Prefixes:
         """Return the number of columns, the length of the longest prefix."""
         return self.past[0][0].shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self.past)
+
     def select(self, indices: Tensor) -> "Prefixes":
         """Return the prefixes at the given indices, which are distinct and in order."""
         if len(indices) == len(self.lengths_Q):

@@ -28,11 +28,16 @@ from neuromas.model.attention import PrefixAttention, SuffixAttention
 from neuromas.model.decoder import Decoder, slides
 from neuromas.model.gguf_file import converted
 from neuromas.model.layers import Layers, TransformersLayers
+from neuromas.model.number_format import faster_dtype
 from neuromas.model.ops import ops_for
 from neuromas.model.packing import ATTENTION, Packed
 from neuromas.model.rms_norm import replace_norms
 from neuromas.model.sources import find_backbone, is_gguf
 from neuromas.model.turns import Frame, chat_frame, plain_frame
+
+MICRO_BATCH_TOKENS = 10_000
+MICRO_BATCH_BYTES = 2**31
+"""What a forward pass may keep for its gradient, about."""
 
 
 class Backbone:
@@ -74,11 +79,11 @@ class Backbone:
     ) -> "Backbone":
         """Load `bundled`, a local folder, or a model of the Hugging Face hub, from its cache if it is there.
 
-        A chat template that asks for today's date gets `prompt_date` (YYYY-MM-DD).
+        A chat template that asks for today's date gets `prompt_date` (YYYY-MM-DD). `dtype` is as in `resolve_dtype`.
 
         Raises ValueError that says what is wrong with the folder or the id.
         """
-        source, device = find_backbone(name), resolve_device(device)
+        source, dtype, device = find_backbone(name), resolve_dtype(dtype, name, device), resolve_device(device)
         # Errors are reported below, in one line.
         disable_progress_bar()
         set_verbosity_error()
@@ -170,7 +175,18 @@ class Backbone:
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
         size = getattr(config, "head_dim", None) or config.hidden_size // max(1, config.num_attention_heads)
-        return 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        dtype = torch.float32 if self.ops.wide_residual and self.has_own_decoder else self.model.dtype
+        return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Return how many tokens a forward and backward pass takes at once: on a CPU, fewer of a large model."""
+        config = self.model.config.get_text_config()
+        if self.device.type != "cpu":
+            return MICRO_BATCH_TOKENS
+        # Of each layer: hidden states, queries, keys, values and attention in float32, and the feed-forward's in the model's.
+        numbers = 40 * config.hidden_size + 6 * config.intermediate_size * self.model.dtype.itemsize
+        return min(MICRO_BATCH_TOKENS, max(1, MICRO_BATCH_BYTES // (config.num_hidden_layers * numbers)))
 
     @property
     def device(self) -> torch.device:
@@ -205,6 +221,19 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no NVIDIA GPU found; use --device cpu")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: str, name: str, device: str) -> str:
+    """Return `float32` or `bfloat16`: for `auto` the one in which a backbone's products are faster on this machine.
+
+    Raises ValueError as `Backbone.load` does.
+    """
+    if dtype != "auto":
+        return dtype
+    if resolve_device(device) == "cuda":
+        return "bfloat16"
+    config = config_of(name).get_text_config()
+    return faster_dtype(config.hidden_size, config.intermediate_size)
 
 
 def config_of(name: str) -> Any:

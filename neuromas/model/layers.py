@@ -3,6 +3,7 @@
 The choice is made once, when a backbone is loaded; both have the same interface.
 """
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,7 +57,10 @@ class TransformersLayers:
     def __init__(self, model: PreTrainedModel, adapters: AdapterBank | None) -> None:
         self._model, self._adapters = model, adapters
         self._no_mask = _no_mask(model)
-        self._plain_head = _plain_head(model)
+
+    @functools.cached_property
+    def _plain_head(self) -> nn.Linear | None:
+        return _plain_head(self._model)
 
     def logits(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor

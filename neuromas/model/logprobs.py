@@ -7,23 +7,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from neuromas.model import kernels
+
 LOGITS_AT_ONCE = 2**24
 """Number of logits in a chunk; they take 64 MiB in float32."""
 
 
 def logits_of(hidden_KC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Return float32 logits.
+    """Return float32 logits."""
+    if _in_two_parts(hidden_KC, bias_V):
+        return kernels.logits(hidden_KC, weight_VC)
+    return functional.linear(hidden_KC, weight_VC, bias_V).float()
 
-    A logit of 20 in bfloat16 is up to 0.06 off. So on a CPU what the rounding has left out is computed by a second product, to
-    which the first one's result is added negatively before it is rounded: two products take a third of the time of one in
-    float32. (CUDA's products round the sum, but their backbones keep bfloat16 throughout.)
-    """
-    if hidden_KC.dtype != torch.bfloat16 or hidden_KC.device.type != "cpu":
-        return functional.linear(hidden_KC, weight_VC, bias_V).float()
-    rounded = hidden_KC @ weight_VC.T
-    rest = torch.addmm(rounded, hidden_KC, weight_VC.T, beta=-1)
-    logits = rounded.float().add_(rest)
-    return logits if bias_V is None else logits.add_(bias_V)
+
+def _in_two_parts(hidden_KC: Tensor, bias_V: Tensor | None) -> bool:
+    """Say whether logits are computed in two parts: where bfloat16 alone would be too coarse, and loops can add them."""
+    return hidden_KC.dtype == torch.bfloat16 and hidden_KC.device.type == "cpu" and bias_V is None
 
 
 class _ChosenLogprobs(torch.autograd.Function):
@@ -44,7 +43,12 @@ class _ChosenLogprobs(torch.autograd.Function):
         chunk = max(1, LOGITS_AT_ONCE // len(weight_VC))
         for start in range(0, len(ids_K), chunk):
             part, ids = slice(start, start + chunk), ids_K[start : start + chunk, None]
-            logits = logits_of(hidden_KC[part], weight_VC, bias_V)
+            if _in_two_parts(hidden_KC, bias_V):
+                logprobs_K[part], difference = kernels.chosen(hidden_KC[part], weight_VC, ids[:, 0], temperature)
+                if gradient_KC is not None:
+                    gradient_KC[part] = difference @ weight_VC / -temperature
+                continue
+            logits = functional.linear(hidden_KC[part], weight_VC, bias_V).float()
             if temperature != 1:
                 logits /= temperature
             total = logits.logsumexp(-1, keepdim=True)

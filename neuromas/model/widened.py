@@ -1,7 +1,7 @@
 """Products with adapters in bfloat16 on a CPU: W x + scaling B A x as one product, [W, scaling B] [x, A x].
 
-A product in bfloat16 takes so little time that those with narrow adapters beside it, which read and write its whole result, would
-take half as much again. And what a product returns is rounded to 8 bits: here once, after both parts are added.
+A product in bfloat16 takes so little time that those with narrow adapters beside it, which read and write its whole result,
+would take half as much again. And what a product returns is rounded to 8 bits: here once, after both parts are added.
 W is copied into a wider matrix, whose last columns take the B of the nodes of a forward; A x is masked to the token's node.
 """
 

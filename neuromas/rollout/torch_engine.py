@@ -1,7 +1,7 @@
 """The default engine samples in process, with the learner's own weights, so that the samples are never of an older version.
 
-Each distinct prefix is computed once, however many rows continue it, and kept to the end of a call. A row takes a slot of a
-KV cache, which holds its suffix and then what it writes. Rows of all nodes and layers decode together. A row with several
+Each distinct prefix is computed once, however many rows continue it; where prefixes take much memory, those without a live row
+are dropped. A row takes a slot of a KV cache, which holds its suffix and then what it writes. Rows of all nodes and layers decode together. A row with several
 texts goes on where it has ended one: the tokens that begin the next one take the place of sampled ones. When a row finishes, a
 later row moves to its slot, so that live rows stay in the first slots, and new rows are added after them.
 """
@@ -23,6 +23,8 @@ from neuromas.types import Request, Sample
 
 MAX_ROWS = 256
 NOT_GIVEN = -1
+PREFIX_BYTES = 2**28
+"""Prefixes are kept to the end of a call of `generate` while all take no more than this: another row may continue them."""
 
 Keyed = tuple[int, Request]
 """A request with the caller's key for it."""
@@ -213,11 +215,31 @@ class _DecodingBatch:
         missing = {key: node for key, node in zip(prefix_keys, nodes, strict=True) if key not in self.index_of_prefix}
         if not missing:
             return
+        self._drop_prefixes(prefix_keys)
         device = self.backbone.device
         packed = Packed.of([prefix for prefix, _ in missing], device)
         computed = self.policy.prefill(packed, torch.tensor(list(missing.values()), device=device))
         self.index_of_prefix |= {key: len(self.index_of_prefix) + index for index, key in enumerate(missing)}
         self.prefixes = computed if self.prefixes is None else self.prefixes.join(computed)
+
+    def _drop_prefixes(self, prefix_keys: Sequence[PrefixKey]) -> None:
+        """Drop the prefixes that neither a live row nor a new one continues, if all take much and those are half of them."""
+        slots, indices = self.slots, self.index_of_prefix
+        if slots is None or self.prefixes is None or self.prefixes.nbytes <= PREFIX_BYTES:
+            return
+        kept = {*slots.prefix[: self.live].tolist(), *(indices[key] for key in prefix_keys if key in indices)}
+        if 2 * len(kept) > len(indices):
+            return
+        # It numbers prefixes as they were.
+        self.live_rows = self.sharing = None
+        if not kept:
+            self.prefixes, self.index_of_prefix = None, {}
+            return
+        self.prefixes = self.prefixes.select(torch.tensor(sorted(kept), device=self.backbone.device))
+        moved = {old: new for new, old in enumerate(sorted(kept))}
+        self.index_of_prefix = {key: moved[old] for key, old in indices.items() if old in kept}
+        live = slots.prefix[: self.live]
+        slots.prefix[: self.live] = live.new_tensor([moved[old] for old in live.tolist()])
 
     def _reserve(self, rows: int, columns: int, texts: int) -> None:
         """Make the cache at least this large, with room for so many tokens after a prompt, and keep its content."""

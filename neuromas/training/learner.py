@@ -92,7 +92,8 @@ class TorchLearner:
             keep_all=config.entropy_coef > 0,
         )  # fmt: skip
         loss_sum = gap = entropy_sum = 0.0
-        for micro_batch in batch.split(config.tokens_per_micro_batch, policy.backbone.device):
+        tokens = config.tokens_per_micro_batch or policy.backbone.tokens_per_micro_batch
+        for micro_batch in batch.split(tokens, policy.backbone.device):
             if config.entropy_coef:
                 logprobs_K, entropies_K = policy.logprobs_and_entropies(micro_batch.rows)
             else:

@@ -162,7 +162,7 @@ def test_the_operations_for_other_devices_give_the_same(kind: str, scope: Scope,
     batch = batch_of(policy)
     ours = learned(policy, batch)
     monkeypatch.setattr("neuromas.model.attention._has_kernel", lambda *_: False)
-    monkeypatch.setattr("neuromas.model.ops.CompiledOps", TorchOps)
+    monkeypatch.setattr("neuromas.model.ops.CompiledOps", lambda _: TorchOps())
     other = policy_on(load(kind), scope=scope)
     assert type(policy.ops) is CompiledOps
     assert type(other.ops) is TorchOps

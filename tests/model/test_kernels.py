@@ -38,7 +38,7 @@ def value_and_gradients(function: Callable[..., Any], *inputs: Tensor) -> list[T
 
 def both_ways(function_of: Callable[[TorchOps], Callable[..., Any]], *inputs: Tensor) -> None:
     with listed() as of_compiled:
-        compiled = value_and_gradients(function_of(CompiledOps()), *inputs)
+        compiled = value_and_gradients(function_of(CompiledOps(torch.float32)), *inputs)
     with listed() as of_plain:
         plain = value_and_gradients(function_of(TorchOps()), *inputs)
     assert len(compiled) == len(plain) > len(inputs)
@@ -50,7 +50,7 @@ def both_ways(function_of: Callable[[TorchOps], Callable[..., Any]], *inputs: Te
 @pytest.mark.parametrize("size", [16, 33])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms(size: int, offset: float) -> None:
-    norm = RMSNorm(torch.nn.Parameter(normal(size)), 1e-6, offset, CompiledOps())
+    norm = RMSNorm(torch.nn.Parameter(normal(size)), 1e-6, offset, CompiledOps(torch.float32))
     both_ways(lambda ops: partial(ops.rms_norm, scale_C=norm.scale, eps=1e-6), 3 * normal(TOKENS, size))
     with torch.no_grad():
         x = normal(TOKENS, size)

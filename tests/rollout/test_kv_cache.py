@@ -61,7 +61,7 @@ def test_compiled_loops_compute_the_attention_that_torch_computes(case: str, win
     slots = make_slots(ROWS[case], lengths_Q)
     other = copy.deepcopy(slots)
     with listed() as computed:
-        ours, is_dense = attend_all(slots, Prefixes(past, lengths_Q), len(ROWS[case]), window, CompiledOps())
+        ours, is_dense = attend_all(slots, Prefixes(past, lengths_Q), len(ROWS[case]), window, CompiledOps(torch.float32))
     with listed() as plainly:
         theirs, _ = attend_all(other, Prefixes(past, lengths_Q), len(ROWS[case]), window, TorchOps())
     for one, two in zip([*ours, *slots.keys, *slots.values], [*theirs, *other.keys, *other.values], strict=True):

@@ -6,15 +6,18 @@ other devices and dtypes use torch's operations, and tests compare the two.
 """
 
 from neuromas.model.kernels.decoding import CacheAttention, sample
+from neuromas.model.kernels.head import chosen, logits
 from neuromas.model.kernels.layers import gate, gate_backward, has_gate, heads, heads_backward, normalise, normalise_backward
 
 __all__ = [
     "CacheAttention",
+    "chosen",
     "gate",
     "gate_backward",
     "has_gate",
     "heads",
     "heads_backward",
+    "logits",
     "normalise",
     "normalise_backward",
     "sample",

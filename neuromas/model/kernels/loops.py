@@ -305,6 +305,15 @@ def join(
                     out_BHD[row, h, d] = (own[head, i, d] + of_prefix[head, i, d]) * inverse_BH[row, h]
 
 
+@kernel
+def add_parts(rounded_KV: Any, rest_KV: Any, logits_KV: Any) -> None:
+    """Write the sums of two parts of logits."""
+    for k in prange(len(logits_KV)):
+        rounded, rest, logits = rounded_KV[k], rest_KV[k], logits_KV[k]
+        for v in range(len(logits)):
+            logits[v] = wide(rounded[v]) + wide(rest[v])
+
+
 @function
 def _exponentials_of_logits(logits: Any, maximum: Any, inverse_temperature: Any, weights: Any) -> Any:
     """Write the exponentials of logits into `weights` and return the sum."""
@@ -354,3 +363,25 @@ def sample(logits_BV: Any, uniform_B: Any, inverse_temperature: Any, greedy: Any
                     break
         tokens_B[row] = token
         logprobs_B[row] = (logits[token] - maximum) * inverse_temperature - np.log(total)
+
+
+@kernel
+def chosen(rounded_KV: Any, rest_KV: Any, ids_K: Any, inverse_temperature: Any, logprobs_K: Any) -> None:
+    """Write log softmax of one token each, given logits in two parts; softmax minus 1 at that token overwrites the first."""
+    vocabulary = rounded_KV.shape[1]
+    chunks = (vocabulary + _CHUNK - 1) // _CHUNK
+    for k in prange(len(rounded_KV)):
+        rounded, rest = rounded_KV[k], rest_KV[k]
+        logits = np.empty(vocabulary, np.float32)
+        for v in range(vocabulary):
+            logits[v] = wide(rounded[v]) + wide(rest[v])
+        chosen, maximum = logits[ids_K[k]], _maximum(logits, logits[0])
+        total = float64(0)
+        for chunk in range(chunks):
+            part = logits[chunk * _CHUNK : (chunk + 1) * _CHUNK]
+            total += float64(_exponentials_of_logits(part, maximum, inverse_temperature, part))
+        logprobs_K[k] = (chosen - maximum) * inverse_temperature - np.log(total)
+        inverse = float32(1 / total)
+        for v in range(vocabulary):
+            put(rounded, v, logits[v] * inverse)
+        put(rounded, ids_K[k], logits[ids_K[k]] * inverse - float32(1))
