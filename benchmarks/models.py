@@ -12,11 +12,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from neuromas.bundled import BUNDLED
 from neuromas.config import AdapterConfig
 from neuromas.model.backbone import Backbone
+from neuromas.model.gguf_file import converted
 from neuromas.model.policy import Policy
+from neuromas.model.sources import find_backbone
 
 RANK = 8
 MOST_NODES = 15
-MODELS = ("bundled", "60m", "qwen3-0.6b", "tiny")
+SMOLLM2 = "smollm2-135m"
+"""A pretrained model, out of a package that has to be installed; the others are made here."""
 _CHAT = (
     "{% for message in messages %}<user> {{ message['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -30,9 +33,14 @@ _SHAPES = {
 
 
 def make_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path, int]:
-    """Return the folders of a model and of its adapters, made where they are not there, and the size of its vocabulary."""
+    """Return the folders of a model and of its adapters, made where they are not there, and the size of its vocabulary.
+
+    ValueError if the package that ships the model is not installed.
+    """
     model, adapters = folder / name, folder / f"{name}-adapters"
-    if not (model / "config.json").exists():
+    if name == SMOLLM2:
+        model = Path(converted(Path(find_backbone(name))))
+    elif not (model / "config.json").exists():
         _write_model(name, model, dtype)
     if not (adapters / "done").exists():
         _write_adapters(model, adapters)

@@ -6,8 +6,8 @@ from typing import Any
 
 from benchmarks.environments import PEERS
 
-TOLERANCE = 1e-3
-"""How far losses and gradient norms of peers may be apart, relative."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""How far losses and gradient norms of peers may be apart, relative, by the coarser number format of the two."""
 
 
 def spread(values: Sequence[float]) -> str:
@@ -36,7 +36,9 @@ def agreement(record: dict[str, Any], peer: str) -> str:
     if "loss" in ours and "loss" in theirs:
         pairs = [(ours["loss"], theirs["loss"]), *zip(ours["grad_norms"], theirs["grad_norms"], strict=True)]
         apart = max(abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in pairs)
-        return f"loss and gradients {apart:.0e} apart" if apart <= TOLERANCE else f"**DIFFERS: {apart:.0e} apart**"
+        formats = {record["results"][name].get("dtype") for name in ("ours", peer)}
+        bound = TOLERANCE["bfloat16" if "bfloat16" in formats else "float32"]
+        return f"loss and gradients {apart:.0e} apart" if apart <= bound else f"**DIFFERS: {apart:.0e} apart**"
     if "greedy" in ours and "greedy" in theirs:
         tokens = [a == b for x, y in zip(ours["greedy"], theirs["greedy"], strict=True) for a, b in zip(x, y, strict=True)]
         return f"{sum(tokens)} of {len(tokens)} greedy tokens equal"
@@ -51,7 +53,7 @@ def table(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for record in records:
         for peer, result in record["results"].items():
-            title = PEERS[peer].title
+            title = PEERS[peer].title + (", bfloat16" if result.get("dtype") == "bfloat16" else "")
             if result.get("error") or not result["rounds"]:
                 lines.append(f"| {record['name']} | {title} | | **did not run**: {result.get('error') or 'no round'} | | |")
                 continue

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 
 from benchmarks.environments import PEERS, PeerMissing
-from benchmarks.models import RANK, make_model
+from benchmarks.models import RANK, SMOLLM2, make_model
 from benchmarks.report import report
 from benchmarks.workers import PeerFailed, Worker
 from benchmarks.workloads import Case, cases, smoke, write_spec
 
 WORKLOADS = ("W1", "W2", "W3", "W4", "W5")
+MODELS = ("bundled", "60m", SMOLLM2)
+DTYPES = ("float32", "bfloat16")
 ROUND_PATIENCE, SETUP_PATIENCE = 600.0, 900.0
 
 
@@ -72,7 +74,12 @@ def measure(case: Case, crew: Crew, options: argparse.Namespace) -> dict[str, An
         # What a process has once held stays with it: memory is measured in fresh ones.
         crew.dismiss(peers)
     for peer in peers:
-        attempt(peer, results[peer], crew, {"do": "setup", "spec": spec}, SETUP_PATIENCE)
+        # The limit is that of our format.
+        wanted = results["ours"].get("dtype", options.dtype) if peer == "limit" else options.dtype
+        if wanted == "best":
+            set_up_fastest(peer, results[peer], crew, spec)
+        else:
+            set_up(peer, results[peer], crew, spec, wanted)
     for number in range(options.rounds if case.workload != "W5" else 1):
         # Each begins as often as the others do: who comes after whom is then no advantage.
         shift = number % len(peers)
@@ -80,6 +87,27 @@ def measure(case: Case, crew: Crew, options: argparse.Namespace) -> dict[str, An
             if "error" not in results[peer]:
                 attempt(peer, results[peer], crew, {"do": "round"}, ROUND_PATIENCE)
     return {"name": case.name, "case": asdict(case), "results": results}
+
+
+def set_up(peer: str, result: dict[str, Any], crew: Crew, spec: dict[str, Any], dtype: str) -> None:
+    """Have a worker load the case in a number format."""
+    result["dtype"] = dtype
+    attempt(peer, result, crew, {"do": "setup", "spec": spec | {"dtype": dtype}}, SETUP_PATIENCE)
+
+
+def set_up_fastest(peer: str, result: dict[str, Any], crew: Crew, spec: dict[str, Any]) -> None:
+    """Have a worker load the case in each number format and do a round, and then again in the one that was faster."""
+    seconds: dict[str, float] = {}
+    for dtype in DTYPES:
+        trial: dict[str, Any] = {"rounds": []}
+        set_up(peer, trial, crew, spec, dtype)
+        if "error" not in trial:
+            attempt(peer, trial, crew, {"do": "round"}, ROUND_PATIENCE)
+        if "error" in trial:
+            result |= trial
+            return
+        seconds[dtype] = trial["rounds"][0]["seconds"]
+    set_up(peer, result, crew, spec, min(seconds, key=seconds.__getitem__))
 
 
 def attempt(peer: str, result: dict[str, Any], crew: Crew, message: dict[str, Any], patience: float) -> None:
@@ -115,16 +143,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small cases, three rounds: 9 to 10 minutes on two cores")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run? The figures mean nothing")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--models", nargs="+", choices=["bundled", "60m"], default=["bundled", "60m"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default all, with --quick the first two")
     parser.add_argument("--peers", nargs="+", choices=[name for name in PEERS if name != "ours"], help="leave out the others")
     parser.add_argument("--rounds", type=int, help="default 7, with --quick 3")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=[*DTYPES, "best"], default="float32", help="best: for each the faster one")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"), help="written with .json and .md added")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"), help="environments, models, data, logs")
     parser.add_argument("--no-install", action="store_true", help="leave out peers whose environment is not there yet")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (3 if options.quick else 7)
+    options.models = options.models or (MODELS[:2] if options.quick else MODELS)
     options.folder = options.folder.resolve()
     return options
 
@@ -140,6 +169,12 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]), "machine": machine(), "threads": options.threads,
         "rounds": options.rounds, "load": os.getloadavg()[0], "commit": commit(), "dtype": options.dtype,
     }  # fmt: skip
+    if any(case.model == SMOLLM2 for case in chosen):
+        try:
+            make_model(SMOLLM2, options.folder / "models")
+        except ValueError as error:
+            print(f"{SMOLLM2} is left out: {error}", flush=True)
+            chosen = [case for case in chosen if case.model != SMOLLM2]
     crew, records, spent = Crew(options), [], 0.0
     for peer in {peer for case in chosen for peer in case.peers if not options.peers or peer in options.peers}:
         try:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.models import SMOLLM2
 from neuromas.graph.topology import Topology
 from neuromas.graph.wording import WORDINGS
 from neuromas.types import Example
@@ -99,7 +100,7 @@ def texts_of(case: Case, seed: int = 0) -> dict[str, Any]:
     rng = random.Random(f"{seed}/{case.name}")
 
     def question() -> str:
-        if case.model == "bundled":
+        if case.model in ("bundled", SMOLLM2):
             # Steps of a walk, in the words that the bundled tokenizer knows: about 4 tokens each.
             turns = [
                 f"Take {rng.randint(1, 9)} steps {rng.choice(['left', 'right', 'forward'])}." for _ in range(case.prefix // 5)
@@ -129,6 +130,7 @@ def write_spec(case: Case, folder: Path, model: Path, adapters: Path, vocabulary
 def cases(quick: bool, wanted: Sequence[str]) -> list[Case]:
     """Return the cases of the workloads wanted, in order."""
     made: list[Case] = []
+    made += _pretrained(quick)
     for model in ("bundled", "60m"):
         made += _rollouts_and_updates(model, quick) + _steps(model, quick) + _scaling(model, quick)
     made += _memory(quick)
@@ -159,6 +161,19 @@ def _rollouts_and_updates(model: str, quick: bool) -> list[Case]:
         if not quick or (widths == (1, 1, 1) and not small):
             made.append(Case(workload="W1", kind="rollout", scope="suffix", peers=("limit",), **size))
             made.append(Case(workload="W2", kind="update", scope="suffix", peers=("limit",), **size))
+    return made
+
+
+def _pretrained(quick: bool) -> list[Case]:
+    """Return the cases of a pretrained model of 135 million parameters: three nodes, 32 tokens of each."""
+    size: dict[str, Any] = {"model": SMOLLM2, "new": 32}
+    made = [Case(workload="W2", kind="update", questions=1 if quick else 4, peers=("peft_loop", "limit"), **size)]
+    # 32 rows decode together, and 64.
+    for questions in (4,) if quick else (4, 8):
+        peers = ROLLOUT_PEERS if questions == 4 else ("peft_loop", "limit")
+        made.append(Case(workload="W1", kind="rollout", questions=questions, peers=peers, **size))
+    if not quick:
+        made.append(Case(workload="W3", kind="step", widths=(1,), questions=4, peers=("trl_rloo", "trl_grpo"), **size))
     return made
 
 

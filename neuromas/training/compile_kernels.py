@@ -4,16 +4,18 @@ Where a process has compiled a parallel loop itself, Numba runs another translat
 sums then differ in their last bits from those of every later process. So no process that computes anything compiles them.
 """
 
+import torch
+
 from neuromas.graph.topology import Topology
 from neuromas.model.backbone import Backbone
 from neuromas.rollout.network import Network
 from neuromas.training.reinforce import build_batch, loss
 from neuromas.types import Example
 
-if __name__ == "__main__":
-    import torch
 
-    network = Network(Topology.layered([1, 1]), Backbone.load("bundled", device="cpu"), max_new_tokens=4)
+def compile_for(dtype: str) -> None:
+    """Sample and learn a little with a backbone of this dtype: loops are compiled when they are first called."""
+    network = Network(Topology.layered([1, 1]), Backbone.load("bundled", dtype=dtype, device="cpu"), max_new_tokens=4)
     examples = [Example(name, f"Is {name} a letter?", "Yes", 'Write "Answer: Yes".') for name in "ab"]
     groups = network.rollout(examples, 2, seed=(0,))
     policy = network.policy
@@ -21,3 +23,8 @@ if __name__ == "__main__":
     batch = build_batch(groups, weights, routing=policy.routing, adapter_version=policy.version, temperature=1.0)
     for part in batch.split(10_000, network.backbone.device):
         loss(policy.logprobs(part.rows), part.advantages_K, batch.num_rollouts).backward()
+
+
+if __name__ == "__main__":
+    compile_for("float32")
+    compile_for("bfloat16")
