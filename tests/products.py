@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import neuromas.model.kernels.decoding
+import neuromas.model.kernels.head
 import neuromas.model.kernels.layers
 
 _ADD_UP = ("mm", "matmul", "linear", "attention", "softmax", "logsumexp", "embedding")
@@ -49,7 +50,7 @@ def listed() -> Iterator[list[Product]]:
         run(loop, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, _Listing(products):
-        for module in (neuromas.model.kernels.layers, neuromas.model.kernels.decoding):
+        for module in (neuromas.model.kernels.layers, neuromas.model.kernels.decoding, neuromas.model.kernels.head):
             patch.setattr(module, "run", listing)
         yield products
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.environments import PEERS, Peer
 from benchmarks.report import agreement, memory, ratios, scaling, spread, table
+from benchmarks.run import set_up_fastest
 from benchmarks.workers import PeerFailed, Worker
 from benchmarks.workloads import Case, cases, rows_of, smoke
 
@@ -86,3 +87,41 @@ def test_a_worker_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(PeerFailed, match=r"died with exit code 1, see .*nobody\.log"):
         worker.ask({"do": "round"}, 60)
     worker.stop()
+
+
+def test_losses_in_bfloat16_may_be_further_apart_and_the_format_is_named() -> None:
+    case = Case(workload="W2", kind="update", model="smollm2-135m")
+    found = record(
+        case, ours=result(1.0, dtype="bfloat16", check={"loss": 1.0, "grad_norms": [2.0]}),
+        peft_loop=result(3.0, dtype="float32", check={"loss": 1.01, "grad_norms": [2.02]}),
+    )  # fmt: skip
+    assert agreement(found, "peft_loop") == "loss and gradients 1e-02 apart"
+    ours, theirs = table([found])[-2:]
+    assert "NeuroMAS, bfloat16" in ours
+    assert "bfloat16" not in theirs
+
+
+def test_each_peer_is_measured_in_the_format_in_which_it_is_faster() -> None:
+    class Answering:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+
+        def worker(self, name: str) -> "Answering":
+            return self
+
+        def ask(self, message: dict[str, Any], patience: float) -> dict[str, Any]:
+            if message["do"] == "setup":
+                self.asked.append(message["spec"]["dtype"])
+                return {"loaded_mib": 1.0}
+            return {"seconds": 1.0 if self.asked[-1] == "float32" else 2.0, "tokens": 1, "peak_mib": 1.0}
+
+    crew: Any = Answering()
+    found: dict[str, Any] = {"rounds": []}
+    set_up_fastest("peft_loop", found, crew, {"kind": "update"})
+    assert crew.asked == ["float32", "bfloat16", "float32"]
+    assert found == {"rounds": [], "dtype": "float32", "loaded_mib": 1.0}
+
+
+def test_smollm2_is_measured_in_three_nodes() -> None:
+    made = [case for case in cases(True, ["W1", "W2"]) if case.model == "smollm2-135m"]
+    assert [(case.workload, case.questions * case.group, case.nodes) for case in made] == [("W1", 32, 3), ("W2", 8, 3)]

@@ -45,7 +45,7 @@ def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = Fa
     """
     if not report_only:
         check_questions(grid)
-    grid = _with_dtypes(grid)
+    grid = with_dtypes(grid)
     checksums = {name: _checksum(name, grid) for name in grid.backbones}
     data = {task: data_checksum(task) for task in {spec.config.task for spec in grid.cells}}
     with _locked(out) as lock:
@@ -103,7 +103,7 @@ def check_questions(grid: Grid) -> None:
             evaluation_sets(config, task)
 
 
-def _with_dtypes(grid: Grid) -> Grid:
+def with_dtypes(grid: Grid) -> Grid:
     """Return a grid whose cells say which number format `auto` is on this machine: it is part of what they are."""
     wanted = {(spec.config.backbone, spec.config.device) for spec in grid.cells if spec.config.dtype == "auto"}
     chosen = {(name, device): resolve_dtype("auto", name, device) for name, device in wanted}

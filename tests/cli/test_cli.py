@@ -15,6 +15,7 @@ from neuromas import Backbone
 from neuromas.cli import main as cli
 from neuromas.sandbox import choose_isolation
 from neuromas.tasks import code, get_task
+from neuromas.training.run_directory import RunDirectory
 
 CHAIN = ["--widths", "1", "1", "1"]
 """Resets widths to the default: explicit edges replace them."""
@@ -489,3 +490,22 @@ def test_the_module_runs_as_a_program() -> None:
     assert done.stderr == ""
     failed = subprocess.run([*command, "train", "--widths", "2"], capture_output=True, text=True, check=False)
     assert_refused(Outcome(failed.returncode, failed.stdout, failed.stderr), r"topology\.widths must end in 1")
+
+
+def test_dtype_auto_is_stored_as_what_was_chosen(
+    call: Call, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[int, int]] = []
+
+    def faster(features: int, outputs: int) -> str:
+        measured.append((features, outputs))
+        return "bfloat16"
+
+    monkeypatch.setattr("neuromas.model.backbone.faster_dtype", faster)
+    flags = ["train", "--backbone", str(tiny_folder), *FLAGS, "--run-dir", str(tmp_path / "run"), "--dtype", "auto"]
+    outcome = call(*flags)
+    assert (outcome.status, len(measured)) == (0, 1), outcome
+    assert "--dtype auto: bfloat16 suits this backbone and machine" in outcome.out
+    assert RunDirectory.open(tmp_path / "run").config.dtype == "bfloat16"
+    # A run that is resumed keeps its format, whatever this machine would choose.
+    assert (call(*flags, "--resume").status, len(measured)) == (0, 1)

@@ -8,6 +8,7 @@ from paths import CONFIGS, RIVALS
 
 from neuromas.compare.grid import Grid, find_method, load_grid
 from neuromas.compare.methods.networks import Trained
+from neuromas.compare.run import with_dtypes
 
 PRESETS = ("bundled", "paper_table1", "backbone_sweep")
 HEAD = 'methods = ["direct", "single_rl", "neuromas_3"]\ntasks = ["navigate", "web_of_lies"]\nseeds = [0, 1]\n'
@@ -26,6 +27,14 @@ def test_cells_go_seed_by_seed_with_every_method_on_the_same_settings(tmp_path: 
     ]  # fmt: skip
     assert [c.config.seed for c in grid.cells] == [0] * 6 + [1] * 6
     assert {c.config.backbone for c in grid.cells} == {"bundled"}
+
+
+def test_cells_say_which_number_format_auto_is_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, str]] = []
+    monkeypatch.setattr("neuromas.compare.run.resolve_dtype", lambda *what: asked.append(what) or "bfloat16")
+    grid = with_dtypes(load(tmp_path, HEAD + '[train]\ndtype = "auto"\n[task.web_of_lies]\ndtype = "float32"\n'))
+    assert {(c.config.task.name, c.config.dtype) for c in grid.cells} == {("navigate", "bfloat16"), ("web_of_lies", "float32")}
+    assert asked == [("auto", "bundled", "auto")]
 
 
 def test_settings_lie_over_each_other(tmp_path: Path) -> None:

@@ -136,9 +136,29 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own_forward(kind: str) -> 
     assert away <= 0.1 * exact.abs().mean()
 
 
-def grown(kind: str) -> Policy:
+@pytest.mark.parametrize("scope", ["all", "suffix"])
+@pytest.mark.parametrize("kind", ["qwen3", "biases", "grown"])
+def test_widened_products_give_the_gradients_of_separate_adapters(kind: str, scope: Scope) -> None:
+    """A micro-batch of some nodes alone, as well: then others' B are not written."""
+    found = []
+    for widened in (True, False):
+        policy = grown("qwen3", torch.bfloat16) if kind == "grown" else policy_on(load(kind, torch.bfloat16), scope=scope)
+        bank = policy.adapters
+        assert bank is not None
+        assert bank.state.widened is not None
+        if not widened:
+            bank.state.widened = None
+        batch = batch_of(policy)
+        both = learned(policy, batch)
+        second = learned(policy, Batch(batch.completions[5:], 4, policy.routing, 0.8))
+        found.append([*both, *second])
+        assert widened == bool(bank.state.widened)
+    assert_close(found[0], found[1], 0.05)
+
+
+def grown(kind: str, dtype: torch.dtype = torch.float32) -> Policy:
     """Return a policy with nodes of two cohorts whose adapters are not zero."""
-    policy = Policy(load(kind), (1,), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0)
+    policy = Policy(load(kind, dtype), (1,), AdapterConfig(rank=2, target_modules=EVERY_MODULE), seed=0)
     bank = policy.adapters
     assert bank is not None
     bank.add_nodes({2: None})

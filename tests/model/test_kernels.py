@@ -83,6 +83,57 @@ def test_gates(activation: str) -> None:
     torch.testing.assert_close(kernels.gate(both, activation), acted * up, **BOUND)
 
 
+def test_loops_round_to_bfloat16_as_torch_does() -> None:
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20, 3e38, -3.4e38, 1e-40, 0.0])
+    gradient = torch.cat([ties, torch.tensor([torch.inf, torch.nan]), normal(6)]).view(1, 2, 8)
+    cos, sin = torch.ones(1, 8), torch.zeros(1, 4)
+    nothing, qkv = torch.zeros(1, 0, 8), torch.zeros(1, 2, 8, dtype=torch.bfloat16)
+    # The gradient at values is copied.
+    written = kernels.heads_backward((nothing, nothing, gradient), qkv, cos, sin, None, torch.zeros(1, 0))
+    torch.testing.assert_close(written, gradient.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_loops_in_bfloat16_compute_in_float32_and_round_once(activation: str) -> None:
+    half = torch.bfloat16
+    once: dict[str, Any] = {"rtol": 2**-8, "atol": 1e-6}
+    norm = partial(CompiledOps(half).rms_norm, scale_C=normal(24), eps=1e-6)
+    wide = partial(CompiledOps(torch.float32).rms_norm, scale_C=normal(24), eps=1e-6)
+    for given in (normal(TOKENS, 24), normal(TOKENS, 24).bfloat16()):
+        y, dx = value_and_gradients(norm, given)
+        exact, exact_dx = value_and_gradients(wide, given.float())
+        assert (y.dtype, dx.dtype) == (half, given.dtype)
+        torch.testing.assert_close(y.float(), exact, **once)
+        torch.testing.assert_close(dx.float(), exact_dx, rtol=2**-7, atol=0.02)
+    both, gradient = normal(TOKENS, 24).bfloat16(), normal(TOKENS, 12, seed=1).bfloat16()
+    gated, d_both = kernels.gate(both, activation), kernels.gate_backward(gradient, both, activation)
+    assert (gated.dtype, d_both.dtype) == (half, half)
+    torch.testing.assert_close(gated.float(), kernels.gate(both.float(), activation), **once)
+    torch.testing.assert_close(d_both.float(), kernels.gate_backward(gradient.float(), both.float(), activation), **once)
+    angles, scale, qkv = normal(TOKENS, 4), normal(6, 8), normal(TOKENS, 8, 8).bfloat16()
+    turned = torch.cat([angles.cos()] * 2, 1), angles.sin(), scale
+    heads, exact = (kernels.heads(x, *turned, 1e-6, 4, 2) for x in (qkv, qkv.float()))
+    for one, other in zip(heads, exact, strict=True):
+        torch.testing.assert_close(one, other, **BOUND)
+    grads = heads[:3]
+    d_qkv, exact = (kernels.heads_backward(grads, x, *turned, heads[3]) for x in (qkv, qkv.float()))
+    # It is rounded again after the norm's gradient.
+    torch.testing.assert_close(d_qkv.float(), exact, rtol=2**-6, atol=0.05)
+
+
+def test_a_head_in_bfloat16_loses_no_digits_of_its_logits() -> None:
+    hidden, weight, ids = normal(5, 64).bfloat16(), 3 * normal(600, 64, seed=1).bfloat16(), torch.tensor([0, 599, 7, 7, 300])
+    exact = hidden.double() @ weight.double().T
+    assert exact.abs().max() > 64, "which bfloat16 alone would round by up to 0.25"
+    torch.testing.assert_close(kernels.logits(hidden, weight), exact.float(), rtol=0, atol=2e-3)
+    for temperature in (1.0, 0.5):
+        logprobs, difference = kernels.chosen(hidden, weight, ids, temperature)
+        expected = (exact / temperature).log_softmax(1)
+        torch.testing.assert_close(logprobs, expected.gather(1, ids[:, None])[:, 0].float(), rtol=0, atol=5e-3)
+        weights = expected.exp().scatter_add(1, ids[:, None], -torch.ones(5, 1, dtype=torch.float64))
+        torch.testing.assert_close(difference.double(), weights, rtol=2**-7, atol=1e-3)
+
+
 def test_a_gate_without_a_loop_is_computed_by_torch() -> None:
     assert not kernels.has_gate("gelu")
 

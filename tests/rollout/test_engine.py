@@ -9,10 +9,12 @@ import pytest
 import torch
 from models import FAMILIES, load_backbone, make_model, randomise, save_model
 from scipy.stats import chi2
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from neuromas import Backbone, Network, Topology
 from neuromas.config import AdapterConfig, Scope
+from neuromas.model.attention import Prefixes
 from neuromas.model.ops import TorchOps
 from neuromas.model.packing import Packed
 from neuromas.model.policy import Policy, Rows
@@ -363,3 +365,22 @@ def test_the_scripted_engine_keeps_the_order_of_requests(folders: dict[str, Path
     engine.generate([(0, requests[0]), (1, requests[1])], on_sample, temperature=1.0, max_new_tokens=1)
     assert received == [(0, "from 1"), (1, "from 2"), (7, "from 3")]
     assert engine.requests == requests
+
+
+def test_prefixes_without_a_live_row_are_dropped_where_they_take_much(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, computed = adapted(folders["qwen3"]), list[int]()
+    requests = make_requests(policy, 24)
+    usual = answer(policy, requests, max_rows=3)
+    prefill = policy.prefill
+
+    def counting(prefixes: Packed, node_Q: Tensor) -> Prefixes:
+        computed.append(len(node_Q))
+        return prefill(prefixes, node_Q)
+
+    monkeypatch.setattr(policy, "prefill", counting)
+    monkeypatch.setattr("neuromas.rollout.torch_engine.PREFIX_BYTES", 0)
+    assert_same_samples(answer(policy, requests, max_rows=3), usual)
+    distinct = len({policy.routing.prefix_key(request.prompt, request.node) for request in requests})
+    assert sum(computed) > distinct, "a prefix that was dropped is computed again"

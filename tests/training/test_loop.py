@@ -335,6 +335,16 @@ def test_micro_batches_make_the_same_step(
         torch.testing.assert_close(moments[0][name], moment, rtol=0, atol=max(1e-5 * moment.abs().max().item(), 1e-9))
 
 
+def test_micro_batches_of_a_large_model_have_fewer_tokens(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(folders["qwen3"])
+    assert backbone.tokens_per_micro_batch == 10_000
+    monkeypatch.setattr(backbone.model.config, "num_hidden_layers", 30)
+    monkeypatch.setattr(backbone.model.config, "hidden_size", 576)
+    monkeypatch.setattr(backbone.model.config, "intermediate_size", 1536)
+    # A token takes 30 x (40 x 576 + 24 x 1,536) bytes.
+    assert backbone.tokens_per_micro_batch == 2**31 // 1_797_120
+
+
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     config = TrainConfig(lr=1.0, warmup_steps=2, num_steps=6, final_lr=0.2)
     # 1/2, 2/2; then 0.2 + 0.8 * (1 + cos(pi * k / 4)) / 2 for k = 0 to 3
