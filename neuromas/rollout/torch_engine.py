@@ -23,6 +23,8 @@ from neuromas.types import Request, Sample
 
 MAX_ROWS = 256
 NOT_GIVEN = -1
+CACHE_BYTES = 2**30
+"""On a CPU, rows decode at once whose KV cache takes about this much at most."""
 PREFIX_BYTES = 2**28
 """Prefixes are kept to the end of a call of `generate` while all take no more than this: another row may continue them."""
 
@@ -42,15 +44,25 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Keyed], on_sample: OnSample, *, temperature: float, max_new_tokens: int) -> None:
-        batch = _DecodingBatch(self.policy, self.max_rows, temperature, max_new_tokens)
+        max_rows = self._rows_at_once(max_new_tokens)
+        batch = _DecodingBatch(self.policy, max_rows, temperature, max_new_tokens)
         waiting = deque(requests)
         with self.policy.sampling():
             while waiting or batch.live:
                 # New rows wait for each other: a prefill of a few rows costs nearly as much as one of many.
-                if waiting and batch.live <= min(self.max_rows - 1, 3 * len(waiting)):
-                    batch.admit([waiting.popleft() for _ in range(min(len(waiting), self.max_rows - batch.live))])
+                if waiting and batch.live <= min(max_rows - 1, 3 * len(waiting)):
+                    batch.admit([waiting.popleft() for _ in range(min(len(waiting), max_rows - batch.live))])
                 for key, sample in batch.step():
                     waiting.extend(on_sample(key, sample))
+
+    def _rows_at_once(self, max_new_tokens: int) -> int:
+        """Return how many rows decode at once: on a CPU, fewer of a large model."""
+        backbone = self.policy.backbone
+        # What a row reads behind its prefix is taken to be as long as two texts.
+        row_bytes = 3 * max_new_tokens * backbone.token_bytes
+        if backbone.device.type != "cpu" or not row_bytes:
+            return self.max_rows
+        return max(1, min(self.max_rows, CACHE_BYTES // row_bytes))
 
 
 class _DecodingBatch:
