@@ -43,12 +43,12 @@ class _ChosenLogprobs(torch.autograd.Function):
         chunk = max(1, LOGITS_AT_ONCE // len(weight_VC))
         for start in range(0, len(ids_K), chunk):
             part, ids = slice(start, start + chunk), ids_K[start : start + chunk, None]
-            if _in_two_parts(hidden_KC, bias_V):
+            if _in_two_parts(hidden_KC, bias_V) and entropies_K is None:
                 logprobs_K[part], difference = kernels.chosen(hidden_KC[part], weight_VC, ids[:, 0], temperature)
-                if gradient_KC is not None:
-                    gradient_KC[part] = difference @ weight_VC / -temperature
+                if gradients:
+                    gradients[0][part] = difference @ weight_VC / -temperature
                 continue
-            logits = functional.linear(hidden_KC[part], weight_VC, bias_V).float()
+            logits = logits_of(hidden_KC[part], weight_VC, bias_V)
             if temperature != 1:
                 logits /= temperature
             total = logits.logsumexp(-1, keepdim=True)

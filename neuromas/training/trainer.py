@@ -117,9 +117,8 @@ class Trainer:
         if self.bare is None:
             return None
         config = self.config
-        return Divergence.of(
-            groups, self.bare, temperature=config.temperature, tokens_per_micro_batch=config.tokens_per_micro_batch
-        )  # fmt: skip
+        tokens = config.tokens_per_micro_batch or self.bare.backbone.tokens_per_micro_batch
+        return Divergence.of(groups, self.bare, temperature=config.temperature, tokens_per_micro_batch=tokens)
 
     def advantages(
         self, rewards_PG: Float[Tensor, "P G"], groups: list[Group], divergence: Divergence | None
