@@ -1,10 +1,10 @@
 """The default engine samples in process, with the learner's own weights, so that the samples are never of an older version.
 
 Each distinct prefix is computed once, however many rows continue it; where prefixes take much memory, those without a live row
-are dropped. A row takes a slot of a KV cache, which holds its suffix and then what it writes. Rows of all nodes and layers decode
-together. A row with several texts goes on where it has ended one: the tokens that begin the next one take the place of sampled
-ones. When a row finishes, a later row moves to its slot, so that live rows stay in the first slots, and new rows are added after
-them.
+are dropped. A row takes a slot of a KV cache, which holds its suffix and then what it writes. Rows of all nodes and layers
+decode together. A row with several texts goes on where it has ended one: the tokens that begin the next one take the place of
+sampled ones. When a row finishes, a later row moves to its slot, so that live rows stay in the first slots, and new rows are
+added after them.
 """
 
 from collections import deque
