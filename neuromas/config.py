@@ -288,7 +288,7 @@ class TrainConfig:
     """Divide a group's advantages by the standard deviation of its rewards."""
     tokens_per_micro_batch: int | None = None
     """Tokens in one forward and backward pass, prompts among them, but one completion at least: fewer take less memory and
-    change nothing else. None: 10,000, and on a CPU as few as keep a pass at about 1 GiB."""
+    change nothing else. None: 10,000, and on a CPU as few as keep a pass at about 1.5 GiB."""
 
     eval_size: int = 500
     """Held-out generated problems that the network answers before and after training."""

@@ -36,7 +36,7 @@ from neuromas.model.sources import find_backbone, is_gguf
 from neuromas.model.turns import Frame, chat_frame, plain_frame
 
 MICRO_BATCH_TOKENS = 10_000
-MICRO_BATCH_BYTES = 2**30
+MICRO_BATCH_BYTES = 3 * 2**29
 """What a forward pass may keep for its gradient, about."""
 
 
