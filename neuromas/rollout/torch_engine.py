@@ -8,7 +8,7 @@ added after them.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -45,25 +45,15 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Keyed], on_sample: OnSample, *, temperature: float, max_new_tokens: int) -> None:
-        max_rows = self._rows_at_once(max_new_tokens)
-        batch = _DecodingBatch(self.policy, max_rows, temperature, max_new_tokens)
+        batch = _DecodingBatch(self.policy, self.max_rows, temperature, max_new_tokens)
         waiting = deque(requests)
         with self.policy.sampling():
             while waiting or batch.live:
                 # New rows wait for each other: a prefill of a few rows costs nearly as much as one of many.
-                if waiting and batch.live <= min(max_rows - 1, 3 * len(waiting)):
-                    batch.admit([waiting.popleft() for _ in range(min(len(waiting), max_rows - batch.live))])
+                if waiting and batch.live <= 3 * len(waiting) and (room := batch.room(waiting)) > 0:
+                    batch.admit([waiting.popleft() for _ in range(min(len(waiting), room))])
                 for key, sample in batch.step():
                     waiting.extend(on_sample(key, sample))
-
-    def _rows_at_once(self, max_new_tokens: int) -> int:
-        """Return how many rows decode at once: on a CPU, fewer of a large model."""
-        backbone = self.policy.backbone
-        # What a row reads behind its prefix is taken to be as long as two texts.
-        row_bytes = 3 * max_new_tokens * backbone.token_bytes
-        if backbone.device.type != "cpu" or not row_bytes:
-            return self.max_rows
-        return max(1, min(self.max_rows, CACHE_BYTES // row_bytes))
 
 
 class _DecodingBatch:
@@ -91,6 +81,16 @@ class _DecodingBatch:
     def live(self) -> int:
         """Return the number of live rows."""
         return len(self.rows)
+
+    def room(self, waiting: Collection[Keyed]) -> int:
+        """Return how many more rows may decode: on a CPU, as many as keep the cache at `CACHE_BYTES`, but one at least."""
+        backbone, most = self.backbone, self.max_rows
+        if backbone.device.type == "cpu" and backbone.token_bytes:
+            columns = max(len(request.prompt.suffix_ids) for _, request in waiting) + self.max_new_tokens
+            if self.slots is not None:
+                columns = max(columns, self.slots.keys[0].shape[2])
+            most = max(1, min(most, CACHE_BYTES // (columns * backbone.token_bytes)))
+        return most - self.live
 
     def admit(self, requests: Sequence[Keyed]) -> None:
         """Prefill new rows into the slots after the live ones."""
@@ -271,12 +271,14 @@ class _DecodingBatch:
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
-        def cache_like(tensor: Tensor) -> Tensor:
-            return tensor.new_zeros(rows, tensor.shape[1], columns, tensor.shape[3])
+        def cache_like(tensor: Tensor, before: list[Tensor] | None) -> Tensor:
+            cache = tensor.new_zeros(rows, tensor.shape[1], columns, tensor.shape[3])
+            # Each layer's old cache goes before the next layer's new one is made.
+            return _copied(before.pop(0), cache) if before else cache
 
         slots = Slots(
-            keys=[cache_like(keys) for keys, _ in layers],
-            values=[cache_like(values) for _, values in layers],
+            keys=[cache_like(keys, old.keys if old else None) for keys, _ in layers],
+            values=[cache_like(values, old.values if old else None) for _, values in layers],
             nodes=integers(rows),
             prefix=integers(rows),
             prefix_length=integers(rows),
@@ -290,7 +292,12 @@ class _DecodingBatch:
             given=integers(rows, texts) + NOT_GIVEN,
         )
         if old is not None:
-            for target, source in zip(slots.tensors(), old.tensors(), strict=True):
-                corner = tuple(slice(0, size) for size in source.shape)
-                target[corner] = source
+            for target, source in zip(slots.tensors()[2 * len(layers) :], old.tensors(), strict=True):
+                _copied(source, target)
         self.slots = slots
+
+
+def _copied(source: Tensor, target: Tensor) -> Tensor:
+    """Copy a tensor into the first corner of one that is at least as large, and return that."""
+    target[tuple(slice(0, size) for size in source.shape)] = source
+    return target

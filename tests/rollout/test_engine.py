@@ -384,3 +384,27 @@ def test_prefixes_without_a_live_row_are_dropped_where_they_take_much(
     assert_same_samples(answer(policy, requests, max_rows=3), usual)
     distinct = len({policy.routing.prefix_key(request.prompt, request.node) for request in requests})
     assert sum(computed) > distinct, "a prefix that was dropped is computed again"
+
+
+def test_on_a_cpu_the_cache_bounds_the_rows_that_decode_at_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, live = adapted(folders["qwen3"]), list[int]()
+    requests = make_requests(policy)
+    usual = answer(policy, requests)
+    decode = policy.decode
+
+    def counting(*inputs: Any) -> Tensor:
+        live.append(len(inputs[-1]))
+        return decode(*inputs)
+
+    monkeypatch.setattr(policy, "decode", counting)
+    longest = max(len(request.prompt.suffix_ids) for request in requests) + 6
+    monkeypatch.setattr("neuromas.rollout.torch_engine.CACHE_BYTES", 5 * longest * policy.backbone.token_bytes)
+    assert_same_samples(answer(policy, requests), usual)
+    assert max(live) == 5
+    # Less than a row takes lets rows decode one by one.
+    monkeypatch.setattr("neuromas.rollout.torch_engine.CACHE_BYTES", 0)
+    live.clear()
+    assert_same_samples(answer(policy, requests), usual)
+    assert max(live) == 1
