@@ -24,7 +24,7 @@ from neuromas.types import Request, Sample
 
 MAX_ROWS = 256
 NOT_GIVEN = -1
-CACHE_BYTES = 2**30
+CACHE_BYTES = 2**29
 """On a CPU, rows decode at once whose KV cache takes about this much at most."""
 PREFIX_BYTES = 2**28
 """Prefixes are kept to the end of a call of `generate` while all take no more than this: another row may continue them."""
