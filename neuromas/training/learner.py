@@ -33,6 +33,8 @@ class Update:
     """Norm of each node's gradient before clipping."""
     entropy: float | None = None
     """Mean entropy at a sampled token; None without an entropy bonus."""
+    largest_weight: float | None = None
+    """Largest importance weight of a token; None in float32, where sampler and learner agree."""
 
 
 class Learner(Protocol):
@@ -91,14 +93,19 @@ class TorchLearner:
             groups, advantages, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature,
             keep_all=config.entropy_coef > 0,
         )  # fmt: skip
-        loss_sum = gap = entropy_sum = 0.0
+        loss_sum = gap = entropy_sum = largest = 0.0
+        weighs = policy.backbone.model.dtype != torch.float32
         tokens = config.tokens_per_micro_batch or policy.backbone.tokens_per_micro_batch
         for micro_batch in batch.split(tokens, policy.backbone.device):
             if config.entropy_coef:
                 logprobs_K, entropies_K = policy.logprobs_and_entropies(micro_batch.rows)
             else:
                 logprobs_K, entropies_K = policy.logprobs(micro_batch.rows), None
-            loss = reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts)
+            advantages_K = micro_batch.advantages_K
+            if weighs:
+                weights_K = reinforce.importance_weights(logprobs_K, micro_batch.sampled_logprobs_K)
+                advantages_K, largest = advantages_K * weights_K, max(largest, weights_K.max().item())
+            loss = reinforce.loss(logprobs_K, advantages_K, batch.num_rollouts)
             if entropies_K is not None:
                 loss = loss + reinforce.entropy_loss(entropies_K, config.entropy_coef, batch.num_rollouts)
                 entropy_sum += entropies_K.sum().item()
@@ -115,4 +122,4 @@ class TorchLearner:
         self.optimizer.zero_grad(set_to_none=True)
         self.bank.version += 1
         entropy = entropy_sum / spending(groups).sampled_tokens if config.entropy_coef else None
-        return Update(loss_sum, gap, grad_norms, entropy)
+        return Update(loss_sum, gap, grad_norms, entropy, largest if weighs else None)

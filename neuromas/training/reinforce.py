@@ -164,6 +164,19 @@ def build_batch(
     return Batch(tuple(chosen), sum(map(len, groups)), routing, temperature)
 
 
+MOST_WEIGHT = 2.0
+"""Largest importance weight."""
+
+
+def importance_weights(logprobs_K: Float[Tensor, " K"], sampled_logprobs_K: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Return each token's probability under the learner over that under the sampler, at most `MOST_WEIGHT`; without a gradient.
+
+    In bfloat16 the two round differently, so the samples are of a slightly other policy (truncated importance sampling,
+    Ionides 2008).
+    """
+    return (logprobs_K.detach() - sampled_logprobs_K).exp().clamp(max=MOST_WEIGHT)
+
+
 def loss(logprobs_K: Float[Tensor, " K"], advantages_K: Float[Tensor, " K"], num_rollouts: int) -> Float[Tensor, ""]:
     """Return - sum over sampled tokens of advantage * log-probability, over the rollouts of the step.
 

@@ -164,8 +164,9 @@ class Trainer:
         update = self.learner.update(groups, advantages, learning=self.growths.learning(self.step, groups), lr=lr)
         self.ledger.record(groups, updated=any(update.grad_norms.values()))
         norms = {f"grad_norm/node/{node}/max": norm for node, norm in update.grad_norms.items()}
-        entropy = {} if update.entropy is None else {"entropy/mean": update.entropy}
-        return {"loss/mean": update.loss, "logprob_gap/max": update.logprob_gap, "lr/value": lr, **entropy, **norms}
+        optional = {"entropy/mean": update.entropy, "importance_weight/max": update.largest_weight}
+        found = {name: value for name, value in optional.items() if value is not None}
+        return {"loss/mean": update.loss, "logprob_gap/max": update.logprob_gap, "lr/value": lr, **found, **norms}
 
     def finish_step(self, groups: list[Group], rewards_PG: Tensor, metrics: dict[str, float]) -> dict[str, float]:
         """Validate if that is due, and log the step with all its rollouts; return all its metrics."""

@@ -3,6 +3,7 @@
 Backbones are tiny and random, made to say little but Yes, No or nothing, so that some answers are right from the start.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -521,6 +522,19 @@ def test_reward_goes_up(folders: dict[str, Path], tmp_path: Path) -> None:
     assert sum(last) / 5 > sum(first) / 3 + 0.2
     assert metrics[0]["answer_parsed/frac"] < 0.6
     assert metrics[-1]["answer_parsed/frac"] > 0.9
+
+
+def test_in_bfloat16_an_importance_weight_corrects_the_gap(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", dtype="bfloat16", examples_per_step=12)
+    metrics = train_step(start(config))
+    assert 0.5 < metrics["importance_weight/max"] <= reinforce.MOST_WEIGHT
+    assert metrics["grad_norm/node/1/max"] > 0
+    # It multiplies every token's term.
+    monkeypatch.setattr(reinforce, "importance_weights", lambda logprobs_K, sampled_K: torch.zeros_like(logprobs_K))
+    assert train_step(start(dataclasses.replace(config, run_dir=tmp_path / "none")))["grad_norm/node/1/max"] == 0
+    assert "importance_weight/max" not in train_step(start(make_config(folders["qwen3"], tmp_path / "float32")))
 
 
 # How long training lasts, and which adapters are the best

@@ -309,3 +309,10 @@ def test_stop_symbol_exact_gradient_with_varying_lengths(learn_stop: bool) -> No
         assert (cosine, ratio) == pytest.approx((1.0, 1.0), abs=1e-9)
     else:
         assert cosine < 0.9, "a loss without the stop token should miss the true gradient"
+
+
+def test_importance_weights_are_the_ratio_of_probabilities_up_to_their_bound() -> None:
+    learner_K = torch.tensor([-1.0, -2.0, 0.0], requires_grad=True)
+    weights_K = reinforce.importance_weights(learner_K, torch.tensor([-1.0, -1.5, -3.0]))
+    torch.testing.assert_close(weights_K, torch.tensor([1.0, 0.6065307, 2.0]))
+    assert not weights_K.requires_grad
