@@ -8,7 +8,8 @@ from pathlib import Path
 
 from neuromas.config import TaskConfig, TrainConfig
 from neuromas.system import files
-from neuromas.tasks import DatasetTask, Task, checksum_of, from_config
+from neuromas.tasks import DatasetTask, Task, checksum_of, from_config, question_id
+from neuromas.tasks.item_files import read_question_file
 from neuromas.tasks.published import Benchmark
 from neuromas.tasks.user_tasks import OWN_CODE
 from neuromas.training.run_directory import RunDirectory
@@ -56,7 +57,7 @@ def _own_code(config: TaskConfig) -> Iterator[None]:
 
 def questions_to_screen(configs: Sequence[TrainConfig], count: int) -> list[tuple[Task, list[Example]]]:
     """Return the tasks of these configs, each with `count` different validation questions, or training questions where it has
-    no validation split. Test questions are never among them.
+    no validation split. Neither test questions nor those of `task.file`, which are scored, are among them.
 
     Raises ValueError for a name that is wrong before any task's data is read, and for data that are missing.
     """
@@ -68,8 +69,14 @@ def questions_to_screen(configs: Sequence[TrainConfig], count: int) -> list[tupl
     for config, task in zip(configs, tasks, strict=True):
         with _own_code(config.task):
             task.check_ready()
+            # The file may be another task's: its answers are not looked at.
+            records = read_question_file(config.task.file, "task.file") if config.task.file else ()
+            task.held_out = frozenset(question_id(*record.texts("question")) for record in records)
             examples = task.examples("validation", count) if task.has("validation") else _to_train_on(task, config, count)
-            found.append((task, list({example.id: example for example in examples}.values())))
+            asked = {example.id: example for example in examples if example.id not in task.held_out}
+            if not asked:
+                raise ValueError(f"task {task.name}: --task.file holds all questions to screen; leave it out")
+            found.append((task, list(asked.values())))
     return found
 
 

@@ -156,6 +156,17 @@ def test_no_test_question_is_ever_asked(call: Call, tiny_folder: Path, tmp_path:
         asked.clear()
         assert call(*flags).status == 0
         assert asked == {question_id(f"{expected} {i}?") for i in (0, 1)}
+    # What a file scores is asked no more than test questions.
+    file = tmp_path / "file.jsonl"
+    file.write_text(json.dumps({"question": "train 0?", "answer": "1"}) + "\n")
+    asked.clear()
+    assert call(*flags, "--task.file", file).status == 0
+    assert asked == {question_id("train 1?")}
+    write("test", "validation")
+    file.write_text(json.dumps({"question": "validation 1?", "answer": "1"}) + "\n")
+    asked.clear()
+    assert call(*flags, "--task.file", file).status == 0
+    assert asked == {question_id("validation 0?")}
     write("test")
     assert_refused(call(*flags), r"task jsonl:\S+ has neither validation nor training questions here, and test .*; leave the")
 
