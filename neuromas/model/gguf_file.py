@@ -83,7 +83,11 @@ def _convert(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to a folder."""
     where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-    read: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, output_loading_info=True, **where)
+    read, report = loaded
+    # Otherwise transformers would fill missing weights with random numbers, and the converted model would lack none.
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} weights, e.g. {missing[0]}: a model in several files has to be merged first")
     config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
     # What was read calls itself quantized and refuses to be saved: another model takes its tensors over.
     with torch.device("meta"):

@@ -144,6 +144,15 @@ def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypat
         assert_refused(call("train", *FLAGS, "--backbone", bad), message)
 
 
+def test_a_file_that_lacks_weights_is_not_filled_with_random_ones(file: Path) -> None:
+    weights = make_model("llama").state_dict()
+    write_gguf(file, {name: weights[name] for name in weights if ".layers.1." not in name})
+    message = r"part.gguf: cannot be loaded: it lacks 9 weights, e\.g\. model\.layers\.1\.input_layernorm\.weight: a model in"
+    with pytest.raises(ValueError, match=message):
+        Backbone.load(str(file.rename(file.with_name("part.gguf"))))
+    assert not list(gguf_file.cache_folder().iterdir())
+
+
 def test_a_model_that_memory_does_not_hold_is_not_loaded(
     file: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
