@@ -123,23 +123,20 @@ class PromptConfig:
         return wording
 
 
-_FIELDS: dict[str, dict[str, Any]] = {
-    "place": {"node": 1, "layer": "layer 1"},
-    "message": {"sender": 1, "text": "hello"},
-    "write": {"node": 1, "headers": '"TO node 2:"', "recipients": "node 2"},
-}
+_FIELDS = {"place": ("node", "layer"), "message": ("sender", "text"), "write": ("node", "headers", "recipients")}
 
 
 def _check_template(name: str, text: str, needed: tuple[str, ...]) -> None:
     known = _FIELDS[name]
     try:
-        found = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-        if not found - set(known):
-            text.format(**known)
+        fields = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"prompt.{name}: {error} in {text!r}; write a brace that is meant as {{{{ or }}}}") from error
-    if unknown := found - set(known):
-        raise ValueError(f"prompt.{name} may hold {', '.join(f'{{{field}}}' for field in known)}, got {{{min(unknown)}}}")
+    found = {field for field, _, _ in fields}
+    # A format after a colon may hold fields of its own, and a width of any length.
+    formatted = [f"{field}:{spec}" if spec else f"{field}!{kind}" for field, spec, kind in fields if spec or kind]
+    if unknown := [*sorted(found - set(known)), *formatted]:
+        raise ValueError(f"prompt.{name} may hold {', '.join(f'{{{field}}}' for field in known)}, got {{{unknown[0]}}}")
     if missing := [field for field in needed if field not in found]:
         raise ValueError(f"prompt.{name} must hold {{{missing[0]}}}, got {text!r}")
 

@@ -162,6 +162,9 @@ def test_a_scripted_node_writes_each_text() -> None:
         ("message", "From {sender}", r"prompt.message must hold \{text\}, got 'From \{sender\}'"),
         ("write", "a } b", r"prompt.write: Single '\}' encountered in format string in 'a \} b'; write a brace"),
         ("place", "{node.real}", r"prompt.place may hold"),
+        ("place", "{node:{total}}", r"prompt.place may hold \{node\}, \{layer\}, got \{node:\{total\}\}"),
+        ("place", "{node:99999999}", r"prompt.place may hold \{node\}, \{layer\}, got \{node:99999999\}"),
+        ("message", "{sender}: {text!r}", r"prompt.message may hold \{sender\}, \{text\}, got \{text!r\}"),
     ],
 )
 def test_a_template_that_cannot_be_filled_is_one_error(name: str, template: str, error: str) -> None:
