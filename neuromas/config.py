@@ -233,9 +233,8 @@ class TrainConfig:
     """Frozen language model shared by all nodes: `bundled`, a folder, a GGUF file, `smollm2-135m` or `gemma3-270m` (installed
     packages), or a Hugging Face id such as Qwen/Qwen3-0.6B."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Number format of the frozen backbone; adapters are float32 always. `auto` takes bfloat16 on a GPU, and on a CPU where
-    products of the backbone's sizes, timed when the run starts, are at least 1.5 times as fast in it; the run keeps what was
-    chosen."""
+    """Number format of the frozen backbone; adapters are float32 always. `auto` takes bfloat16 on a GPU, and on a
+    CPU with instructions for it (AMX, AVX512-BF16) unless the backbone is small; the run keeps what was chosen."""
     device: Device = "auto"
     """Where to run; auto takes a GPU if there is one."""
     prompt_date: str = PROMPT_DATE

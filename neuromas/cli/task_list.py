@@ -83,7 +83,9 @@ def example_prompts(config: TaskConfig, wording: Wording) -> dict[str, Any]:
     for node in topology.nodes:
         inbox = [Message(k, node, f"(what node {k} writes)", MessageStatus.OK) for k in topology.senders(node)]
         reads = f"{example.question}\n\n{wording.render(topology, node, example, inbox)}"
-        nodes.append({"node": node, "reads": reads, "begins": list(wording.begins(topology.recipients(node)))})
+        nodes.append(
+            {"node": node, "reads": reads, "begins": list(wording.begins(topology.recipients(node), example.answer_format))}
+        )
     return {
         "task": task.name,
         "split": split,

@@ -33,7 +33,7 @@ class Wording:
     begin_messages: bool
     """Whether each message is begun by its header."""
     begin_answer: str
-    """What the output node's turn is begun by; empty: nothing."""
+    """What the output node's turn is begun by, if the task's answer format names it (a program begins otherwise)."""
     chat: bool
     """Whether the prompt is a user's turn of the backbone's chat template, if it has one."""
     one_line: bool
@@ -62,11 +62,11 @@ class Wording:
             lines.append(example.answer_format)
         return "\n".join(lines)
 
-    def begins(self, recipients: Sequence[int]) -> tuple[str, ...]:
+    def begins(self, recipients: Sequence[int], answer_format: str) -> tuple[str, ...]:
         """Return what each text of a node is begun by; empty if the node is left to begin itself."""
         if recipients:
             return tuple(map(header, recipients)) if self.begin_messages else ()
-        return (self.begin_answer,) if self.begin_answer else ()
+        return (self.begin_answer,) if self.begin_answer and self.begin_answer in answer_format else ()
 
 
 WORDINGS = {

@@ -124,7 +124,7 @@ class Network:
         """Raise ValueError if a node's prompt and text may be longer than the backbone reads, in `later` topologies too."""
         limit = self.backbone.max_tokens
         shapes = [self.topology, *([self.parent] if self.parent else []), *later]
-        texts = max(len(self.wording.begins(shape.recipients(node))) for shape in shapes for node in shape.nodes)
+        texts = max(len(self.wording.begins(shape.recipients(node), "")) for shape in shapes for node in shape.nodes)
         if self.max_new_tokens < texts:
             raise ValueError(
                 f"--max-new-tokens must be at least {texts}, the most recipients of a node, got {self.max_new_tokens}"
@@ -133,7 +133,8 @@ class Network:
             return
         most_senders = max(max(Counter(recipient for _, recipient in shape.edges).values(), default=0) for shape in shapes)
         # A message comes with a line of its own, and the chat template closes the prompt.
-        texts = (most_senders + 1) * (self.max_new_tokens + 16) + 32
+        line = max(16, 8 + len(self.backbone.tokenize(self.wording.message.format(sender=512, text=""))))
+        texts = (most_senders + 1) * (self.max_new_tokens + line) + 32
         for example in examples:
             question = len(self.policy.prompt(example.question, "").prefix_ids)
             own = max(self._own_tokens(shape, example.answer_format) for shape in shapes)
@@ -153,7 +154,7 @@ class Network:
         return self._own[key]
 
     def _own_tokens_of(self, topology: Topology, node: int, example: Example) -> int:
-        begins = self.wording.begins(topology.recipients(node))
+        begins = self.wording.begins(topology.recipients(node), example.answer_format)
         text = self.wording.render(topology, node, example, [])
         headers = sum(len(self.policy.frame.end) + len(header) for header in self.policy.later_headers(begins))
         return len(self.policy.prompt("", text, begin=begins[0] if begins else "").suffix_ids) + headers
@@ -237,7 +238,7 @@ class _MessagePassing:
         senders = rollout.neighbours.senders[node]
         inbox = [m for sender in senders for m in rollout.completions[sender].messages if m.recipient == node]
         text = self.wording.render(rollout.neighbours.topology, node, rollout.example, inbox)
-        begins = self.wording.begins(rollout.neighbours.recipients[node])
+        begins = self.wording.begins(rollout.neighbours.recipients[node], rollout.example.answer_format)
         prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders), begin=begins[0] if begins else "")
         # The number of rollouts that share this node's text.
         topology = rollout.neighbours.topology
@@ -254,7 +255,7 @@ class _MessagePassing:
         rollout = self.rollouts[number]
         neighbours = rollout.neighbours
         recipients = neighbours.recipients[node]
-        begins = self.wording.begins(recipients)
+        begins = self.wording.begins(recipients, rollout.example.answer_format)
         sent = messages.deliver(sample.texts, node, recipients) if begins else messages.parse(sample.text, node, recipients)
         rollout.completions[node] = Completion(node, rollout.requests[node].prompt, sample, sent, begins)
         return [

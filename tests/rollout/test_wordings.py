@@ -73,7 +73,7 @@ def test_headers_are_given_tokens_and_what_is_between_them_is_sampled(stops: Pat
     frame, policy = network.policy.frame, network.policy
     cut = ended = 0
     for completion in completions(rollout(network)):
-        sample, begins = completion.sample, network.wording.begins(WIDE.recipients(completion.node))
+        sample, begins = completion.sample, network.wording.begins(WIDE.recipients(completion.node), "Answer:")
         assert completion.prompt.suffix_ids[-len(policy.backbone.tokenize(begins[0])) :] == policy.backbone.tokenize(begins[0])
         assert len(sample.logprobs) == len(sample.token_ids) - len(sample.given) <= 14
         texts = texts_of(completion)
@@ -172,10 +172,22 @@ def test_a_template_that_cannot_be_filled_is_one_error(name: str, template: str,
         dataclasses.replace(PromptConfig(), **{name: template}).build()
 
 
+def test_an_answer_is_begun_only_as_its_format_says() -> None:
+    wording = PromptConfig(wording="chat").build()
+    assert wording.begins((), 'Write "Answer: Yes".') == ("Answer:",)
+    assert wording.begins((), "Write the program in a ```python block.") == ()
+
+
+def test_a_long_line_for_messages_counts_as_part_of_the_prompt(stops: Path) -> None:
+    network = make_network(stops, prompt=PromptConfig(wording="chat", message="Somebody " * 400 + "{sender} {text}"))
+    with pytest.raises(ValueError, match="shorten one of them"):
+        network.check_lengths(EXAMPLES)
+
+
 def test_own_sentences_take_the_place_of_the_wordings() -> None:
     wording = PromptConfig(
         wording="chat", place="Node {node}, {layer}.", message="{sender}> {text}", write="Help {recipients}.",
         begin_messages=False, begin_answer="",
     ).build()  # fmt: skip
     assert wording.render(WIDE, 1, EXAMPLES[0], []) == "Node 1, layer 1.\nHelp node 3 and node 4 and node 5."
-    assert wording.begins((3,)) == wording.begins(()) == ()
+    assert wording.begins((3,), "Answer:") == wording.begins((), "Answer:") == ()
