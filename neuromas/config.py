@@ -129,7 +129,7 @@ _FIELDS = {"place": ("node", "layer"), "message": ("sender", "text"), "write": (
 def _check_template(name: str, text: str, needed: tuple[str, ...]) -> None:
     known = _FIELDS[name]
     try:
-        fields = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
+        fields = [(field, spec, kind) for _, field, spec, kind in string.Formatter().parse(text) if field is not None]
     except ValueError as error:
         raise ValueError(f"prompt.{name}: {error} in {text!r}; write a brace that is meant as {{{{ or }}}}") from error
     found = {field for field, _, _ in fields}
