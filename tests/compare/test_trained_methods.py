@@ -18,7 +18,7 @@ from neuromas.compare.methods import METHODS, CellResult, CellSpec
 from neuromas.compare.methods.gptswarm import GPTSwarm
 from neuromas.compare.methods.networks import MALT_ROLES, ROLES, Trained
 from neuromas.compare.methods.paper_sizes import paper_sizes
-from neuromas.config import AdapterConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, PromptConfig, TopologyConfig, TrainConfig
 from neuromas.model.sizes import sizes
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.tasks import Navigate, get_task
@@ -239,6 +239,9 @@ def test_a_swarm_cell_counts_its_learning(spec: CellSpec, tmp_path: Path) -> Non
 # What networks can do for these methods
 
 
+TERSE = PromptConfig(wording="terse")
+
+
 def prompts_of(name: str, spec: CellSpec, backbone: Backbone) -> dict[int, str]:
     """Return what each node of a method's network reads after the question, if nodes name themselves."""
     config = trained(name).change(spec.config).check()
@@ -251,7 +254,8 @@ def prompts_of(name: str, spec: CellSpec, backbone: Backbone) -> dict[int, str]:
 
     read: dict[int, str] = {}
     network = Network(
-        topology, backbone, adapter=config.adapter, engine=ScriptedEngine(say), read=get_task("navigate").parse_answer
+        topology, backbone, adapter=config.adapter, engine=ScriptedEngine(say), read=get_task("navigate").parse_answer,
+        prompt=TERSE,
     )  # fmt: skip
     network.rollout([EXAMPLE], 1, seed=(0,))
     return read
@@ -286,7 +290,7 @@ def test_parallel_agents_all_answer_and_the_majority_is_the_answer(spec: CellSpe
     topology = Topology.layered([3], vote=True)
     network = Network(
         topology, load_backbone(folder), adapter=SMALL, engine=ScriptedEngine(lambda request: says[request.node]),
-        read=get_task("navigate").parse_answer,
+        read=get_task("navigate").parse_answer, prompt=TERSE,
     )  # fmt: skip
     ((rollout,),) = network.rollout([EXAMPLE], 1, seed=(0,))
     assert (rollout.answer, rollout.winner) == ("so Answer: Yes", 1)
