@@ -224,7 +224,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str, name: str, device: str) -> str:
-    """Return `float32` or `bfloat16`: for `auto` the one in which a backbone's products are faster on this machine.
+    """Return `float32` or `bfloat16`: for `auto`, bfloat16 where the machine has instructions for a backbone's products.
 
     Raises ValueError as `Backbone.load` does.
     """

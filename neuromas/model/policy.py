@@ -95,15 +95,15 @@ class Policy:
     def routing(self) -> Routing:
         return Routing(self.adapters.nodes if self.adapters else (), self.scope)
 
-    def prompt(self, question: str, node_text: str, *, has_inbox: bool = True, begin: str = "") -> Prompt:
+    def prompt(self, question: str, node_text: str, *, has_inbox: bool = True, begins: Sequence[str] = ()) -> Prompt:
         """Return the tokens of a node's prompt: one user message, the question first, the node's own part last.
 
-        `begin` is what the node's own text is begun by.
+        `begins` is what each of the node's texts is begun by, the first of them here.
 
         Without an inbox that part is the same in all rollouts and belongs to the shared prefix, unless adapters act only after
         the question, or all nodes share one adapter and so the question's keys and values.
         """
-        footer = (*self.frame.footer, *self.backbone.tokenize(begin))
+        footer = (*self.frame.footer, *(self.backbone.tokenize(begins[0]) if begins else ()))
         prefix, own = (*self.frame.header, *self.backbone.tokenize(f"{question}\n\n")), self.backbone.tokenize(node_text)
         shares_question = self.scope == "suffix" or (self.adapters is not None and self.adapters.shared)
         if not has_inbox and not shares_question and footer:

@@ -1,6 +1,6 @@
 """What stands around a prompt and a text: the chat template's tokens, or nothing for a model without one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -27,11 +27,13 @@ class Frame:
     one_line: bool = False
     """Whether an answer ends with its line."""
 
-    def split(self, token_ids: Sequence[int]) -> tuple[Sequence[int], bool]:
-        """Return the tokens that are an answer's text, and whether it has ended."""
+    def read(self, token_ids: Sequence[int], detokenize: Callable[[Sequence[int]], str]) -> tuple[str, bool]:
+        """Return the text of an answer's tokens, and whether it has ended."""
         ended = bool(token_ids) and token_ids[-1] in self.stop_ids
-        # A token that ends a line may hold the last characters of its text.
-        return (token_ids[:-1] if ended and not self.one_line else token_ids), ended
+        if ended and self.one_line:
+            # A token that ends a line may hold the last characters of its text.
+            return detokenize(token_ids).partition("\n")[0], ended
+        return detokenize(token_ids[:-1] if ended else token_ids), ended
 
 
 def plain_frame(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], one_line: bool) -> Frame:

@@ -124,14 +124,15 @@ class Network:
         """Raise ValueError if a node's prompt and text may be longer than the backbone reads, in `later` topologies too."""
         limit = self.backbone.max_tokens
         shapes = [self.topology, *([self.parent] if self.parent else []), *later]
-        texts = max(len(self.wording.begins(shape.recipients(node), "")) for shape in shapes for node in shape.nodes)
-        if self.max_new_tokens < texts:
-            raise ValueError(
-                f"--max-new-tokens must be at least {texts}, the most recipients of a node, got {self.max_new_tokens}"
-            )
+        if self.wording.begin_messages:
+            texts = max(_most_frequent(sender for sender, _ in shape.edges) for shape in shapes)
+            if self.max_new_tokens < texts:
+                raise ValueError(
+                    f"--max-new-tokens must be at least {texts}, the most recipients of a node, got {self.max_new_tokens}"
+                )
         if limit is None:
             return
-        most_senders = max(max(Counter(recipient for _, recipient in shape.edges).values(), default=0) for shape in shapes)
+        most_senders = max(_most_frequent(recipient for _, recipient in shape.edges) for shape in shapes)
         # A message comes with a line of its own, and the chat template closes the prompt.
         line = max(16, 8 + len(self.backbone.tokenize(self.wording.message.format(sender=512, text=""))))
         texts = (most_senders + 1) * (self.max_new_tokens + line) + 32
@@ -157,7 +158,7 @@ class Network:
         begins = self.wording.begins(topology.recipients(node), example.answer_format)
         text = self.wording.render(topology, node, example, [])
         headers = sum(len(self.policy.frame.end) + len(header) for header in self.policy.later_headers(begins))
-        return len(self.policy.prompt("", text, begin=begins[0] if begins else "").suffix_ids) + headers
+        return len(self.policy.prompt("", text, begins=begins).suffix_ids) + headers
 
     def _check_finite(self, rollouts: Iterable["_RolloutInProgress"]) -> None:
         """Raise Diverged if a text was sampled from log-probabilities that are not finite."""
@@ -173,6 +174,11 @@ class Network:
         """Answer one question greedily and return the rollout with every message."""
         example = Example("asked", question, "", answer_format)
         return self.rollout([example], 1, seed=("ask", seed), temperature=0.0)[0][0]
+
+
+def _most_frequent(nodes: Iterable[int]) -> int:
+    """Return how often the most frequent of these nodes is among them."""
+    return max(Counter(nodes).values(), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +245,7 @@ class _MessagePassing:
         inbox = [m for sender in senders for m in rollout.completions[sender].messages if m.recipient == node]
         text = self.wording.render(rollout.neighbours.topology, node, rollout.example, inbox)
         begins = self.wording.begins(rollout.neighbours.recipients[node], rollout.example.answer_format)
-        prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders), begin=begins[0] if begins else "")
+        prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders), begins=begins)
         # The number of rollouts that share this node's text.
         topology = rollout.neighbours.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1

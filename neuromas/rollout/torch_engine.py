@@ -212,12 +212,11 @@ class _DecodingBatch:
 
     def _sample(self, ids: list[int], logprobs: list[float], is_given: list[bool]) -> Sample:
         """Return what a finished row has written: its texts are what stands between the tokens that were given."""
-        frame, texts, stopped = self.policy.frame, list[str](), True
+        texts, stopped = list[str](), True
         for given, text in groupby(range(len(ids)), key=lambda index: is_given[index]):
             if not given:
-                body, ended = frame.split([ids[index] for index in text])
-                decoded = self.backbone.detokenize(body)
-                texts.append(decoded.partition("\n")[0] if frame.one_line and ended else decoded)
+                body, ended = self.policy.frame.read([ids[index] for index in text], self.backbone.detokenize)
+                texts.append(body)
                 stopped &= ended
         kept = tuple(logprob for logprob, given in zip(logprobs, is_given, strict=True) if not given)
         indices = tuple(index for index, given in enumerate(is_given) if given)

@@ -19,6 +19,11 @@ def _controls(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
+def shortened(text: str, most: int = 40) -> str:
+    """Return a text of so many characters at most; a longer one is cut and ends in dots."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def one_line(text: str) -> str:
     """Return a text as one line for a terminal."""
     return printable(text, keep="")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from neuromas.rollout.network import Network
+from neuromas.system.terminal import shortened
 from neuromas.tasks import Task, floor
 from neuromas.training.intervals import independent, wilson
 from neuromas.training.ledger import spending
@@ -58,7 +59,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         # A gold answer may be a whole program.
-        best = self.floor_answer if len(self.floor_answer) <= 40 else self.floor_answer[:37] + "..."
+        best = shortened(self.floor_answer)
         repeated = f", {self.distinct} of them different" if self.distinct < self.n else ""
         text = (
             f"{self.accuracy:.1%} (n {self.n}{repeated}, 95% interval {self.low:.1%} to {self.high:.1%}, "

@@ -13,6 +13,7 @@ from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import set_up
 from neuromas.training.signals import Stop, stop_signals
 from neuromas.training.trainer import Trainer
+from neuromas.training.watch import asked
 
 
 def train_step(trainer: Trainer) -> dict[str, float]:
@@ -23,14 +24,15 @@ def train_step(trainer: Trainer) -> dict[str, float]:
     groups = trainer.roll_out(examples, step)
     sampled = time.perf_counter()
     rewards_PG = trainer.rewards(groups)
+    questions = asked(trainer.task, groups, rewards_PG)
     divergence = trainer.divergence(groups)
     advantages = trainer.advantages(rewards_PG, groups, divergence)
-    metrics = trainer.describe_step(groups, rewards_PG, advantages, divergence)
+    metrics = trainer.describe_step(groups, questions, rewards_PG, advantages, divergence)
     metrics |= trainer.update(groups, advantages)
     ended = time.perf_counter()
     metrics["seconds/rollout/sum"], metrics["seconds/update/sum"] = sampled - started, ended - sampled
     metrics["sampled_tokens_per_second/mean"] = metrics["sampled_tokens/sum"] / (ended - started)
-    return trainer.finish_step(groups, rewards_PG, metrics)
+    return trainer.finish_step(groups, questions, rewards_PG, metrics)
 
 
 def train_to_end(trainer: Trainer, progress: Progress, stop: Stop) -> None:

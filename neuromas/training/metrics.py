@@ -9,7 +9,7 @@ from torch import Tensor
 from neuromas.graph.messages import drops_text
 from neuromas.tasks import Task
 from neuromas.training.ledger import spending
-from neuromas.training.watch import asked, mixed_share, top_answer
+from neuromas.training.watch import Asked, mixed_share, top_answer
 from neuromas.types import Group, MessageStatus, Rollout
 
 METRICS = {
@@ -78,10 +78,11 @@ def well_formed(task: Task, rollout: Rollout) -> float:
     return (sum(sent) + (task.parse_answer(rollout.answer) is not None)) / (len(sent) + 1)
 
 
-def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, advantages_PG: Tensor) -> dict[str, float]:
+def rollout_metrics(
+    questions: Sequence[Asked], groups: Sequence[Group], rewards_PG: Tensor, advantages_PG: Tensor
+) -> dict[str, float]:
     """Return what a step's rollouts tell."""
     rollouts = [rollout for group in groups for rollout in group]
-    questions = asked(task, groups, rewards_PG)
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     statuses = [message.status for completion in completions for message in completion.messages]
     spent = spending(groups)
@@ -95,7 +96,7 @@ def rollout_metrics(task: Task, groups: Sequence[Group], rewards_PG: Tensor, adv
         "reward/mean": rewards_PG.mean().item(),
         "answer_parsed/frac": sum(each.answers.total() for each in questions) / len(rollouts),
         "top_answer/frac": top_answer(questions)[1],
-        "mixed_groups/frac": mixed_share(questions),
+        "mixed_groups/frac": mixed_share([each.rewards for each in questions]),
         "signal/frac": torch.count_nonzero(advantages_PG).item() / advantages_PG.numel(),
         "message_fault/frac": 1 - share(MessageStatus.OK) if statuses else 0.0,
         "message_fault/missing/frac": share(MessageStatus.MISSING),

@@ -13,6 +13,7 @@ from neuromas.tasks import Task, floor
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE, evaluate
 from neuromas.training.intervals import wilson
 from neuromas.training.ledger import spending
+from neuromas.training.watch import mixed_share
 from neuromas.types import Example, Group, MessageStatus
 
 LEAST, MOST = 0.05, 0.6
@@ -134,7 +135,7 @@ def screen(
         floor_answer=best,
         parse_rate=fmean(task.parse_answer(rollout.answer) is not None for rollout in rollouts),
         well_formed=fmean(status is MessageStatus.OK for status in statuses) if statuses else None,
-        mixed=fmean(min(group) < max(group) for group in rewards),
+        mixed=mixed_share(rewards),
         tokens_per_answer=spending(groups).sampled_tokens / len(rollouts),
         seconds=time.monotonic() - started,
     )

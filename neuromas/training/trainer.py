@@ -21,7 +21,7 @@ from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
-from neuromas.training.watch import Watch, asked
+from neuromas.training.watch import Asked, Watch
 from neuromas.types import Example, Group
 
 
@@ -144,10 +144,15 @@ class Trainer:
         return found
 
     def describe_step(
-        self, groups: list[Group], rewards_PG: Tensor, advantages: dict[int, Tensor], divergence: Divergence | None
+        self,
+        groups: list[Group],
+        questions: list[Asked],
+        rewards_PG: Tensor,
+        advantages: dict[int, Tensor],
+        divergence: Divergence | None,
     ) -> dict[str, float]:
         """Return the metrics of a step's rollouts."""
-        metrics = rollout_metrics(self.task, groups, rewards_PG, advantages[self.network.topology.output_node])
+        metrics = rollout_metrics(questions, groups, rewards_PG, advantages[self.network.topology.output_node])
         metrics["questions/sum"] = float(len(groups))
         if divergence:
             metrics["kl/mean"] = divergence.per_token()
@@ -168,14 +173,16 @@ class Trainer:
         found = {name: value for name, value in optional.items() if value is not None}
         return {"loss/mean": update.loss, "logprob_gap/max": update.logprob_gap, "lr/value": lr, **found, **norms}
 
-    def finish_step(self, groups: list[Group], rewards_PG: Tensor, metrics: dict[str, float]) -> dict[str, float]:
+    def finish_step(
+        self, groups: list[Group], questions: list[Asked], rewards_PG: Tensor, metrics: dict[str, float]
+    ) -> dict[str, float]:
         """Validate if that is due, and log the step with all its rollouts; return all its metrics."""
         step = self.step
         self.step = step + 1
         self.growths.set_open_probability(self.step)
         if self.validates and (self.step % self.config.eval_every == 0 or self.finished):
             metrics |= self._validate()
-        for text in self.watch.look(asked(self.task, groups, rewards_PG)):
+        for text in self.watch.look(questions):
             self.tell(f"step {self.step}: {text}")
         self.run.log_metrics(step, metrics)
         self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))

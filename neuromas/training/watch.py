@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from neuromas.system.terminal import shortened
 from neuromas.tasks import Task
 from neuromas.training.intervals import wilson
 from neuromas.types import Group
@@ -21,7 +22,6 @@ NO_SIGNAL, SIGNAL = 0.2, 0.3
 """Share of groups with different rewards, below which there is no signal, and from which on there is."""
 SOLVED = 0.9
 """Mean reward from which on groups may be alike because they are right."""
-LONGEST_SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,6 @@ class Asked:
     """How often each answer was given; what cannot be read is left out."""
     right: frozenset[str]
     rewards: tuple[float, ...]
-
-    @property
-    def is_mixed(self) -> bool:
-        return len(set(self.rewards)) > 1
 
 
 def asked(task: Task, groups: Sequence[Group], rewards_PG: Tensor) -> list[Asked]:
@@ -55,9 +51,9 @@ def top_answer(questions: Sequence[Asked]) -> tuple[str, float]:
     return answer, count / max(1, answers.total())
 
 
-def mixed_share(questions: Sequence[Asked]) -> float:
-    """Return the share of questions whose rollouts have different rewards."""
-    return sum(each.is_mixed for each in questions) / len(questions)
+def mixed_share(rewards: Sequence[Sequence[float]]) -> float:
+    """Return the share of groups whose rewards are not all equal."""
+    return sum(len(set(group)) > 1 for group in rewards) / len(rewards)
 
 
 class Watch:
@@ -79,39 +75,43 @@ class Watch:
 
     def _one_answer(self, seen: Sequence[Asked]) -> list[str]:
         answer, share = top_answer(seen)
-        was_active = "answer" in self.active
         rollouts = sum(len(each.rewards) for each in seen)
         given = [each for each in seen if answer in each.answers]
         right = sum(answer in each.right for each in given)
         # Where it is mostly the right one, a good network gives it as often. A few answers among texts without one say little.
         mostly_right = bool(given) and wilson(right, len(given))[1] >= TAKES_OVER
         is_parsed = sum(each.answers.total() for each in seen) >= rollouts / 2
-        name = repr(answer if len(answer) <= LONGEST_SHOWN else answer[: LONGEST_SHOWN - 3] + "...")
-        if share < (NO_LONGER if was_active else TAKES_OVER) or mostly_right or not is_parsed:
-            self.active.pop("answer", None)
-            return [f"one answer no longer takes over: {share:.0%} are {name}"] if was_active else []
-        self.active["answer"] = f"{share:.0%} answer {name}"
-        if was_active:
-            return []
-        return [
+        name = repr(shortened(answer))
+        takes_over = share >= (NO_LONGER if "answer" in self.active else TAKES_OVER) and is_parsed and not mostly_right
+        return self._told(
+            "answer",
+            f"{share:.0%} answer {name}" if takes_over else "",
             f"one answer takes over: {share:.0%} of the answers to the last {len(seen)} questions are {name}, which is right "
             f"for {right} of the {len(given)} that it was given to. Try a lower --lr, --kl-coef or --entropy-coef above 0, or "
-            "a higher --temperature"
-        ]
+            "a higher --temperature",
+            f"one answer no longer takes over: {share:.0%} are {name}",
+        )
 
     def _no_signal(self, seen: Sequence[Asked]) -> list[str]:
-        mixed, was_active = mixed_share(seen), "signal" in self.active
+        mixed = mixed_share([each.rewards for each in seen])
         rewards = [reward for each in seen for reward in each.rewards]
         reward = sum(rewards) / len(rewards)
         # A single rollout has none to differ from.
-        if mixed >= (SIGNAL if was_active else NO_SIGNAL) or reward >= SOLVED or len(rewards) == len(seen):
-            self.active.pop("signal", None)
-            return [f"groups carry a signal again: in {mixed:.0%} of them rewards differ"] if was_active else []
-        self.active["signal"] = f"{1 - mixed:.0%} of groups without a signal"
-        if was_active:
-            return []
-        return [
+        is_missing = mixed < (SIGNAL if "signal" in self.active else NO_SIGNAL) and reward < SOLVED and len(rewards) > len(seen)
+        return self._told(
+            "signal",
+            f"{1 - mixed:.0%} of groups without a signal" if is_missing else "",
             f"most groups carry no signal: for {1 - mixed:.0%} of the last {len(seen)} questions all rollouts have the same "
             f"reward, at a mean reward of {reward:.2f}. Try an easier task or --task.difficulty (neuromas screen tells what "
-            "can be learned), a larger --group-size, a higher --temperature, or, if all write the same, a lower --lr"
-        ]
+            "can be learned), a larger --group-size, a higher --temperature, or, if all write the same, a lower --lr",
+            f"groups carry a signal again: in {mixed:.0%} of them rewards differ",
+        )
+
+    def _told(self, warning: str, in_brief: str, begins: str, ends: str) -> list[str]:
+        """Keep a warning that holds `in_brief`, drop it where that is empty, and return what is told if this is new."""
+        was_active = warning in self.active
+        if in_brief:
+            self.active[warning] = in_brief
+        else:
+            self.active.pop(warning, None)
+        return [] if was_active is bool(in_brief) else [begins if in_brief else ends]
