@@ -39,6 +39,7 @@ Glossary, in the order in which data flows:
     cell         one method on one task with one seed in a comparison; a trial is a cell that only chooses settings
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -116,6 +117,12 @@ class Sample:
     def text(self) -> str:
         return "\n".join(self.texts)
 
+    def begun(self, begins: Sequence[str]) -> str:
+        """Return all that was said, each text with what it was begun by; empty: nothing was given."""
+        if not begins:
+            return self.text
+        return "\n".join(f"{begin}{text}" for begin, text in zip(begins, self.texts, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -131,9 +138,7 @@ class Completion:
     @property
     def text(self) -> str:
         """All that the node said, with what it was begun by."""
-        if not self.begins:
-            return self.sample.text
-        return "\n".join(f"{begin}{text}" for begin, text in zip(self.begins, self.sample.texts, strict=True))
+        return self.sample.begun(self.begins)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from neuromas.graph.wording import Wording
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy
+from neuromas.model.turns import Frame
 from neuromas.rollout.engine import Engine, uniforms
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
@@ -23,6 +24,12 @@ from neuromas.types import Completion, Example, Group, Request, Rollout, Sample
 
 class Diverged(ValueError):
     """Says that numbers of the network are no longer finite."""
+
+
+def worded(backbone: Backbone, prompt: PromptConfig) -> tuple[Wording, Frame]:
+    """Return the wording for a backbone, and what stands around its prompts and texts."""
+    wording = prompt.build(bundled=backbone.has_bundled_vocabulary, has_chat_template=backbone.chat_frame is not None)
+    return wording, backbone.frame(chat=wording.chat, one_line=wording.one_line)
 
 
 class Network:
@@ -50,10 +57,7 @@ class Network:
         """The topology before the last growth."""
         self.open_probability = 1.0
         """Probability that a group runs through `topology` and not through `parent`."""
-        self.wording = (prompt or PromptConfig()).build(
-            bundled=backbone.has_bundled_vocabulary, has_chat_template=backbone.chat_frame is not None
-        )
-        frame = backbone.frame(chat=self.wording.chat, one_line=self.wording.one_line)
+        self.wording, frame = worded(backbone, prompt or PromptConfig())
         self.policy = Policy(backbone, topology.nodes, adapter, seed, frame)
         self.engine: Engine = engine or TorchEngine(self.policy)
         self.max_new_tokens = max_new_tokens

@@ -35,9 +35,11 @@ from neuromas.compare.methods.similarity import bleu, most_similar
 from neuromas.compare.methods.tree_of_thoughts import VALUES, read_value
 from neuromas.compare.methods.untrained import Untrained
 from neuromas.config import TrainConfig
+from neuromas.graph.wording import WORDINGS
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, OnSample
 from neuromas.rollout.scripted_engine import ScriptedEngine
+from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Navigate, Task
 from neuromas.types import Example, Request, Sample
@@ -96,8 +98,10 @@ def hold(policy: Policy) -> Hold:
     return hold
 
 
-def run(conversations: Sequence[tuple[Example, Conversation]], policy: Policy, engine: Engine) -> list[Answered]:
-    return converse(conversations, policy, engine, seed=("evaluate", 0), temperature=1.0, max_new_tokens=9)
+def run(
+    conversations: Sequence[tuple[Example, Conversation]], policy: Policy, engine: Engine, wording: str = "terse"
+) -> list[Answered]:
+    return converse(conversations, policy, engine, WORDINGS[wording], seed=("evaluate", 0), temperature=1.0, max_new_tokens=9)
 
 
 def in_turn(*texts: str) -> Script:
@@ -178,6 +182,44 @@ def test_a_prompt_that_leaves_no_room_is_said(policy: Policy) -> None:
         ValueError, match=r"call long reads \d+ tokens and may write --max-new-tokens 9, the backbone reads \d+"
     ):
         run([(EXAMPLES[0], long(EXAMPLES[0], TASK))], policy, NewestFirst())
+
+
+def test_an_answer_is_begun_as_an_output_nodes_is(policy: Policy) -> None:
+    def ask(example: Example, task: Task) -> Conversation:
+        (hint,) = yield [Call("hint", "Give a hint.")]
+        (first,) = yield [Call("now", f"{hint}\n{example.answer_format}")]
+        (last,) = yield [Call("then", f"{first}\nThink.\n{example.answer_format}", works_first=True)]
+        return last
+
+    engine = ScriptedEngine(lambda request: f"<{request.seed[-1]}>")
+    (answered,) = run([(EXAMPLES[0], ask(EXAMPLES[0], TASK))], policy, engine, "chat")
+    hint, now, then = engine.requests
+    assert [bool(request.headers) for request in engine.requests] == [False, False, True]
+    begun = policy.backbone.tokenize("Answer:")
+    assert hint.prompt == policy.prompt("Question a?", "Give a hint.")
+    assert now.prompt.suffix_ids == (*policy.prompt("Question a?", f"<hint>\n{FORMAT}").suffix_ids, *begun)
+    assert then.prompt == policy.prompt("Question a?", f"Answer:<now>\nThink.\n{FORMAT}")
+    assert then.headers == ((*policy.frame.separator, *begun),)
+    assert answered.text == "<then>\nAnswer:<then>"
+    # Where a program is asked for, and with the bundled backbone's wording, nothing is begun.
+    code = Example("c", "Question c?", "", "Write the program.")
+    for example, wording in ((code, "chat"), (EXAMPLES[0], "terse")):
+        (plain,) = run([(example, ask(example, TASK))], policy, engine, wording)
+        assert plain.text == "<then>"
+    conversation = [(EXAMPLES[0], ask(EXAMPLES[0], TASK))]
+    with pytest.raises(ValueError, match="--max-new-tokens must be at least 2 for a call that works first, got 1"):
+        converse(conversation, policy, engine, WORDINGS["chat"], seed=(0,), temperature=0.0, max_new_tokens=1)
+
+
+def test_given_tokens_are_read_and_not_written(tiny_backbone: Backbone) -> None:
+    policy = Policy(tiny_backbone)
+    conversation = METHODS["chain_of_thought"].conversation(EXAMPLES[0], TASK)  # type: ignore[union-attr]  # untrained
+    (answered,) = run([(EXAMPLES[0], conversation)], policy, TorchEngine(policy), "chat")
+    text = f"Think step by step, then answer.\n{FORMAT}"
+    prompt, (header,) = policy.prompt("Question a?", text), policy.later_headers(("", "Answer:"))
+    given = answered.prompt_tokens - len(prompt.prefix_ids) - len(prompt.suffix_ids)
+    assert given in (len(header), len(header) + len(policy.frame.end))
+    assert (answered.calls, answered.sampled_tokens <= 9, "\nAnswer:" in answered.text) == (1, True, True)
 
 
 def test_an_answer_is_checked_and_returned_with_its_cost() -> None:

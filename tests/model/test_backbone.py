@@ -405,7 +405,7 @@ def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
     tokenizer = load_backbone(folder).tokenizer
     tokenizer.chat_template = DATED
     tokenizer.save_pretrained(folder)
-    config = TrainConfig(backbone=str(folder), device="cpu", run_dir=tmp_path / "run", prompt_date="2025-03-02")
+    config = TrainConfig(backbone=str(folder), device="cpu", run_dir=tmp_path / "run", prompt_date="2025-03-02", eval_size=2)
     RunDirectory.create(config).initialise()
 
     def prompt_text(config: TrainConfig) -> str:
@@ -426,7 +426,9 @@ def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
     assert "24 Dec 2031" in str(left_alone), "the clock has not moved, so that nothing is tested"
     stored = RunDirectory.open(tmp_path / "run").config
     assert prompt_text(stored) == started
-    assert Answerer(stored, temperature=0.0).policy.prompt("", "") == build_network(stored).policy.prompt("", "")
+    # Untrained rivals read the frame that a network's nodes read.
+    for each in (stored, replace(stored, prompt=PromptConfig(wording="plain"))):
+        assert Answerer(each, temperature=0.0).policy.frame == build_network(each).policy.frame
     assert "26 Jul 2024" in prompt_text(replace(stored, prompt_date=TrainConfig().prompt_date))
     with pytest.raises(
         ValueError, match=r"belongs to another config, which has prompt_date = '2025-03-02' \(got '2024-07-26'\)"

@@ -19,11 +19,14 @@ from neuromas.types import Example
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One text to be written. The model reads the question, then `text`."""
+    """One text to be written. The model reads the question, then `text`; what ends in the answer format asks for the answer."""
 
     key: str
     """Seeds the sampling, which depends on (seed, example, key) alone. Unique in a conversation."""
     text: str
+    works_first: bool = False
+    """Whether it asks for work before the answer. Where an output node's answer is begun for it (`Wording.begin_answer`), so is
+    that of a call, and that of such a call when its work has ended."""
 
 
 Conversation = Generator[list[Call], list[str], str]

@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from neuromas.compare.methods.conversation import Answered, Conversation
+from neuromas.compare.methods.conversation import Answered, Call, Conversation
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec
 from neuromas.config import TrainConfig
+from neuromas.graph.wording import Wording
 from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine
+from neuromas.rollout.network import worded
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Task, from_config
@@ -38,12 +40,20 @@ class _Round:
     """Runs all conversations through one call of the engine; each continues as soon as its own texts are complete."""
 
     def __init__(
-        self, conversations: list[_RunningConversation], policy: Policy, seed: tuple[int | str, ...], max_new_tokens: int
+        self,
+        conversations: list[_RunningConversation],
+        policy: Policy,
+        wording: Wording,
+        seed: tuple[int | str, ...],
+        max_new_tokens: int,
     ) -> None:
-        self.conversations, self.policy, self.seed, self.max_new_tokens = conversations, policy, seed, max_new_tokens
+        self.conversations, self.policy, self.wording = conversations, policy, wording
+        self.seed, self.max_new_tokens = seed, max_new_tokens
         self.limit = policy.backbone.max_tokens
         self.indices: list[tuple[int, int]] = []
         """(index of the conversation, index in its current list of calls) of each request."""
+        self.begins: list[tuple[str, ...]] = []
+        """What each text of a request is begun by."""
 
     def start(self) -> list[tuple[int, Request]]:
         """Return the keyed requests of every conversation's first calls."""
@@ -54,7 +64,8 @@ class _Round:
         index, call_index = self.indices[key]
         running = self.conversations[index]
         running.answered.sampled_tokens += len(sample.logprobs)
-        running.texts[call_index] = sample.text
+        running.answered.prompt_tokens += len(sample.given)
+        running.texts[call_index] = sample.begun(self.begins[key])
         if any(text is None for text in running.texts):
             return []
         return self._advance(index, [text for text in running.texts if text is not None])
@@ -74,26 +85,37 @@ class _Round:
             assert call.key not in running.keys, f"two calls are named {call.key!r}: their samples would be the same"
             running.keys.add(call.key)
             self.indices.append((index, call_index))
-            requests.append((len(self.indices) - 1, self._request(running.answered, call.key, call.text)))
+            self.begins.append(self._begins(call, running.answered.example))
+            requests.append((len(self.indices) - 1, self._request(running.answered, call, self.begins[-1])))
         return requests
 
-    def _request(self, answered: Answered, key: str, text: str) -> Request:
-        prompt = self.policy.prompt(answered.example.question, text)
-        length = len(prompt.prefix_ids) + len(prompt.suffix_ids)
-        if self.limit is not None and length + self.max_new_tokens > self.limit:
+    def _begins(self, call: Call, example: Example) -> tuple[str, ...]:
+        """Return what each text of a call is begun by: where it asks for the answer, that is begun as an output node's is."""
+        begins = self.wording.begins((), example.answer_format) if call.text.endswith(example.answer_format) else ()
+        return ("", *begins) if begins and call.works_first else begins
+
+    def _request(self, answered: Answered, call: Call, begins: tuple[str, ...]) -> Request:
+        prompt = self.policy.prompt(answered.example.question, call.text, begins=begins)
+        headers = self.policy.later_headers(begins)
+        given = sum(len(self.policy.frame.end) + len(header) for header in headers)
+        read = len(prompt.prefix_ids) + len(prompt.suffix_ids)
+        if self.max_new_tokens < len(begins):
+            raise ValueError(f"--max-new-tokens must be at least 2 for a call that works first, got {self.max_new_tokens}")
+        if self.limit is not None and read + given + self.max_new_tokens > self.limit:
             raise ValueError(
-                f"call {key} reads {length} tokens and may write --max-new-tokens {self.max_new_tokens}, the backbone reads "
-                f"{self.limit}; shorten what is written, or give the method fewer agents or samples"
+                f"call {call.key} reads {read + given} tokens and may write --max-new-tokens {self.max_new_tokens}, the "
+                f"backbone reads {self.limit}; shorten what is written, or give the method fewer agents or samples"
             )
         answered.calls += 1
-        answered.prompt_tokens += length
-        return Request(BARE_BACKBONE, prompt, (*self.seed, answered.example.id, key))
+        answered.prompt_tokens += read
+        return Request(BARE_BACKBONE, prompt, (*self.seed, answered.example.id, call.key), headers)
 
 
 def converse(
     conversations: Sequence[tuple[Example, Conversation]],
     policy: Policy,
     engine: Engine,
+    wording: Wording,
     *,
     seed: Sequence[int | str],
     temperature: float,
@@ -101,11 +123,11 @@ def converse(
 ) -> list[Answered]:
     """Run all conversations at once, without a barrier between them, and return their answers in order.
 
-    The policy is the bare backbone. Sampling depends on (seed, example, key of the call) alone.
-    Raises ValueError if a call's prompt leaves no room for its text.
+    The policy is the bare backbone; the wording says what begins an answer. Sampling depends on (seed, example, key of the
+    call) alone. Raises ValueError if a call's prompt leaves no room for its text.
     """
     running = [_RunningConversation(conversation, Answered(example)) for example, conversation in conversations]
-    rounds = _Round(running, policy, tuple(seed), max_new_tokens)
+    rounds = _Round(running, policy, wording, tuple(seed), max_new_tokens)
     engine.generate(rounds.start(), rounds.receive, temperature=temperature, max_new_tokens=max_new_tokens)
     return [each.answered for each in running]
 
@@ -156,13 +178,14 @@ class Answerer:
         self.task = from_config(config.task)
         self.sets = evaluation_sets(config, self.task)
         backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
-        self.policy = Policy(backbone)
+        self.wording, frame = worded(backbone, config.prompt)
+        self.policy = Policy(backbone, frame=frame)
         self.engine = TorchEngine(self.policy)
 
     def converse(self, conversations: Sequence[tuple[Example, Conversation]], seed: Sequence[int | str]) -> list[Answered]:
         """Run conversations on the bare backbone with the cell's settings."""
         return converse(
-            conversations, self.policy, self.engine, seed=seed, temperature=self.temperature,
+            conversations, self.policy, self.engine, self.wording, seed=seed, temperature=self.temperature,
             max_new_tokens=self.config.max_new_tokens,
         )  # fmt: skip
 

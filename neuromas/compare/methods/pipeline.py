@@ -13,7 +13,11 @@ def pipeline(example: Example, task: Task) -> Conversation:
     """
     (plan,) = yield [Call("planner", "You are a planner. Write a short plan to answer the question. Do not answer it.")]
     (solution,) = yield [
-        Call("solver", lines("You are a solver. Follow the plan.", f"Plan: {plan.strip()}", example.answer_format))
+        Call(
+            "solver",
+            lines("You are a solver. Follow the plan.", f"Plan: {plan.strip()}", example.answer_format),
+            works_first=True,
+        )
     ]
     (critique,) = yield [
         Call(

@@ -21,7 +21,7 @@ def chain_of_thought(example: Example, task: Task) -> Conversation:
 
     Differs: no worked examples (Wei), and no second call that extracts the answer (Kojima): the format sentence does it.
     """
-    (text,) = yield [Call("answer", lines(STEP_BY_STEP, example.answer_format))]
+    (text,) = yield [Call("answer", lines(STEP_BY_STEP, example.answer_format), works_first=True)]
     return text
 
 
@@ -31,7 +31,7 @@ def self_consistency(example: Example, task: Task, *, samples: int) -> Conversat
     Differs: zero-shot chains; as many samples as the compared network makes calls, where the paper has up to 40.
     """
     text = lines(STEP_BY_STEP, example.answer_format)
-    texts = yield [Call(f"sample/{index}", text) for index in range(samples)]
+    texts = yield [Call(f"sample/{index}", text, works_first=True) for index in range(samples)]
     return texts[majority_vote(texts, task.parse_answer)]
 
 

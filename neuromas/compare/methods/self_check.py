@@ -26,7 +26,7 @@ def self_check(
     Differs: 3 solutions, where the paper has 10; steps after the `most_steps`-th are not checked.
     """
     ask = 'Solve it in numbered steps, "Step 1:" and so on, then answer.'
-    solutions = yield [Call(f"solution/{k}", lines(ask, example.answer_format)) for k in range(samples)]
+    solutions = yield [Call(f"solution/{k}", lines(ask, example.answer_format), works_first=True) for k in range(samples)]
     steps = [split_steps(solution) for solution in solutions]
     indices = [(k, n) for k, own in enumerate(steps) for n in range(min(len(own), most_steps))]
 

@@ -27,6 +27,7 @@ def self_refine(example: Example, task: Task, *, attempts: int) -> Conversation:
                     f'If the last one is correct, write "{ENOUGH}". If not, say what is wrong and write a better one.',
                     example.answer_format,
                 ),
+                works_first=True,
             )
         ]
         if stated(text, ENOUGH):
