@@ -1,6 +1,5 @@
 """GGUF files as backbones: converted once into the cache, in the format of transformers."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from neuromas.model.sources import cache_folder, cache_workplace
+from neuromas.model.sources import cache_folder, cache_workplace, writing_to_cache
+from neuromas.system.files import digest_of
 from neuromas.system.process import total_memory
 
 COPIES = 2
@@ -17,46 +17,67 @@ COPIES = 2
 BESIDE = 2**29
 """Bytes that it takes besides: libraries and the tokenizer."""
 LISTING = "converted.json"
-"""File of a converted model with the size of every other file: the last that is written."""
+"""File of a converted model with the SHA-256 of every other file: the last that is written."""
 
 
 def converted(file: Path) -> Path:
     """Return the folder of a GGUF file's model, converted if it is not in the cache yet.
 
     Weights are float32; what the file's quantization has lost is lost. Raises ValueError if the packages that read GGUF are
-    missing, the file is damaged, its architecture or quantization is not known, memory is too small, or the cache cannot be
-    written to.
+    missing, the file is damaged, its architecture or quantization is not known, memory or disk is too small, or the cache
+    cannot be written to.
     """
-    with file.open("rb") as opened:
-        checksum = hashlib.file_digest(opened, "blake2b").hexdigest()[:16]
-    folder = cache_folder() / f"{file.stem}-{checksum}"
+    folder = cache_folder() / f"{file.stem}-{digest_of(file)[:16]}"
     if not _is_whole(folder):
-        _check(file)
+        elements = _check(file)
         with cache_workplace() as partial:
+            _check_disk(partial, elements)
             _convert(file, partial)
-            (partial / LISTING).write_text(json.dumps(_sizes(partial)))
+            with writing_to_cache():
+                (partial / LISTING).write_text(json.dumps(_digests(partial)))
             # Another process may have been faster.
             if not _is_whole(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
+                _replace(folder, partial)
     return folder
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of each file of a converted model."""
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != LISTING}
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a converted model."""
+    return {path.name: digest_of(path) for path in folder.iterdir() if path.name != LISTING}
 
 
 def _is_whole(folder: Path) -> bool:
-    """Say whether a folder holds what a conversion has written: a loss of power or a copy may leave a part of it."""
+    """Say whether a folder holds what a conversion has written: a loss of power, a copy or a disk may leave something else."""
     try:
-        return json.loads((folder / LISTING).read_bytes()) == _sizes(folder)
+        return json.loads((folder / LISTING).read_bytes()) == _digests(folder)
     except (OSError, ValueError):
         return False
 
 
-def _check(file: Path) -> None:
-    """Raise ValueError for a file that cannot be read, before anything large is."""
+def _replace(folder: Path, whole: Path) -> None:
+    """Put a whole folder in the place of one that is damaged or not there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        whole.rename(folder)
+    except OSError as error:
+        raise ValueError(
+            f"its converted model {folder} is damaged and cannot be replaced ({error.strerror}); delete it, or set the "
+            "environment variable NEUROMAS_CACHE to another folder"
+        ) from error
+
+
+def _check_disk(folder: Path, elements: int) -> None:
+    """Raise ValueError if the converted weights do not fit on the disk."""
+    needed, free = 4 * elements, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"its {elements:,} weights take {needed / 2**30:,.2f} GiB in {folder.parent} when converted, {free / 2**30:,.2f} "
+            "are free; make room there, or set the environment variable NEUROMAS_CACHE to another folder"
+        )
+
+
+def _check(file: Path) -> int:
+    """Return the number of a file's weights; ValueError for one that cannot be read, before anything large is."""
     try:
         import accelerate  # noqa: F401  # transformers asks for it
         from gguf import GGUFReader, dequantize
@@ -77,6 +98,7 @@ def _check(file: Path) -> None:
         raise ValueError(
             f"to convert its {elements:,} weights needs {needed / 2**30:,.1f} GiB of memory, there are {there / 2**30:,.1f}"
         )
+    return elements
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -95,5 +117,6 @@ def _convert(file: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = read.generation_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing_to_cache():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,6 +1,5 @@
 """Where a backbone's files are: bundled, a folder, a GGUF file, packages that ship one, or a hub id. Loads no torch."""
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -11,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from neuromas.bundled import BUNDLED
-from neuromas.system.files import read_file
+from neuromas.system.files import digest_of, read_file
 
 MOST_LAYERS = 1000
 
@@ -82,7 +83,7 @@ def cache_workplace() -> Iterator[Path]:
     Raises ValueError if the cache cannot be written to.
     """
     cache = cache_folder()
-    with _writing(cache):
+    with writing_to_cache():
         cache.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".", dir=cache))
     try:
@@ -92,14 +93,15 @@ def cache_workplace() -> Iterator[Path]:
 
 
 @contextmanager
-def _writing(cache: Path) -> Iterator[None]:
+def writing_to_cache() -> Iterator[None]:
     """Turn a refusal of the disk into a ValueError that says what to do."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"models are converted into {cache}, which cannot be written ({error.strerror}); set the environment variable "
-            "NEUROMAS_CACHE to a folder that can"
+            f"models are converted into {cache_folder()}, which cannot be written ({reason}); make room there, or set the "
+            "environment variable NEUROMAS_CACHE to another folder"
         ) from error
 
 
@@ -120,19 +122,18 @@ def _shipped(name: str, shipped: Shipped) -> Path:
 def _joined(name: str, shipped: Shipped, parts: list[Path]) -> Path:
     """Return the file in the cache that the parts make."""
     whole = cache_folder() / f"{name}-{shipped.sha256[:16]}.gguf"
-    if whole.is_file() and whole.stat().st_size == sum(part.stat().st_size for part in parts):
+    if whole.is_file() and digest_of(whole) == shipped.sha256:
         return whole
     with cache_workplace() as folder:
         made = folder / whole.name
-        with _writing(whole.parent), made.open("wb") as file:
+        with writing_to_cache(), made.open("wb") as file:
             for part in parts:
                 with part.open("rb") as opened:
                     shutil.copyfileobj(opened, file)
-        with made.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shipped.sha256:
+        if digest_of(made) != shipped.sha256:
             raise ValueError(f"--backbone {name}: its parts are damaged; {shipped.command} --force-reinstall")
-        made.replace(whole)
+        with writing_to_cache():
+            made.replace(whole)
     return whole
 
 

@@ -1,6 +1,7 @@
 """Writes files and folders atomically, so that a process that is killed leaves no part of one; reads files with checks."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -56,6 +57,18 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
 def checksum_of(data: bytes) -> str:
     """Return a checksum of 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; a process reads it again only if its size or time has changed."""
+    found = path.stat()
+    return _digest(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_file(path: Path, most: int | None = MOST_BYTES) -> bytes:

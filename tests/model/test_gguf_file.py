@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,18 +109,47 @@ def test_a_head_that_is_tied_to_the_embedding_stays_so(file: Path) -> None:
 def test_a_part_of_a_converted_model_is_not_taken(file: Path) -> None:
     checksum = Backbone.load(str(file)).checksum()
     (folder,) = gguf_file.cache_folder().iterdir()
+    weights = folder / "model.safetensors"
     for damage in (
-        lambda: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000]),
+        lambda: weights.write_bytes(flipped(weights.read_bytes())),
         lambda: (folder / gguf_file.LISTING).unlink(),
     ):
         damage()
         assert Backbone.load(str(file)).checksum() == checksum
     assert list(gguf_file.cache_folder().iterdir()) == [folder]
+    # What cannot be replaced is named.
+    message = rf"its converted model {file} is damaged and cannot be replaced \(Not a directory\); delete it, or .* NEUROMAS_C"
+    with pytest.raises(ValueError, match=message):
+        gguf_file._replace(file, folder)
+
+
+def flipped(content: bytes) -> bytes:
+    """Return as many bytes with the last bit another one."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def test_a_full_disk_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = gguf_file.cache_folder()
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        message = (
+            rf"its [\d,]+ weights take 0.00 GiB in {cache} when converted, 0.00 are free; make room there, or set .* NEUROMAS"
+        )
+        with pytest.raises(ValueError, match=message):
+            Backbone.load(str(file))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(ValueError, match=rf"into {cache}, which cannot be written \(.*File too large.*\); make room there"):
+            Backbone.load(str(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(cache.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_named(file: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEUROMAS_CACHE", str(file / "cache"))
-    message = r"models are converted into \S+/cache, which cannot be written \(Not a directory\); set .* NEUROMAS_CACHE to a"
+    message = r"models are converted into \S+/cache, which cannot be written \(Not a directory\); make room .* NEUROMAS_CA"
     assert_refused(call("train", *FLAGS, "--backbone", file), message)
 
 
@@ -194,7 +225,9 @@ def test_a_file_in_parts_is_put_together_once(file: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sources.SHIPPED, "parts", shipped)
     whole = Path(sources.find_backbone("parts"))
     assert whole.read_bytes() == content
-    whole.write_bytes(content[:-1])  # a copy that broke off is made again
+    for damaged in (content[:-1], flipped(content)):  # it is made again
+        whole.write_bytes(damaged)
+        assert Path(sources.find_backbone("parts")).read_bytes() == content
     assert Backbone.load("parts").checksum() == Backbone.load(str(file)).checksum()
     whole.unlink()
     (modules / "in_parts0/part").write_bytes(content[1:20_000])
