@@ -52,8 +52,9 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name
         stop_ids = _stop_ids(model, tokenizer)
-        self.chat_frame = chat_frame(tokenizer, stop_ids, prompt_date) if tokenizer.chat_template else None
-        """What stands around a user's turn and an answer; None without a chat template."""
+        self.has_chat_template = bool(tokenizer.chat_template)
+        # Not made before it is wanted: a template may refuse what is asked of it, and plain text does without one.
+        self._chat_frame = functools.cache(lambda: self._fitting(chat_frame(tokenizer, stop_ids, prompt_date)))
         self._plain_frame = functools.cache(lambda one_line: plain_frame(tokenizer, stop_ids, one_line))
         self.ops = ops_for(model.dtype, model.device)
         self.has_own_decoder = Decoder.fits(model)
@@ -61,8 +62,11 @@ class Backbone:
         self._encode_text = functools.lru_cache(maxsize=65536)(self._encode_uncached)
 
     def frame(self, *, chat: bool = True, one_line: bool = False) -> Frame:
-        """Return the chat template's frame, or that of plain text if there is none or it is not wanted."""
-        return self.chat_frame if chat and self.chat_frame else self._plain_frame(one_line)
+        """Return the chat template's frame, or that of plain text if there is none or it is not wanted.
+
+        Raises ValueError if the template refuses a user's turn.
+        """
+        return self._chat_frame() if chat and self.has_chat_template else self._plain_frame(one_line)
 
     def layers(self, model: PreTrainedModel, adapters: AdapterBank | None) -> Layers:
         """Return the layers that compute a module tree of this model with these adapters."""
@@ -99,6 +103,7 @@ class Backbone:
             # Otherwise transformers would fill missing weights with random numbers and go on.
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"its files lack {len(missing)} weights, e.g. {missing[0]}")
+            _require_numbers(model)
             backbone = cls(model.to(device), tokenizer, name, prompt_date)
             backbone._probe()
         except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
@@ -107,17 +112,22 @@ class Backbone:
             raise ValueError(f"--backbone {name}: cannot be loaded{where}: {reason}") from error
         return backbone
 
+    def _fitting(self, frame: Frame) -> Frame:
+        """Return a frame; ValueError if the model knows no such tokens."""
+        ids = (*frame.header, *self.tokenize("Probe: 1 2 3"), *frame.footer)
+        embeddings = self.model.config.get_text_config().vocab_size
+        if not self.tokenize("Probe") or max(ids) >= embeddings:
+            raise ValueError(f"the tokenizer of {self.name} does not fit: ids {ids[:8]}... for a model of {embeddings} tokens")
+        return frame
+
     @torch.inference_mode()
     def _probe(self) -> None:
         """Raise ValueError if the logits of a text in one forward differ from those of the text in two parts.
 
         Models with a state other than keys and values cannot be cached here.
         """
-        frame = self.frame()
+        frame = self._fitting(self.frame(chat=False))
         ids = (*frame.header, *self.tokenize("Probe: 1 2 3"), *frame.footer)
-        embeddings = self.model.config.get_text_config().vocab_size
-        if not self.tokenize("Probe") or max(ids) >= embeddings:
-            raise ValueError(f"its tokenizer does not fit: ids {ids[:8]}... for a model of {embeddings} tokens")
         window = getattr(self.model.config, "sliding_window", None) or 0
         ids = torch.tensor([(ids * (2 + min(window, 128) // len(ids)))], device=self.device)
         whole = self.model(input_ids=ids, use_cache=False).logits[0, -1:].float()
@@ -260,6 +270,14 @@ def _require_room(folder: Path, dtype: str, device: str) -> None:
     # They are read into the memory of the CPU first.
     for where in dict.fromkeys(("cpu", device)):
         require_memory(f"its {count:,} weights in {dtype}", size, torch.device(where))
+
+
+def _require_numbers(model: PreTrainedModel) -> None:
+    """Raise ValueError if a weight is not a finite number."""
+    # A sum is not finite if one of its terms is not, and takes a tenth of the time of looking at each.
+    bad = [name for name, weight in model.named_parameters() if not math.isfinite(weight.sum(dtype=torch.float32).item())]
+    if bad:
+        raise ValueError(f"{len(bad)} of its weights hold nan or inf, e.g. {bad[0]}; its files are damaged: get them again")
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

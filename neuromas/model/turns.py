@@ -1,13 +1,15 @@
 """What stands around a prompt and a text: the chat template's tokens, or nothing for a model without one."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-_PLACEHOLDER = "PLACEHOLDER"
+_PLACEHOLDER = "Some text"
+_TURNS = {"user": "a user's turn", "assistant": "an assistant's turn, which another text after a node's first one follows"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +22,20 @@ class Frame:
     """After it, up to where the answer starts."""
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
-    end: tuple[int, ...]
-    """What ends an answer that has not ended itself, before another answer follows."""
-    separator: tuple[int, ...]
-    """After that, up to where the next answer starts."""
+    between: Callable[[], tuple[tuple[int, ...], tuple[int, ...]]] = field(compare=False)
+    """Returns `end` and `separator`; asked only where another answer follows, for a chat template may know no such turn."""
     one_line: bool = False
     """Whether an answer ends with its line."""
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """What ends an answer that has not ended itself, before another answer follows."""
+        return self.between()[0]
+
+    @property
+    def separator(self) -> tuple[int, ...]:
+        """After that, up to where the next answer starts."""
+        return self.between()[1]
 
     def read(self, token_ids: Sequence[int], detokenize: Callable[[Sequence[int]], str]) -> tuple[str, bool]:
         """Return the text of an answer's tokens, and whether it has ended."""
@@ -42,27 +52,52 @@ def plain_frame(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], on
     if one_line:
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         stop_ids |= {token for token, text in enumerate(texts) if "\n" in text}
-    return Frame(header, line, stop_ids, line, (), one_line)
+    return Frame(header, line, stop_ids, lambda: (line, ()), one_line)
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], prompt_date: str) -> Frame:
-    """Return the frame of the chat template; thinking is off. Another answer after an answer is a turn of its own."""
+    """Return the frame of the chat template; thinking is off. Another answer after an answer is a turn of its own.
+
+    Raises ValueError if the template refuses a turn or changes its text.
+    """
+
+    def around(**turns: str) -> list[tuple[int, ...]]:
+        """Return the tokens before and after the text of the last turn."""
+        what = _TURNS[list(turns)[-1]]
+        try:
+            text = _applied(tokenizer, turns, prompt_date)
+        except Exception as error:  # what the template raises itself, and what jinja raises for one that is none
+            raise _refused(tokenizer, f"refuses {what} ({error})") from error
+        if text.count(_PLACEHOLDER) != 1:
+            raise _refused(tokenizer, f"does not write the text of {what} as it is")
+        return [_encode(tokenizer, part) for part in text.split(_PLACEHOLDER)]
+
+    @functools.cache
+    def between() -> tuple[tuple[int, ...], tuple[int, ...]]:
+        after = around(user="", assistant=_PLACEHOLDER)[1]
+        # Templates end an answer by a token that stops it; the answer may have sampled that itself.
+        length = 1 if after and after[0] in stop_ids else 0
+        return after[:length], after[length:]
+
+    header, footer = around(user=_PLACEHOLDER)
+    return Frame(header, footer, stop_ids, between)
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], prompt_date: str) -> str:
+    """Return what the chat template makes of turns, up to where the next answer starts."""
     template = _dated(tokenizer.get_chat_template(), datetime.fromisoformat(prompt_date))
+    asked: Any = [{"role": role, "content": content} for role, content in turns.items()]
+    text = tokenizer.apply_chat_template(
+        asked, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert isinstance(text, str)
+    return text
 
-    def parts(*turns: dict[str, str]) -> list[str]:
-        asked: Any = list(turns)
-        text = tokenizer.apply_chat_template(
-            asked, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        assert isinstance(text, str)
-        return text.split(_PLACEHOLDER)
 
-    header, footer = parts({"role": "user", "content": _PLACEHOLDER})
-    after = parts({"role": "user", "content": ""}, {"role": "assistant", "content": _PLACEHOLDER})[-1]
-    between = _encode(tokenizer, after)
-    # Templates end an answer by a token that stops it; the answer may have sampled that itself.
-    length = 1 if between and between[0] in stop_ids else 0
-    return Frame(_encode(tokenizer, header), _encode(tokenizer, footer), stop_ids, between[:length], between[length:])
+def _refused(tokenizer: PreTrainedTokenizerBase, reason: str) -> ValueError:
+    return ValueError(
+        f"the chat template of --backbone {tokenizer.name_or_path} {reason}; take --wording plain ([prompt] wording in a file)"
+    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, part: str) -> tuple[int, ...]:

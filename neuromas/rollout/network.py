@@ -28,7 +28,7 @@ class Diverged(ValueError):
 
 def worded(backbone: Backbone, prompt: PromptConfig) -> tuple[Wording, Frame]:
     """Return the wording for a backbone, and what stands around its prompts and texts."""
-    wording = prompt.build(bundled=backbone.has_bundled_vocabulary, has_chat_template=backbone.chat_frame is not None)
+    wording = prompt.build(bundled=backbone.has_bundled_vocabulary, has_chat_template=backbone.has_chat_template)
     return wording, backbone.frame(chat=wording.chat, one_line=wording.one_line)
 
 

@@ -101,8 +101,9 @@ class _DecodingBatch:
         prefix_keys = [self.routing.prefix_key(request.prompt, request.node) for _, request in requests]
         self._compute_prefixes(prefix_keys, nodes)
         # A text that is cut off gets its end.
-        end = len(self.policy.frame.end)
-        texts = self.max_new_tokens + max(sum(end + len(header) for header in request.headers) for _, request in requests)
+        frame = self.policy.frame
+        given = max(sum(len(frame.end) + len(header) for header in request.headers) for _, request in requests)
+        texts = self.max_new_tokens + given
         self._reserve(self.live + len(prompts), max(len(prompt.suffix_ids) for prompt in prompts) + texts, texts)
         slots, prefixes, first, device = self.slots, self.prefixes, self.live, self.backbone.device
         assert slots is not None

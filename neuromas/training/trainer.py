@@ -38,7 +38,7 @@ class Trainer:
         self.checksum = self.backbone.checksum()
         self.growths = GrowthSchedule(setup.network, plan.growths)
         self.learner = setup.learner
-        self.bare = Policy(self.backbone) if self.config.kl_coef else None
+        self.bare = Policy(self.backbone, frame=setup.network.policy.frame) if self.config.kl_coef else None
         """The backbone without adapters, from which divergence is penalised."""
         for parameters in self.growths.restore(run.step):
             self.learner.add_nodes(parameters)

@@ -436,6 +436,57 @@ def test_the_date_of_a_chat_template_is_the_runs_on_any_day(
         RunDirectory.resume(replace(config, prompt_date="2024-07-26"))
 
 
+REFUSES = (
+    "{% for turn in messages %}{% if turn.role == 'assistant' %}{{ raise_exception('users only') }}{% endif %}"
+    "{{ turn.content }}{% endfor %}>"
+)
+QUESTIONS = [Example("id", "Is it even?", "Yes", 'Write "Answer: Yes".')]
+
+
+def chatting(backbone: Backbone, template: str) -> Backbone:
+    backbone.tokenizer.chat_template = template
+    return Backbone(backbone.model, backbone.tokenizer, "refusing")
+
+
+def test_a_template_without_turns_of_an_assistant_serves_where_none_is_needed(bare: Backbone) -> None:
+    backbone, chat = chatting(bare, REFUSES), PromptConfig(wording="chat")
+    Network(Topology.layered([1, 1]), backbone, prompt=chat).check_lengths(QUESTIONS)
+    with pytest.raises(
+        ValueError,
+        match=r"template of --backbone \S+ refuses an assistant's turn, which .* \(users only\); take --wording plain \(\[prom",
+    ):
+        Network(Topology.layered([1, 2, 1]), backbone, prompt=chat).check_lengths(QUESTIONS)
+    plain = Network(Topology.layered([1, 2, 1]), backbone, prompt=PromptConfig(wording="plain"), max_new_tokens=4)
+    plain.check_lengths(QUESTIONS)
+    assert plain.rollout(QUESTIONS, 1, seed=(0,))
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        (
+            "{{ raise_exception('a system turn, please') }}",
+            r"refuses a user's turn \(a system turn, please\); take --wording plain",
+        ),
+        ("{{ messages[0].content | upper }}", "does not write the text of a user's turn as it is; take --wording plain"),
+        ("{{ messages[0].content * 2 }}", "does not write the text of a user's turn as it is; take --wording plain"),
+        ("{% endfor %}", r"refuses a user's turn \(.*endfor.*\); take --wording plain"),
+    ],
+)
+def test_a_template_that_is_no_chat_template_can_be_left_out(bare: Backbone, template: str, error: str) -> None:
+    backbone = chatting(bare, template)
+    backbone._probe()
+    with pytest.raises(ValueError, match=error):
+        Network(Topology.layered([1]), backbone)
+    assert Network(Topology.layered([1]), backbone, prompt=PromptConfig(wording="plain")).wording.name == "plain"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(bare: Backbone) -> None:
+    bare.model.config.vocab_size = 40
+    with pytest.raises(ValueError, match=r"the tokenizer of \S+ does not fit: ids \(\d+, .* for a model of 40 tokens"):
+        bare._probe()
+
+
 # Loading
 
 
@@ -485,6 +536,18 @@ def test_a_corrupt_model_folder_is_one_clear_line(tmp_path: Path, damage: Callab
     with pytest.raises(ValueError, match=f"--backbone {folder}: cannot be loaded: .") as caught:
         load_backbone(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, number: float) -> None:
+    model = make_model("qwen3")
+    # An embedding that no probe of the model reads.
+    model.state_dict()["model.embed_tokens.weight"][-1, 0] = number
+    folder = save_model(model, tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"1 of its weights hold nan or inf, e\.g\. model\.embed_tokens\.weight; its files are da"
+    ):
+        load_backbone(folder)
 
 
 def test_config_of_reads_the_config_alone(tmp_path: Path, folders: dict[str, Path]) -> None:
