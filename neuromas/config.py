@@ -253,16 +253,16 @@ class TrainConfig:
     of unlike size cost equally much in equally many steps; `examples_per_step` is that of the first step, and at most 4 times
     as many are asked. 0: always `examples_per_step`."""
     group_size: int = 8
-    """Rollouts of each question (G)."""
+    """Rollouts of each question (G); 4 where --backbone is not the bundled one."""
     branches: int = 1
     """Above 1, the rollouts of a question are the leaves of a tree: each text is answered by this many texts of the next layer,
     and --group-size is this number to the power of the layers. 1: rollouts share nothing."""
     max_new_tokens: int = 80
-    """Longest text of a node, stop token included."""
+    """Longest text of a node, stop token included; 32 where --backbone is not the bundled one."""
     temperature: float = 1.0
     """Sampling temperature while training; evaluation is greedy."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; 5e-4 where --backbone is not the bundled one."""
     warmup_steps: int = 5
     """Steps over which the learning rate rises to its peak."""
     final_lr: float = 0.1
@@ -368,6 +368,17 @@ class TrainConfig:
         name = re.sub(r"[^\w.-]+", "-", self.task.name)
         backbone = "" if self.backbone == "bundled" else f"-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', Path(self.backbone).name)}"
         return Path("runs") / f"{name}-{shape}{backbone}-seed{self.seed}"
+
+
+def defaults(backbone: str) -> TrainConfig:
+    """Return the settings of a run on this backbone of which nothing else is said.
+
+    Those of the fields are for the bundled one, of a million parameters. A step of a pretrained model costs a hundred times as
+    much: it gets shorter texts, fewer rollouts and a lower learning rate.
+    """
+    if backbone == "bundled":
+        return TrainConfig()
+    return TrainConfig(backbone=backbone, group_size=4, max_new_tokens=32, lr=5e-4)
 
 
 def _is_date(text: str) -> bool:

@@ -3,9 +3,14 @@
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import tyro
+
+from neuromas.config import TrainConfig, defaults
+from neuromas.training.config_file import load_toml
 
 
 def parse_flags(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
@@ -19,3 +24,19 @@ def parse_flags(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> 
             raise
         lines = (line.strip("│╰╭─╮╯ ") for line in complaint.getvalue().splitlines() if not line.startswith("╭"))
         raise ValueError(" ".join(line for line in lines if line.strip("-"))) from stop
+
+
+def parse_settings(kind: Any, args: Sequence[str], command: str, default: TrainConfig) -> tuple[Any, list[str]]:
+    """Parse the flags of a command that has all settings of a run as `config`, and may be given a TOML file first.
+
+    Flags win over the file, the file over the defaults of the backbone, which either may name. Returns the parsed flags, and
+    the arguments without the file.
+    """
+    rest = list(args)
+    file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    base = load_toml(file) if file else default
+    parsed = parse_flags(kind, rest, command, default=kind(config=base))
+    if (backbone := parsed.config.backbone) != base.backbone:
+        base = load_toml(file, backbone) if file else replace(defaults(backbone), topology=default.topology)
+        parsed = parse_flags(kind, rest, command, default=kind(config=base))
+    return parsed, rest

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import tyro
 
-from neuromas.cli.flags import parse_flags
+from neuromas.cli.flags import parse_settings
 from neuromas.config import MOST_COUNTED, TopologyConfig, TrainConfig
 from neuromas.model.sources import find_backbone
 from neuromas.system.files import replace_file
 from neuromas.system.schema import require
 from neuromas.system.terminal import printable
-from neuromas.training.config_file import load_toml, to_json
+from neuromas.training.config_file import to_json
 from neuromas.training.questions import questions_to_screen
 
 ONE_NODE = TrainConfig(topology=TopologyConfig(widths=(1,)))
@@ -45,10 +45,7 @@ class ScreenArguments:
 
 def run(args: Sequence[str]) -> None:
     """Run the command `screen`."""
-    base, rest = ONE_NODE, list(args)
-    if rest and not rest[0].startswith("-"):
-        base = load_toml(Path(rest.pop(0)))
-    parsed = parse_flags(ScreenArguments, rest, "screen", default=ScreenArguments(config=base))
+    parsed, _ = parse_settings(ScreenArguments, args, "screen", ONE_NODE)
     config = parsed.config.check()
     require(2 <= parsed.samples <= MOST_COUNTED, "--samples", f"2 to {MOST_COUNTED:,}", parsed.samples)
     require(1 <= parsed.questions <= MOST_COUNTED, "--questions", f"1 to {MOST_COUNTED:,}", parsed.questions)

@@ -3,15 +3,13 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from neuromas.cli.flags import parse_flags
+from neuromas.cli.flags import parse_flags, parse_settings
 from neuromas.config import TrainConfig
 from neuromas.model.sources import find_backbone
-from neuromas.training.config_file import load_toml
 from neuromas.training.plan import resolve
 from neuromas.training.questions import check_code
 from neuromas.training.run_directory import RunDirectory
@@ -36,10 +34,7 @@ class TrainArguments:
 
 def run(args: Sequence[str]) -> None:
     """Run the command `train`."""
-    base, rest = TrainConfig(), list(args)
-    if rest and not rest[0].startswith("-"):
-        base = load_toml(Path(rest.pop(0)))
-    parsed = parse_flags(TrainArguments, rest, "train", default=TrainArguments(config=base))
+    parsed, rest = parse_settings(TrainArguments, args, "train", TrainConfig())
     run_path = parsed.config.run_path
     if parsed.resume and (run_path / "config.json").is_file() and len(args) == len(rest):
         # Without a config file, settings that the flags do not name come from the run itself.

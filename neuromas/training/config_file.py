@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neuromas.config import TrainConfig
+from neuromas.config import TrainConfig, defaults
 from neuromas.system.files import read_toml
 from neuromas.system.schema import from_dict, require
 
@@ -15,9 +15,15 @@ MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
 same, which the run directory checks."""
 
 
-def load_toml(path: Path) -> TrainConfig:
-    """Read a TrainConfig from a TOML file; ValueError names the file and the key."""
-    return from_dict(TrainConfig, read_toml(path), where=f"config {path}", base=TrainConfig())
+def load_toml(path: Path, backbone: str | None = None) -> TrainConfig:
+    """Read a TrainConfig from a TOML file, over the defaults of its backbone or of the one given instead.
+
+    ValueError names the file and the key.
+    """
+    data = read_toml(path)
+    if backbone:
+        data["backbone"] = backbone
+    return from_dict(TrainConfig, data, where=f"config {path}", base=defaults(str(data.get("backbone", "bundled"))))
 
 
 def to_json(config: TrainConfig) -> str:

@@ -308,8 +308,8 @@ def test_show_json_of_a_config(call: Call, tmp_path: Path, tiny_folder: Path) ->
     # 13000 / (3 nodes * 2048) = 2.1, so rank 2.
     assert (shown["rank"], shown["trainable_parameters"], shown["calls_per_answer"]) == (2, 12288, 3)
     assert "evaluation" not in shown
-    # 40 steps of 16 questions, 8 rollouts each; with a budget of tokens their number is not known.
-    assert (shown["training_rollouts"], "training_sampled_tokens" in shown) == (5120, False)
+    # 40 steps of 16 questions, 4 rollouts each; with a budget of tokens their number is not known.
+    assert (shown["training_rollouts"], "training_sampled_tokens" in shown) == (2560, False)
     path.write_text(f"step_tokens = 500\n{path.read_text()}")
     shown = one_object(call("show", path, "--json"))
     assert ("training_rollouts" in shown, shown["training_sampled_tokens"]) == (False, 20_000)
@@ -439,7 +439,13 @@ def test_flags_win_over_toml_and_toml_over_defaults(call: Call, tmp_path: Path, 
     planned = call("train", path, "--seed", "4", "--dry-run")
     settings = json.loads(planned.out[planned.out.index("\n{") :])
     assert (settings["lr"], settings["seed"], settings["topology"]["widths"]) == (0.25, 4, [2, 1])
-    assert settings["group_size"] == 8
+    # Another backbone than the bundled one has defaults of its own, whether the file or a flag names it.
+    assert (settings["group_size"], settings["max_new_tokens"]) == (4, 32)
+    path.write_text("lr = 0.25\ngroup_size = 6\n")
+    for flags, expected in (((), (6, 80)), (("--backbone", tiny_folder), (6, 32))):
+        planned = call("train", path, "--dry-run", *flags)
+        settings = json.loads(planned.out[planned.out.index("\n{") :])
+        assert (settings["lr"], settings["group_size"], settings["max_new_tokens"]) == (0.25, *expected)
 
 
 def test_a_finished_run_resumes_to_the_same_scores(call: Call, trained: Path, tmp_path: Path) -> None:
