@@ -12,7 +12,7 @@ import tyro
 from neuromas.cli.flags import parse_settings
 from neuromas.config import MOST_COUNTED, TopologyConfig, TrainConfig
 from neuromas.model.sources import find_backbone
-from neuromas.system.files import replace_file
+from neuromas.system.files import replace_file, require_writable
 from neuromas.system.schema import require
 from neuromas.system.terminal import printable
 from neuromas.training.config_file import to_json
@@ -53,6 +53,8 @@ def run(args: Sequence[str]) -> None:
     configs = [dataclasses.replace(config, task=dataclasses.replace(config.task, name=name)) for name in names]
     if parsed.out and (parsed.out.is_dir() or not parsed.out.parent.is_dir()):
         raise ValueError(f"--out must be a file in a folder that is there, got {parsed.out}")
+    if parsed.out:
+        require_writable(parsed.out, "--out")
     find_backbone(config.backbone)
     asked = questions_to_screen(configs, parsed.questions)
     # These load torch: mistakes are reported before.

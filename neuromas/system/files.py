@@ -32,6 +32,16 @@ def replace_file(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def require_writable(path: Path, flag: str) -> None:
+    """Raise ValueError if `replace_file` would fail, before the work whose results it is to write."""
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        write_file(fresh, b"")
+        fresh.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from error
+
+
 def sync(path: Path) -> None:
     """Flush the names in a folder, or the data of a file, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -22,6 +22,7 @@ from neuromas.tasks.task import (
     checksum_of,
     floor,
     question_id,
+    rewards_of,
     split_of,
 )
 from neuromas.tasks.tracking_shuffled_objects import TrackingShuffledObjects
@@ -127,5 +128,6 @@ __all__ = [
     "get_family",
     "get_task",
     "question_id",
+    "rewards_of",
     "split_of",
 ]

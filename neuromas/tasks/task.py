@@ -231,6 +231,21 @@ class DatasetTask(Task):
         return pool
 
 
+def rewards_of(task: Task, pairs: Sequence[tuple[Example, str]]) -> list[float]:
+    """Return the rewards that a task gives; ValueError that names it if they are none, or if its own class fails."""
+    try:
+        rewards = [float(reward) for reward in task.rewards(pairs)]
+    except Exception as error:
+        if type(task).__module__.startswith(__name__.partition(".")[0]):
+            raise
+        raise ValueError(f"task {task.name}: its rewards fail: {type(error).__name__}: {error}") from error
+    if len(rewards) != len(pairs):
+        raise ValueError(f"task {task.name} gave {len(rewards)} rewards for {len(pairs)} answers, expected one for each")
+    if wrong := [reward for reward in rewards if not 0 <= reward <= 1]:
+        raise ValueError(f"task {task.name} gave the reward {wrong[0]}, expected a number from 0 to 1")
+    return rewards
+
+
 def question_id(question: str) -> str:
     """Return the id of a question: a hash of 16 hexadecimal digits."""
     return hashlib.blake2b(question.encode(), digest_size=8).hexdigest()

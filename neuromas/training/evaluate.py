@@ -7,7 +7,7 @@ from typing import Any
 
 from neuromas.rollout.network import Network
 from neuromas.system.terminal import shortened
-from neuromas.tasks import Task, floor
+from neuromas.tasks import Task, floor, rewards_of
 from neuromas.training.intervals import independent, wilson
 from neuromas.training.ledger import spending
 from neuromas.types import Example, Group
@@ -77,7 +77,7 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
     if not rollouts:
         raise ValueError("nothing to evaluate: expected at least one example")
     n = len(rollouts)
-    right = sum(task.rewards([(rollout.example, rollout.answer) for rollout in rollouts]))
+    right = sum(rewards_of(task, [(rollout.example, rollout.answer) for rollout in rollouts]))
     counts = Counter(rollout.example.id for rollout in rollouts)
     effective = independent(list(counts.values()))
     low, high = wilson(right / n * effective, effective)

@@ -9,7 +9,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from neuromas.rollout.network import Network
-from neuromas.tasks import Task, floor
+from neuromas.tasks import Task, floor, rewards_of
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE, evaluate
 from neuromas.training.intervals import wilson
 from neuromas.training.ledger import spending
@@ -119,7 +119,7 @@ def screen(
     tell(f"{task.name}: greedy answers")
     greedy, _ = evaluate(network, task, examples)
     rollouts = [rollout for group in groups for rollout in group]
-    flat = task.rewards([(rollout.example, rollout.answer) for rollout in rollouts])
+    flat = rewards_of(task, [(rollout.example, rollout.answer) for rollout in rollouts])
     rewards = [flat[i : i + samples] for i in range(0, len(flat), samples)]
     statuses = [message.status for r in rollouts for completion in r.completions for message in completion.messages]
     (best, best_share), (low, high) = floor(examples), interval(rewards)

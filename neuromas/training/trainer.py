@@ -10,6 +10,7 @@ from torch import Tensor
 from neuromas.graph.growth import Growth, describe
 from neuromas.model.policy import Policy
 from neuromas.rollout.network import Diverged
+from neuromas.tasks import rewards_of
 from neuromas.training import checkpoint, reinforce
 from neuromas.training.divergence import Divergence
 from neuromas.training.evaluate import Evaluation, evaluate
@@ -109,7 +110,7 @@ class Trainer:
 
     def rewards(self, groups: list[Group]) -> Float[Tensor, "P G"]:
         """Return the terminal reward of every rollout: whether its answer is right."""
-        rewards = self.task.rewards([(r.example, r.answer) for group in groups for r in group])
+        rewards = rewards_of(self.task, [(r.example, r.answer) for group in groups for r in group])
         return torch.tensor(rewards).view(len(groups), self.config.group_size)
 
     def divergence(self, groups: list[Group]) -> Divergence | None:

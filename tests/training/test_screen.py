@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from commands import Call, assert_refused
 from neuromas import Backbone, Network, Topology
 from neuromas.config import AdapterConfig
 from neuromas.rollout.scripted_engine import ScriptedEngine
-from neuromas.tasks import Navigate, question_id
+from neuromas.tasks import Navigate, question_id, rewards_of
 from neuromas.training.intervals import wilson
 from neuromas.training.screen import Screening, interval, pass_at, screen
 from neuromas.types import Example, Request
@@ -186,10 +187,43 @@ def test_mistakes_are_said_before_anything_is_loaded(
         (["--questions", 0], r"--questions must be 1 to 999,999, got 0$"),
         (["--temperature", 0], r"--temperature must be at least 0\.001"),
         (["--out", tmp_path / "none" / "out.json"], r"--out must be a file in a folder that is there, got \S+out\.json$"),
+        (["--out", "/proc/out.json"], r"--out /proc/out\.json cannot be written: "),
         (["--out", tmp_path], r"--out must be a file in a folder that is there, got \S+$"),
         (["--backbone", "./none"], r"--backbone \./none: expected a folder with a config\.json, found none$"),
     ):
         assert_refused(call("screen", *FLAGS, "--backbone", tiny_folder, *flags), message)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        (lambda: [math.nan, 1.0], "task navigate gave the reward nan, expected a number from 0 to 1"),
+        (lambda: [1, 2], r"task navigate gave the reward 2\.0, expected a number from 0 to 1"),
+        (lambda: [1.0], "task navigate gave 1 rewards for 2 answers, expected one for each"),
+        (lambda: 1 / 0, "task navigate: its rewards fail: ZeroDivisionError: division by zero"),
+        (lambda: None, "task navigate: its rewards fail: TypeError: 'NoneType' object is not iterable"),
+    ],
+)
+def test_rewards_that_are_none_are_one_error(rewards: Callable[[], list[float]], message: str) -> None:
+    class Own(Navigate):
+        def rewards(self, pairs: object) -> list[float]:
+            return rewards()
+
+    with pytest.raises(ValueError, match=message):
+        rewards_of(Own(), [(EXAMPLES[0], "x")] * 2)
+
+
+def test_a_class_that_fails_is_one_line_and_our_own_mistake_is_not(
+    call: Call, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("from neuromas.tasks import Navigate\nclass X(Navigate):\n    def reward(self, *_): return float('nan')\n")
+    refused = call("screen", *FLAGS, "--backbone", tiny_folder, "--tasks", f"class:{file}:X")
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err.splitlines()[-1] == "error: task navigate gave the reward nan, expected a number from 0 to 1"
+    monkeypatch.setattr(Navigate, "rewards", lambda self, pairs: [1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        rewards_of(Navigate(), [])
 
 
 def test_what_is_stopped_leaves_the_tasks_that_are_done(

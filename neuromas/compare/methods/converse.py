@@ -14,7 +14,7 @@ from neuromas.rollout.engine import Engine
 from neuromas.rollout.network import worded
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
-from neuromas.tasks import Task, from_config
+from neuromas.tasks import Task, from_config, rewards_of
 from neuromas.training.config_file import to_json
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE
 from neuromas.training.ledger import spending
@@ -134,7 +134,7 @@ def converse(
 
 def answers_of(task: Task, answered: Sequence[Answered]) -> tuple[Answer, ...]:
     """Check the answers and return each with its reward and cost."""
-    rewards = task.rewards([(each.example, each.text) for each in answered])
+    rewards = rewards_of(task, [(each.example, each.text) for each in answered])
     return tuple(
         Answer(
             example=each.example.id, gold=each.example.answer, given=task.parse_answer(each.text), reward=float(reward),

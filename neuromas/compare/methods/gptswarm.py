@@ -14,7 +14,7 @@ from pathlib import Path
 from neuromas.compare.methods.conversation import Answered, Call, Conversation, lines, listing
 from neuromas.compare.methods.method import CellResult, CellSpec
 from neuromas.rollout.voting import majority_vote
-from neuromas.tasks import Task
+from neuromas.tasks import Task, rewards_of
 from neuromas.types import Example
 
 LIE = "Give a wrong answer on purpose."
@@ -183,7 +183,7 @@ class GPTSwarm:
             answered = converse(list(zip(examples, conversations, strict=True)), ("gptswarm", seed, iteration))
             for quantity in spent:
                 spent[quantity] += sum(getattr(each, quantity) for each in answered)
-            utilities = task.rewards([(each.example, each.text) for each in answered])
+            utilities = rewards_of(task, [(each.example, each.text) for each in answered])
             learner.update([slopes for _, slopes in drawn], utilities)
         total = self.iterations * self.questions
         counts = {"steps": self.iterations, "optimizer_steps": self.iterations, "questions": total, "rollouts": total}
