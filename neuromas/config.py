@@ -18,7 +18,7 @@ from neuromas.graph import growth as growing
 from neuromas.graph.growth import Growth, Opening
 from neuromas.graph.topology import Topology
 from neuromas.graph.wording import WORDINGS, Wording
-from neuromas.system.schema import require
+from neuromas.system.schema import require, require_text
 
 Scope = Literal["all", "suffix"]
 Centring = Literal["leave_one_out", "group_mean", "ema", "none"]
@@ -58,6 +58,8 @@ class TopologyConfig:
 
     def build(self) -> Topology:
         """Return the topology; ValueError says what makes it no network."""
+        for role in self.roles:
+            require_text("topology.roles", role)
         if self.edges:
             if self.skip or self.widths != TopologyConfig().widths:
                 given = "topology.skip" if self.skip else f"topology.widths {list(self.widths)}"
@@ -112,6 +114,8 @@ class PromptConfig:
         """Return the wording for a backbone; ValueError names the setting that is wrong."""
         fitting = "terse" if bundled else "chat" if has_chat_template else "plain"
         wording = WORDINGS[fitting if self.wording == "auto" else self.wording]
+        for name in ("place", "message", "write", "begin_answer"):
+            require_text(f"prompt.{name}", getattr(self, name) or "")
         for name, needed in (("place", ()), ("message", ("sender", "text")), ("write", ())):
             if given := getattr(self, name):
                 _check_template(name, given, needed)

@@ -14,6 +14,14 @@ def require(ok: bool, flag: str, expected: str, got: object) -> None:
         raise ValueError(f"{flag} must be {expected}, got {got!r}")
 
 
+def require_text(flag: str, text: str) -> None:
+    """Raise ValueError that names the flag or key for a text with half a character, which bytes that are no UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{flag} must be UTF-8 text, got {text[error.start]!a} in it, half a character") from error
+
+
 def from_dict(cls: type[C], data: dict[str, Any], *, where: str, prefix: str = "", base: C | None = None) -> C:
     """Return a config from nested dictionaries over `base`; an unknown key raises ValueError with the known ones.
 

@@ -9,7 +9,7 @@ from models import load_backbone, make_model, randomise, save_model
 from transformers import AutoModelForCausalLM
 
 from neuromas import Backbone, Network, Topology
-from neuromas.config import AdapterConfig, PromptConfig
+from neuromas.config import AdapterConfig, PromptConfig, TopologyConfig
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.training import reinforce
@@ -164,12 +164,19 @@ def test_a_scripted_node_writes_each_text() -> None:
         ("place", "{node.real}", r"prompt.place may hold"),
         ("place", "{node:{total}}", r"prompt.place may hold \{node\}, \{layer\}, got \{node:\{total\}\}"),
         ("place", "{node:99999999}", r"prompt.place may hold \{node\}, \{layer\}, got \{node:99999999\}"),
+        ("place", "a \udcff", r"prompt.place must be UTF-8 text, got '\\udcff' in it, half a character"),
+        ("begin_answer", "\ud800", r"prompt.begin_answer must be UTF-8 text, got '\\ud800' in it, half a character"),
         ("message", "{sender}: {text!r}", r"prompt.message may hold \{sender\}, \{text\}, got \{text!r\}"),
     ],
 )
 def test_a_template_that_cannot_be_filled_is_one_error(name: str, template: str, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         dataclasses.replace(PromptConfig(), **{name: template}).build()
+
+
+def test_a_role_is_text() -> None:
+    with pytest.raises(ValueError, match=r"topology.roles must be UTF-8 text, got '\\udcff' in it"):
+        TopologyConfig(widths=(1,), roles=("\udcff",)).build()
 
 
 def test_an_answer_is_begun_only_as_its_format_says() -> None:
