@@ -227,7 +227,7 @@ class RunDirectory:
         What a killed run saved after its newest checkpoint does not count: it is done again.
         """
         found = self._bests(self.step)
-        return (found[-1], _verified_state(found[-1], older=None)) if found else None
+        return (found[-1], _verified_state(found[-1], f"delete {found[-1]} to go on without this best")) if found else None
 
     def _bests(self, step: int) -> list[Path]:
         """Return checkpoints that were the best when they were made, at most `step` steps into the run, oldest first."""
@@ -242,7 +242,8 @@ class RunDirectory:
         folders = self.checkpoints()
         if not folders:
             raise ValueError(f"{self.path} holds no checkpoint yet; train it first")
-        return folders[-1], _verified_state(folders[-1], older=folders[-2] if len(folders) > 1 else None)
+        onwards = f"continue from {folders[-2].name}" if len(folders) > 1 else "start again"
+        return folders[-1], _verified_state(folders[-1], f"delete {folders[-1]} to {onwards}")
 
     def save(self, step: int, head: Mapping[str, Any], files: Mapping[str, bytes], *, best: bool = False) -> None:
         """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses.
@@ -378,9 +379,8 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _verified_state(folder: Path, older: Path | None) -> dict[str, Any]:
-    """Return state.json after checking every file of the checkpoint against it."""
-    remedy = f"delete {folder} to continue from {older.name}" if older else f"delete {folder} to start again"
+def _verified_state(folder: Path, remedy: str) -> dict[str, Any]:
+    """Return state.json after checking every file of the checkpoint against it; ValueError names the file and the remedy."""
     try:
         raw = read_file(folder / "state.json")
         is_whole = read_file(folder / "checksum") == checksum_of(raw).encode()

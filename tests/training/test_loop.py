@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from neuromas.cli import main as cli
 from neuromas.config import AdapterConfig, GrowthConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.model.policy import Policy, Rows
 from neuromas.rollout.engine import uniforms
+from neuromas.rollout.network import Diverged
 from neuromas.tasks import get_task
 from neuromas.training import checkpoint, reinforce
 from neuromas.training.learning_rate import learning_rate
@@ -242,7 +244,10 @@ def test_without_a_coefficient_the_bare_backbone_is_not_asked(
     monkeypatch.setattr(Policy, "logprobs", counted)
     for number, coefficient in enumerate((0.0, 0.1)):
         asked.clear()
-        metrics = train_step(start(make_config(folders["qwen3"], tmp_path / str(number), kl_coef=coefficient)))
+        trainer = start(make_config(folders["qwen3"], tmp_path / str(number), kl_coef=coefficient))
+        metrics = train_step(trainer)
+        lower = "--lr or --kl-coef" if coefficient else "--lr"
+        assert str(trainer.diverged("step 1", Diverged("x"))).endswith(f"in another --run-dir, with a lower {lower}")
         assert ("kl/mean" in metrics) == (coefficient > 0)
         assert asked.count(True) == (coefficient > 0)
 
@@ -610,4 +615,12 @@ def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, P
     train_step(resumed)
     assert resumed.best_accuracy == 0.5
     resumed.save()
-    assert [folder.name for folder in (config.run_path / "checkpoints").glob("best-*")] == ["best-000002"]
+    (best,) = (config.run_path / "checkpoints").glob("best-*")
+    assert best.name == "best-000002"
+    (best / "ledger.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=rf"checkpoint {best}: ledger.json is truncated .*; delete {best} to go on without this"
+    ):
+        start(config, resume=True)
+    shutil.rmtree(best)
+    assert start(config, resume=True).step == 2
