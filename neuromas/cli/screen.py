@@ -67,7 +67,12 @@ def run(args: Sequence[str]) -> None:
     for _, examples in asked:
         network.check_lengths(examples)
     console = Console(stderr=True, highlight=False, markup=False)
-    report = {"config": json.loads(to_json(config)), "rule": RULE, "tasks": []}
+    chosen = dataclasses.replace(
+        config,
+        dtype=str(network.backbone.model.dtype).removeprefix("torch."),
+        prompt=dataclasses.replace(config.prompt, wording=network.wording.name),
+    )
+    report = {"config": json.loads(to_json(chosen)), "rule": RULE, "tasks": []}
     with console.status("") as status:
 
         def tell(text: str) -> None:
@@ -90,8 +95,8 @@ def run(args: Sequence[str]) -> None:
             console.print(printable(f"{task.name}: {done[-1].verdict}, {done[-1].seconds:.0f} s"), soft_wrap=True)
     nodes = len(network.topology.nodes)
     settings = (
-        f"{config.backbone}, {nodes} {'node' if nodes == 1 else 'nodes'}, wording {network.wording.name}, {parsed.samples} "
-        f"samples a question, temperature {config.temperature:g}, at most {config.max_new_tokens} tokens a text, seed "
+        f"{config.backbone} in {chosen.dtype}, {nodes} {'node' if nodes == 1 else 'nodes'}, wording {network.wording.name}, "
+        f"{parsed.samples} samples a question, temperature {config.temperature:g}, at most {config.max_new_tokens} tokens a text, seed "
         f"{config.seed}"
     )
     print(json.dumps(report) if parsed.json else printable(f"{table(done)}\n\n{settings}\n{RULE}"))

@@ -89,6 +89,7 @@ def example_prompts(config: TaskConfig, wording: Wording) -> dict[str, Any]:
     return {
         "task": task.name,
         "split": split,
+        "wording": wording.name,
         "verifier": task.verifier,
         "id": example.id,
         "question": example.question,

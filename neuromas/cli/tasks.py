@@ -54,10 +54,13 @@ def run(args: Sequence[str]) -> None:
         config = TaskConfig(
             name=shown.name, difficulty=shown.difficulty, data=shown.data, split=shown.split, verifier=shown.verifier
         )
-        prompts = task_list.example_prompts(config, shown.prompt.build())
+        # Without a backbone there is the bundled one.
+        prompts = task_list.example_prompts(config, shown.prompt.build(bundled=True))
         if shown.json:
             print(json.dumps(prompts))
             return
+        auto = ", which auto is for the bundled backbone; for others it is chat, or plain without a chat template"
+        print(f"--- wording {prompts['wording']}{auto if shown.prompt.wording == 'auto' else ''}")
         for node in prompts["nodes"]:
             print(printable(f"--- node {node['node']} reads\n{node['reads']}"))
             if node["begins"]:

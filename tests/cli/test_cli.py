@@ -49,6 +49,17 @@ def test_a_wrong_toml(call: Call, tmp_path: Path, command: tuple[str, ...], text
     assert_refused(call(command[0], path, *command[1:]), message)
 
 
+def test_an_example_names_its_wording(call: Call) -> None:
+    auto = r"--- wording terse, which auto is for the bundled backbone; for others it is chat, or plain without a chat template"
+    for flags, line in (
+        (["--wording", "auto"], auto),
+        (["--wording", "plain"], "--- wording plain"),
+        ([], "--- wording terse"),
+    ):
+        assert call("tasks", "show", "navigate", *flags).out.splitlines()[0] == line
+    assert one_object(call("tasks", "show", "navigate", "--json"))["wording"] == "terse"
+
+
 @pytest.mark.parametrize("command", ["train", "show"])
 def test_a_toml_that_is_not_there(call: Call, command: str) -> None:
     assert_refused(call(command, "none.toml"), r"^error: config none\.toml cannot be read: No such file or directory$")

@@ -108,13 +108,26 @@ def test_the_verdict_follows_the_rule_of_thumb(found: Screening, verdict: str) -
 
 def test_the_command_prints_a_table_or_json(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "screen.json"
-    flags = ["screen", *FLAGS, "--backbone", tiny_folder, "--tasks", "navigate", "dyck_languages", "navigate"]
+    flags = [
+        "screen",
+        *FLAGS,
+        "--backbone",
+        tiny_folder,
+        "--tasks",
+        "navigate",
+        "dyck_languages",
+        "navigate",
+        "--dtype",
+        "auto",
+    ]
     plain = call(*flags)
     assert plain.status == 0, plain.err
     head, _, *rows = plain.out.splitlines()
     assert head.startswith("| task | n | pass@1 (95% interval) | pass@2 | greedy | floor | parsed | messages | mixed groups |")
     assert [row.split(" | ")[:2] for row in rows[:2]] == [["| navigate", "3"], ["| dyck_languages", "3"]]
-    assert "1 node, wording terse, 2 samples a question, temperature 1, at most 3 tokens a text, seed 0" in plain.out
+    assert (
+        "in float32, 1 node, wording terse, 2 samples a question, temperature 1, at most 3 tokens a text, seed 0" in plain.out
+    )
     assert "can learn a task with a pass@1 of 5% to 60%, with a pass@k at least 10 points above it" in plain.out
     told = plain.err.splitlines()
     assert told[0] == "navigate: 0 of 3 questions sampled"
@@ -123,6 +136,7 @@ def test_the_command_prints_a_table_or_json(call: Call, tiny_folder: Path, tmp_p
     assert json.loads(out.read_text()) == report
     assert [found["task"] for found in report["tasks"]] == ["navigate", "dyck_languages"]
     assert report["config"]["topology"]["widths"] == [1]
+    assert (report["config"]["dtype"], report["config"]["prompt"]["wording"]) == ("float32", "terse")
     assert {"pass_at", "low", "high", "greedy", "floor", "parse_rate", "mixed", "learnable", "verdict"} <= report["tasks"][
         0
     ].keys()
