@@ -96,7 +96,7 @@ def run(args: Sequence[str]) -> None:
     nodes = len(network.topology.nodes)
     settings = (
         f"{config.backbone} in {chosen.dtype}, {nodes} {'node' if nodes == 1 else 'nodes'}, wording {network.wording.name}, "
-        f"{parsed.samples} samples a question, temperature {config.temperature:g}, at most {config.max_new_tokens} tokens a text, "
-        f"seed {config.seed}"
+        f"{parsed.samples} samples a question, temperature {config.temperature:g}, "
+        f"at most {config.max_new_tokens} tokens a text, seed {config.seed}"
     )
     print(json.dumps(report) if parsed.json else printable(f"{table(done)}\n\n{settings}\n{RULE}"))
