@@ -282,7 +282,7 @@ class TrainConfig:
     """Above 0, takes this times the divergence from the bare backbone off a rollout's reward: log p - log p_bare in nats,
     summed over all tokens of all nodes. Costs one forward of the bare backbone a step."""
     entropy_coef: float = 0.0
-    """Above 0, pays this times the entropy of a node's distribution, in nats, at each token that it samples: nodes keep
+    """Above 0, pays this times the entropy of a node's distribution, in nats, as the mean over the tokens of a text: nodes keep
     exploring."""
     normalize: bool = False
     """Divide a group's advantages by the standard deviation of its rewards."""

@@ -107,7 +107,7 @@ class TorchLearner:
                 advantages_K, largest = advantages_K * weights_K, max(largest, weights_K.max().item())
             loss = reinforce.loss(logprobs_K, advantages_K, batch.num_rollouts)
             if entropies_K is not None:
-                loss = loss + reinforce.entropy_loss(entropies_K, config.entropy_coef, batch.num_rollouts)
+                loss = loss + reinforce.entropy_loss(entropies_K, micro_batch.shares_K, config.entropy_coef, batch.num_rollouts)
                 entropy_sum += entropies_K.sum().item()
             loss.backward()
             loss_sum += loss.item()

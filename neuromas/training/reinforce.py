@@ -59,11 +59,13 @@ def advantages(
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of K sampled tokens with, per token, its row's advantage and the log-probability recorded while sampling."""
+    """Rows of K sampled tokens with, per token, its row's advantage, the log-probability recorded while sampling, and its share
+    of the row's sampled tokens."""
 
     rows: Rows
     advantages_K: Tensor
     sampled_logprobs_K: Tensor
+    shares_K: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,9 @@ class Batch:
         )
         weights_B = torch.tensor([advantage for _, advantage in part], device=device)
         sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs], device=device)
-        return MicroBatch(rows, weights_B[suffixes.row_T[sampled_K]], sampled)
+        shares_B = torch.tensor([1 / max(1, len(sample.logprobs)) for sample in samples], device=device)
+        row_K = suffixes.row_T[sampled_K]
+        return MicroBatch(rows, weights_B[row_K], sampled, shares_B[row_K])
 
 
 def build_batch(
@@ -185,10 +189,13 @@ def loss(logprobs_K: Float[Tensor, " K"], advantages_K: Float[Tensor, " K"], num
     return -(logprobs_K * advantages_K).sum() / num_rollouts
 
 
-def entropy_loss(entropies_K: Float[Tensor, " K"], coefficient: float, num_rollouts: int) -> Float[Tensor, ""]:
-    """Return - coefficient * sum over sampled tokens of the entropy there, over the rollouts of the step (Mnih et al. 2016).
+def entropy_loss(
+    entropies_K: Float[Tensor, " K"], shares_K: Float[Tensor, " K"], coefficient: float, num_rollouts: int
+) -> Float[Tensor, ""]:
+    """Return - coefficient * sum over texts of the mean entropy at their sampled tokens, over the rollouts (Mnih et al. 2016).
 
-    Its gradient is exact at each token, from all the vocabulary's probabilities. What a token does to the entropy after it is
-    left out: a node is not paid for writing more tokens.
+    The mean, so that a message of many tokens is not paid more for being random than an answer of one. The gradient is exact
+    at each token, from all the vocabulary's probabilities. What a token does to the entropy after it is left out: a node is
+    not paid for writing more tokens.
     """
-    return -coefficient * entropies_K.sum() / num_rollouts
+    return -coefficient * (entropies_K * shares_K).sum() / num_rollouts

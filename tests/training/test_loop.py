@@ -141,7 +141,7 @@ def plain_reinforce_step(
             advantage = score - (sum(paid) - score) / (config.group_size - 1)
             logits = model(input_ids=torch.tensor([[*prompt, *text.sample.token_ids]])).logits[0, len(prompt) - 1 : -1]
             entropy = Categorical(logits=logits).entropy()
-            loss = loss - advantage * plain_logprobs(model, text).sum() - config.entropy_coef * entropy.sum()
+            loss = loss - advantage * plain_logprobs(model, text).sum() - config.entropy_coef * entropy.mean()
             entropies += entropy.tolist()
         rewards += scores
     optimizer.zero_grad()
@@ -182,7 +182,8 @@ def test_one_node_is_single_model_reinforce(
         assert found == pytest.approx(expected, rel=0, abs=1e-5)
     for name, parameter in trainer.bank.parameters().items():
         assert (parameter - before[name]).abs().max() > 1e-3
-        torch.testing.assert_close(parameter[0], learned[name], rtol=0, atol=1e-6)
+        # AdamW divides by the gradient's size: where that is near 0, its last bits are seen.
+        torch.testing.assert_close(parameter[0], learned[name], rtol=0, atol=2e-5)
 
 
 # Divergence from the bare backbone, and entropy
