@@ -6,7 +6,7 @@ from typing import Any
 from neuromas.config import TaskConfig
 from neuromas.graph.topology import Topology
 from neuromas.graph.wording import Wording
-from neuromas.tasks import BENCHMARKS, FORMS, TASKS, DatasetTask, Task, floor, from_config, get_task
+from neuromas.tasks import BENCHMARKS, FORMS, TASKS, DatasetTask, Task, from_config, get_task
 from neuromas.types import Message, MessageStatus
 
 FLOOR_SIZE = 500
@@ -51,7 +51,7 @@ def describe(name: str, task: Task, *, unread: bool = False) -> dict[str, Any]:
     else:
         row["splits"] = dict.fromkeys(("train", "validation", "test"), "endless")
         split, examples = "test", task.examples("test", FLOOR_SIZE)
-    return row | {"floor": floor(examples)[1], "floor_of": f"{len(examples)} {split}"}
+    return row | {"floor": task.floor(examples)[1], "floor_of": f"{len(examples)} {split}"}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuromas.tasks import Problem, Task, floor, get_family, get_task
+from neuromas.tasks import Problem, Task, get_family, get_task
 from neuromas.tasks.dyck_languages import CLOSERS, Brackets
 from neuromas.tasks.tracking_shuffled_objects import LETTERS, Shuffle
 from neuromas.tasks.web_of_lies import Web
@@ -133,7 +133,7 @@ def _balance(problems: Sequence[Problem], kind: Callable[[str], str]) -> str:
 
 
 def _floor(task: Task, problems: Sequence[Problem]) -> str:
-    return f"{floor([task.example(problem) for problem in problems])[1]:.1%}" if problems else "-"
+    return f"{task.floor([task.example(problem) for problem in problems])[1]:.1%}" if problems else "-"
 
 
 def _score(problems: Sequence[Problem], measured: Family) -> str:

@@ -1,11 +1,17 @@
 """Tasks of reasoning-gym (an extra), with its own verifier as the reward."""
 
 import random
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from neuromas.tasks.answers import read_open
 from neuromas.tasks.task import GeneratedTask, Problem, question_id
 from neuromas.types import Example
+
+MOST_CONSTANTS = 50
+"""Gold answers that are tried as a constant answer to all questions, the most frequent first."""
 
 
 class ReasoningGym(GeneratedTask):
@@ -50,10 +56,18 @@ class ReasoningGym(GeneratedTask):
         is_one = all(part.strip() == answer.strip() for part in parts[1:])
         return read_open(text) if "\n" not in text.strip() else answer.strip("\n ") or None if is_one else None
 
+    def floor(self, examples: Sequence[Example]) -> tuple[str, float]:
+        # With partial credit, an answer that is never right may be the best constant one.
+        most_frequent = Counter(example.answer for example in examples).most_common(MOST_CONSTANTS)
+        scores = {answer: fmean(self._score(example, answer) for example in examples) for answer, _ in most_frequent}
+        best = max(scores, key=scores.__getitem__)
+        return best, scores[best]
+
     def reward(self, example: Example, text: str) -> float:
         answer = self.parse_answer(text)
-        if answer is None:
-            return 0.0
+        return 0.0 if answer is None else self._score(example, answer)
+
+    def _score(self, example: Example, answer: str) -> float:
         try:
             return float(self._dataset.score_answer(answer=answer, entry=self._entries[example.id]))
         except Exception:

@@ -62,6 +62,14 @@ class Task(ABC):
         """Return the reward of each (example, text), in order; tasks that reward in batches override it."""
         return [self.reward(example, text) for example, text in pairs]
 
+    def floor(self, examples: Sequence[Example]) -> tuple[str, float]:
+        """Return the best constant answer on exactly these examples, and its accuracy.
+
+        Counts how often each is the gold answer; a task that gives partial credit overrides it.
+        """
+        answer, count = Counter(example.answer for example in examples).most_common(1)[0]
+        return answer, count / len(examples)
+
     @abstractmethod
     def training_batch(self, seed: int, step: int, count: int) -> list[Example]:
         """Return the `count` training examples of a step: a function of (seed, step) alone, so a run can resume."""
@@ -263,9 +271,3 @@ def split_of(question: str) -> Split:
     """Return the split of a question by its hash: train (80%), validation (10%) or test (10%), disjoint by construction."""
     bucket = int(question_id(question), 16) % 10
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
-
-
-def floor(examples: Sequence[Example]) -> tuple[str, float]:
-    """Return the best constant answer on exactly these examples, and its accuracy."""
-    answer, count = Counter(example.answer for example in examples).most_common(1)[0]
-    return answer, count / len(examples)

@@ -7,7 +7,7 @@ from typing import Any
 
 from neuromas.rollout.network import Network
 from neuromas.system.terminal import shortened
-from neuromas.tasks import Task, floor, rewards_of
+from neuromas.tasks import Task, rewards_of
 from neuromas.training.intervals import independent, wilson
 from neuromas.training.ledger import spending
 from neuromas.types import Example, Group
@@ -81,7 +81,7 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
     counts = Counter(rollout.example.id for rollout in rollouts)
     effective = independent(list(counts.values()))
     low, high = wilson(right / n * effective, effective)
-    best, best_share = floor([rollout.example for rollout in rollouts])
+    best, best_share = task.floor([rollout.example for rollout in rollouts])
     answers = Counter(task.parse_answer(rollout.answer) or UNPARSED for rollout in rollouts)
     spent = spending(groups)
     return Evaluation(

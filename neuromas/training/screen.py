@@ -9,7 +9,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from neuromas.rollout.network import Network
-from neuromas.tasks import Task, floor, rewards_of
+from neuromas.tasks import Task, rewards_of
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE, evaluate
 from neuromas.training.intervals import wilson
 from neuromas.training.ledger import spending
@@ -122,7 +122,7 @@ def screen(
     flat = rewards_of(task, [(rollout.example, rollout.answer) for rollout in rollouts])
     rewards = [flat[i : i + samples] for i in range(0, len(flat), samples)]
     statuses = [message.status for r in rollouts for completion in r.completions for message in completion.messages]
-    (best, best_share), (low, high) = floor(examples), interval(rewards)
+    (best, best_share), (low, high) = task.floor(examples), interval(rewards)
     return Screening(
         task=task.name,
         questions=len(examples),

@@ -18,7 +18,7 @@ from neuromas.cli import task_list
 from neuromas.config import TaskConfig, TrainConfig
 from neuromas.graph.wording import WORDINGS
 from neuromas.sandbox import ISOLATIONS, choose_isolation
-from neuromas.tasks import BENCHMARKS, TASKS, DatasetTask, floor, from_config, get_task, question_id
+from neuromas.tasks import BENCHMARKS, TASKS, DatasetTask, from_config, get_task, question_id
 from neuromas.tasks.code import HumanEval, HumanEvalPlus, Mbpp
 from neuromas.tasks.item_files import Record
 from neuromas.tasks.published import BBH, PHYSICS, SUBJECTS, Benchmark
@@ -430,6 +430,16 @@ def test_a_task_of_reasoning_gym_is_scored_by_its_own_verifier() -> None:
         get_task("reasoning_gym:chess")
 
 
+def test_the_floor_of_partial_credit_is_what_a_constant_answer_earns() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = get_task("reasoning_gym:spell_backward")
+    examples = task.examples("test", 30)
+    answer, share = task.floor(examples)
+    # Letters that stand at their place earn credit: no two words are the same, but a constant answer is not worth 1/30.
+    assert share == pytest.approx(sum(task.rewards([(example, f"Answer: {answer}") for example in examples])) / 30)
+    assert 2 / 30 < share < 0.3
+
+
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match=r"^--task reasoning_gym:ab needs the extra 'tasks': pip install 'neuromas\[tasks\]'$"):
@@ -511,7 +521,7 @@ def test_the_class_of_the_page_is_a_task_of_under_40_lines(tmp_path: Path) -> No
     (tmp_path / "parity.py").write_text(code)
     task = get_task(f"class:{tmp_path}/parity.py:Parity")
     examples = task.examples("test", 20)
-    assert floor(examples)[1] == 0.5
+    assert task.floor(examples)[1] == 0.5
     for example in [*examples, *task.training_batch(0, 0, 4)]:
         ones = re.findall(r"[01]{12}", example.question)[0].count("1")
         assert example.answer == ("odd" if ones % 2 else "even")
