@@ -4,9 +4,7 @@ Imports no torch, so `--help` and a wrong flag answer at once. A string under a 
 """
 
 import dataclasses
-import math
 import re
-import string
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -17,11 +15,15 @@ import tyro
 from neuromas.graph import growth as growing
 from neuromas.graph.growth import Growth, Opening
 from neuromas.graph.topology import Topology
-from neuromas.graph.wording import WORDINGS, Wording
-from neuromas.system.schema import require, require_text
+from neuromas.graph.wording import WORDINGS, Wording, check_template
+from neuromas.system.schema import require, require_finite, require_text
 
 Scope = Literal["all", "suffix"]
 Centring = Literal["leave_one_out", "group_mean", "ema", "none"]
+Credit = Literal[
+    "shared", "per_node", "replay", "removal", "tree", "value", "token_value", "central_critic", "own_critics",
+    "sequential_critic", "turn_groups",
+]  # fmt: skip
 Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["test", "validation", "train", "dev", "first200"]
 Verifier = Literal["exact", "choice", "number", "regex", "math", "python"]
@@ -118,31 +120,13 @@ class PromptConfig:
             require_text(f"prompt.{name}", getattr(self, name) or "")
         for name, needed in (("place", ()), ("message", ("sender", "text")), ("write", ())):
             if given := getattr(self, name):
-                _check_template(name, given, needed)
+                check_template(name, given, needed)
                 wording = dataclasses.replace(wording, **{name: given})
         if self.begin_messages is not None:
             wording = dataclasses.replace(wording, begin_messages=self.begin_messages)
         if self.begin_answer is not None:
             wording = dataclasses.replace(wording, begin_answer=self.begin_answer)
         return wording
-
-
-_FIELDS = {"place": ("node", "layer"), "message": ("sender", "text"), "write": ("node", "headers", "recipients")}
-
-
-def _check_template(name: str, text: str, needed: tuple[str, ...]) -> None:
-    known = _FIELDS[name]
-    try:
-        fields = [(field, spec, kind) for _, field, spec, kind in string.Formatter().parse(text) if field is not None]
-    except ValueError as error:
-        raise ValueError(f"prompt.{name}: {error} in {text!r}; write a brace that is meant as {{{{ or }}}}") from error
-    found = {field for field, _, _ in fields}
-    # A format after a colon may hold fields of its own, and a width of any length.
-    formatted = [f"{field}:{spec}" if spec else f"{field}!{kind}" for field, spec, kind in fields if spec or kind]
-    if unknown := [*sorted(found - set(known)), *formatted]:
-        raise ValueError(f"prompt.{name} may hold {', '.join(f'{{{field}}}' for field in known)}, got {{{unknown[0]}}}")
-    if missing := [field for field in needed if field not in found]:
-        raise ValueError(f"prompt.{name} must hold {{{missing[0]}}}, got {text!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,6 +259,12 @@ class TrainConfig:
     """Clip each node's gradient to this norm; 0 does not clip."""
     centring: Centring = "leave_one_out"
     """What is subtracted from a reward: the mean of the group's other rollouts, of the whole group, a running mean, nothing."""
+    credit: Credit = "shared"
+    """How the reward becomes advantages: `shared` gives all nodes the same one (the paper's); docs/credit.md has the others."""
+    replays: int = 1
+    """Other texts that a node draws in a rollout's place, with credit `replay` and `tree`."""
+    critic_lr: float = 0.02
+    """Learning rate of the value heads, with a credit scheme that has a critic."""
     format_bonus: float = 0.0
     """Added to a rollout's reward: this times the share of its messages, the answer among them, that are well-formed. 0: the
     terminal reward alone, the paper's."""
@@ -305,12 +295,12 @@ class TrainConfig:
 
     def check(self) -> "TrainConfig":
         """Return the config if it makes sense; ValueError names the flag that does not."""
-        _check_finite(dataclasses.asdict(self), "--")
+        require_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
         self.adapter.check()
         self.prompt.build()
         counted = ("num_steps", "examples_per_step", "max_new_tokens", "eval_size", "validation_size")
-        for name in (*counted, "save_every", "branches"):
+        for name in (*counted, "save_every", "branches", "replays"):
             require(getattr(self, name) >= 1, _flag(name), "at least 1", getattr(self, name))
         tokens = self.tokens_per_micro_batch
         require(tokens is None or tokens >= 1, "--tokens-per-micro-batch", "at least 1", tokens)
@@ -322,9 +312,14 @@ class TrainConfig:
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         least = f"at least {COLDEST} (training samples)"
         require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
-        require(self.lr > 0, "--lr", "above 0", self.lr)
+        for name in ("lr", "critic_lr"):
+            require(getattr(self, name) > 0, _flag(name), "above 0", getattr(self, name))
         for name in ("format_bonus", "kl_coef", "entropy_coef"):
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
+        default = TrainConfig()
+        for name in ("centring", "normalize", "branches", "kl_coef", "entropy_coef"):
+            fits = self.credit == "shared" or getattr(self, name) == getattr(default, name)
+            require(fits, _flag(name), f"left out with --credit {self.credit}", getattr(self, name))
         require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
         require(_is_date(self.prompt_date), "--prompt-date", "a date YYYY-MM-DD", self.prompt_date)
         needed = 2 if self.centring in ("leave_one_out", "group_mean") or self.normalize else 1
@@ -394,12 +389,3 @@ def _is_date(text: str) -> bool:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _check_finite(data: Any, where: str) -> None:
-    """Raise ValueError for a number that is none: `inf` and `nan` pass comparisons, and spoil everything they meet."""
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
-    for key, value in items:
-        name = f"{where}{str(key).replace('_', '-')}"
-        require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
-        _check_finite(value, f"{name}.")

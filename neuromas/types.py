@@ -28,8 +28,11 @@ Glossary, in the order in which data flows:
     completion   what a node writes, parsed into one message for each recipient
     inbox        the messages that a node has received
     rollout      one pass of the whole network over one example; a group is all rollouts of one example
+    replay       a rollout continued from one of its texts: another text in its place, or none, and what follows from it
     reward       one terminal number of a rollout, for all its nodes: 1 if its answer is right, else 0 (or between)
     centring     what is subtracted from rewards to make advantages (*baseline* means a comparison method only)
+    credit       how rewards become advantages, one for each text or one for each token; `shared` gives all nodes the same
+    critic       value heads on states of the frozen backbone, which some credit schemes learn beside the adapters
     engine       what samples completions; torch samples in process
     growth       nodes, layers or edges that a trained network gets; closed, it computes what its parent computes; open, it
                  takes part; a cohort is the nodes that joined together
@@ -160,3 +163,12 @@ class Rollout:
 
 Group = tuple[Rollout, ...]
 """All rollouts of one example."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A rollout that was continued from one of its texts: what does not follow from that text is kept, the rest is anew."""
+
+    rollout: Rollout
+    written: tuple[Completion, ...]
+    """Those of its completions that were sampled for it, the others are those of the rollout that it continues."""

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 from neuromas.compare.budget_match import QUANTITIES
 from neuromas.compare.methods import METHODS, CellSpec, Method
-from neuromas.compare.methods.networks import Trained
+from neuromas.compare.methods.networks import Trained, with_credit
 from neuromas.config import TrainConfig
 from neuromas.system.files import read_toml
 from neuromas.system.schema import from_dict
@@ -85,12 +85,16 @@ def describe_cell(spec: CellSpec) -> str:
 
 
 def find_method(name: str) -> Method:
-    """Return the method of that name, or the one that `class:FILE.py:CLASS` makes; ValueError lists the names there are."""
+    """Return the method of that name, or the one that `class:FILE.py:CLASS` makes; ValueError lists the names there are.
+
+    `NAME:CREDIT` is a trained network with another credit scheme, e.g. `neuromas_3:replay`.
+    """
     if name.startswith("class:"):
         return _load_class(name.removeprefix("class:"))
+    name, _, credit = name.partition(":")
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(sorted(METHODS))} or class:FILE.py:CLASS, got {name!r}")
-    return METHODS[name]
+    return with_credit(METHODS[name], credit) if credit else METHODS[name]
 
 
 def _load_class(location: str) -> Method:

@@ -10,6 +10,7 @@ several recipients gets the next header where it has ended a message. A pretrain
 that; the bundled backbone has learned it.
 """
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,3 +106,22 @@ WORDINGS = {
     )
 }
 """`terse` is what the bundled backbone learned, `chat` is for instruct models, `plain` for base models."""
+
+
+_FIELDS = {"place": ("node", "layer"), "message": ("sender", "text"), "write": ("node", "headers", "recipients")}
+
+
+def check_template(name: str, text: str, needed: tuple[str, ...]) -> None:
+    """Raise ValueError, with the setting's name, if a template holds what it may not or lacks what it must hold."""
+    known = _FIELDS[name]
+    try:
+        fields = [(field, spec, kind) for _, field, spec, kind in string.Formatter().parse(text) if field is not None]
+    except ValueError as error:
+        raise ValueError(f"prompt.{name}: {error} in {text!r}; write a brace that is meant as {{{{ or }}}}") from error
+    found = {field for field, _, _ in fields}
+    # A format after a colon may hold fields of its own, and a width of any length.
+    formatted = [f"{field}:{spec}" if spec else f"{field}!{kind}" for field, spec, kind in fields if spec or kind]
+    if unknown := [*sorted(found - set(known)), *formatted]:
+        raise ValueError(f"prompt.{name} may hold {', '.join(f'{{{field}}}' for field in known)}, got {{{unknown[0]}}}")
+    if missing := [field for field in needed if field not in found]:
+        raise ValueError(f"prompt.{name} must hold {{{missing[0]}}}, got {text!r}")

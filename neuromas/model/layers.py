@@ -39,6 +39,17 @@ class Layers(Protocol):
         """Return float32 logits at the given indices of a stream of tokens, which are in order."""
         ...
 
+    def hidden(
+        self,
+        ids_T: Int[Tensor, " T"],
+        positions_T: Int[Tensor, " T"],
+        nodes_T: Int[Tensor, " T"] | None,
+        attention: Attention,
+        keep_K: Int[Tensor, " K"],
+    ) -> Float[Tensor, "K C"]:
+        """Return the final hidden states at the given indices, which the head takes."""
+        ...
+
     def prefill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
         """Compute the keys and values of these tokens in all layers, and no more."""
         ...
@@ -80,9 +91,14 @@ class TransformersLayers:
             logits_KV = self.logits(ids_T, positions_T, nodes_T, attention, keep_K) / temperature
             logprobs_K = -cross_entropy(logits_KV, chosen_K, reduction="none")
             return logprobs_K, Categorical(logits=logits_KV).entropy() if entropy else None
+        hidden_KC = self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)
+        return chosen_logprobs(hidden_KC, self._plain_head, chosen_K, temperature, entropy=entropy)
+
+    def hidden(
+        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor
+    ) -> Float[Tensor, "K C"]:
         with self._routed(nodes_T):
-            hidden_TC = self._model.base_model(**self._inputs(ids_T, positions_T, attention)).last_hidden_state[0]
-        return chosen_logprobs(hidden_TC[keep_K], self._plain_head, chosen_K, temperature, entropy=entropy)
+            return self._model.base_model(**self._inputs(ids_T, positions_T, attention)).last_hidden_state[0][keep_K]
 
     def _inputs(self, ids_T: Tensor, positions_T: Tensor, attention: Attention) -> dict[str, Any]:
         return {

@@ -154,6 +154,14 @@ class Policy:
         assert entropies_K is not None
         return logprobs_K, entropies_K
 
+    @torch.no_grad()
+    def states(self, rows: Rows) -> Float[Tensor, "K C"]:
+        """Return the final hidden state from which each sampled token was drawn, without gradients."""
+        suffixes = rows.suffixes
+        attention = SuffixAttention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
+        nodes_T = rows.node_of_row_B[suffixes.row_T]
+        return self._layers.hidden(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
+
     def _logprobs(self, rows: Rows, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         suffixes = rows.suffixes
         attention = SuffixAttention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)

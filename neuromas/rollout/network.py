@@ -19,7 +19,7 @@ from neuromas.model.turns import Frame
 from neuromas.rollout.engine import Engine, uniforms
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
-from neuromas.types import Completion, Example, Group, Request, Rollout, Sample
+from neuromas.types import Completion, Example, Group, Message, MessageStatus, Replay, Request, Rollout, Sample
 
 
 class Diverged(ValueError):
@@ -90,11 +90,53 @@ class Network:
         text.
         """
         self.check_lengths(examples)
-        routed = [(example, self.topology_of(example, seed)) for example in examples]
-        passing = _MessagePassing(self.policy, self.wording, routed, group_size, tuple(seed), branches)
+        neighbours = self._neighbours(examples, seed)
+        rollouts = [
+            _RolloutInProgress(example, index, each, tuple(seed))
+            for example, each in zip(examples, neighbours, strict=True)
+            for index in range(group_size)
+        ]
+        finished = self._pass_messages(rollouts, temperature, branches)
+        return [tuple(finished[i : i + group_size]) for i in range(0, len(finished), group_size)]
+
+    def replay(
+        self, texts: Sequence[tuple[Rollout, int, int]], *, seed: Sequence[int | str], temperature: float, remove: bool = False
+    ) -> list[Replay]:
+        """Continue rollouts from one text each, a tuple of (rollout, node, draw): draw that node's text anew, or `remove` it.
+
+        Every text that follows from it is sampled again, all others are kept. `seed` is the one that the rollouts were drawn
+        by. A draw's random numbers depend on (seed, draw, example, rollout, node); with `remove` a node draws by those of the
+        rollout itself.
+        """
+        begun = []
+        for (rollout, node, draw), neighbours in zip(
+            texts, self._neighbours([rollout.example for rollout, _, _ in texts], seed), strict=True
+        ):
+            changed = neighbours.following(node)
+            kept = {c.node: c for c in rollout.completions if c.node not in changed}
+            if remove:
+                kept[node] = _removed(next(c for c in rollout.completions if c.node == node))
+            drawn_by = tuple(seed) if remove else (*seed, "replay", node, draw)
+            begun.append(_RolloutInProgress(rollout.example, rollout.index, neighbours, drawn_by, kept))
+        before = [set(rollout.completions) for rollout in begun]
+        finished = self._pass_messages(begun, temperature, branches=1)
+        return [
+            Replay(rollout, tuple(c for c in rollout.completions if c.node not in kept))
+            for rollout, kept in zip(finished, before, strict=True)
+        ]
+
+    def _neighbours(self, examples: Sequence[Example], seed: Sequence[int | str]) -> "list[_Neighbours]":
+        """Return the neighbours in the topology that each example's group runs through, one object for each topology."""
+        topologies = [self.topology_of(example, seed) for example in examples]
+        found = {topology: _Neighbours.of(topology) for topology in dict.fromkeys(topologies)}
+        return [found[topology] for topology in topologies]
+
+    def _pass_messages(self, rollouts: "list[_RolloutInProgress]", temperature: float, branches: int) -> list[Rollout]:
+        """Sample all texts that rollouts lack, and return the rollouts with their winners, in order."""
+        passing = _MessagePassing(self.policy, self.wording, rollouts, branches)
         self.engine.generate(passing.start(), passing.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
-        self._check_finite(passing.rollouts)
-        return [tuple(map(self._vote, group)) for group in passing.groups()]
+        self._check_finite(rollouts)
+        return [self._vote(rollout) for rollout in passing.finished()]
 
     def _vote(self, rollout: Rollout) -> Rollout:
         """Return the rollout with the winner of a majority vote as its answer, if several nodes answer."""
@@ -198,6 +240,21 @@ class _Neighbours:
         nodes = topology.nodes
         return cls(topology, {n: topology.senders(n) for n in nodes}, {n: topology.recipients(n) for n in nodes})
 
+    def following(self, node: int) -> set[int]:
+        """Return a node and all nodes that read of it, directly or not."""
+        reached = {node}
+        for later in self.topology.nodes:
+            if reached.intersection(self.senders[later]):
+                reached.add(later)
+        return reached
+
+
+def _removed(completion: Completion) -> Completion:
+    """Return a completion in whose place nothing was written: its recipients read the placeholder."""
+    messages_ = tuple(Message(m.sender, m.recipient, messages.NOTHING, MessageStatus.EMPTY) for m in completion.messages)
+    nothing = Sample((), (), ("",), stopped=True, adapter_version=completion.sample.adapter_version)
+    return Completion(completion.node, completion.prompt, nothing, messages_)
+
 
 @dataclass(slots=True)
 class _RolloutInProgress:
@@ -206,40 +263,32 @@ class _RolloutInProgress:
     example: Example
     index: int
     neighbours: _Neighbours
+    seed: tuple[int | str, ...]
     completions: dict[int, Completion] = field(default_factory=dict)
     requests: dict[int, Request] = field(default_factory=dict)
+
+    def is_ready(self, node: int) -> bool:
+        """Say whether a node has not written and all its senders have."""
+        return node not in self.completions and all(sender in self.completions for sender in self.neighbours.senders[node])
 
 
 class _MessagePassing:
     """Carries messages along the edges: a node's request is made as soon as its last sender has written."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        wording: Wording,
-        examples: Sequence[tuple[Example, Topology]],
-        group_size: int,
-        seed: tuple[int | str, ...],
-        branches: int,
-    ) -> None:
-        self.policy, self.wording, self.seed, self.group_size, self.branches = policy, wording, seed, group_size, branches
-        neighbours = {topology: _Neighbours.of(topology) for topology in dict.fromkeys(topology for _, topology in examples)}
-        self.neighbours = list(neighbours.values())
-        self.rollouts = [
-            _RolloutInProgress(example, i, neighbours[topology]) for example, topology in examples for i in range(group_size)
-        ]
+    def __init__(self, policy: Policy, wording: Wording, rollouts: "list[_RolloutInProgress]", branches: int) -> None:
+        self.policy, self.wording, self.rollouts, self.branches = policy, wording, rollouts, branches
         self.keys: list[tuple[int, int]] = []
         """Index of the rollout and node of each request, by the request's key."""
 
     def start(self) -> list[tuple[int, Request]]:
-        """Return the requests of the nodes without senders, in all rollouts."""
+        """Return the requests of the nodes that can write at once, in all rollouts: at first those without senders."""
+        distinct = {id(rollout.neighbours): rollout.neighbours for rollout in self.rollouts}
         return [
             self._request(number, node)
-            for neighbours in self.neighbours
+            for neighbours in distinct.values()
             for node in neighbours.topology.nodes
-            if not neighbours.senders[node]
             for number, rollout in enumerate(self.rollouts)
-            if rollout.neighbours is neighbours
+            if rollout.neighbours is neighbours and rollout.is_ready(node)
         ]
 
     def _request(self, number: int, node: int) -> tuple[int, Request]:
@@ -253,7 +302,7 @@ class _MessagePassing:
         # The number of rollouts that share this node's text.
         topology = rollout.neighbours.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1
-        seed = (*self.seed, rollout.example.id, rollout.index // leaves, node)
+        seed = (*rollout.seed, rollout.example.id, rollout.index // leaves, node)
         request = Request(node, prompt, seed, self.policy.later_headers(begins))
         rollout.requests[node] = request
         self.keys.append((number, node))
@@ -268,15 +317,10 @@ class _MessagePassing:
         begins = self.wording.begins(recipients, rollout.example.answer_format)
         sent = messages.deliver(sample.texts, node, recipients) if begins else messages.parse(sample.text, node, recipients)
         rollout.completions[node] = Completion(node, rollout.requests[node].prompt, sample, sent, begins)
-        return [
-            self._request(number, recipient)
-            for recipient in neighbours.recipients[node]
-            if all(sender in rollout.completions for sender in neighbours.senders[recipient])
-        ]
+        return [self._request(number, recipient) for recipient in neighbours.recipients[node] if rollout.is_ready(recipient)]
 
-    def groups(self) -> list[Group]:
-        """Return the finished rollouts as groups, in the order of the examples."""
-        rollouts = [
+    def finished(self) -> list[Rollout]:
+        """Return the rollouts, with completions in topological order."""
+        return [
             Rollout(p.example, p.index, tuple(p.completions[n] for n in p.neighbours.topology.nodes)) for p in self.rollouts
         ]
-        return [tuple(rollouts[i : i + self.group_size]) for i in range(0, len(rollouts), self.group_size)]

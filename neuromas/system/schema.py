@@ -1,6 +1,7 @@
 """Builds dataclasses from nested dictionaries of TOML and JSON files; the error for a mistake names the key."""
 
 import dataclasses
+import math
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -20,6 +21,15 @@ def require_text(flag: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{flag} must be UTF-8 text, got {text[error.start]!a} in it, half a character") from error
+
+
+def require_finite(data: Any, where: str) -> None:
+    """Raise ValueError for a number that is none: `inf` and `nan` pass comparisons, and spoil everything they meet."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in items:
+        name = f"{where}{str(key).replace('_', '-')}"
+        require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
+        require_finite(value, f"{name}.")
 
 
 def from_dict(cls: type[C], data: dict[str, Any], *, where: str, prefix: str = "", base: C | None = None) -> C:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: adapters, the optimizer's moments, the ledger, and how far the run is."""
+"""What a checkpoint holds: adapters, the optimizer's moments, a critic if there is one, the ledger, and how far the run is."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -8,6 +8,7 @@ from safetensors.torch import save as save_tensors
 
 from neuromas.graph.topology import Topology
 from neuromas.model.adapters import AdapterBank
+from neuromas.training.credit.critic import Critic
 from neuromas.training.learner import Learner
 from neuromas.training.ledger import Ledger, Pace
 from neuromas.training.run_directory import RunDirectory
@@ -30,11 +31,13 @@ class State:
     """Of the checkpoint that is kept as the best; None in all others."""
 
 
-def save(run: RunDirectory, bank: AdapterBank, learner: Learner, state: State) -> None:
+def save(run: RunDirectory, bank: AdapterBank, learner: Learner, state: State, critic: Critic | None = None) -> None:
     """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses."""
     backbone = run.config.backbone
     files = {f"adapters/{node}/{name}": data for node in bank.nodes for name, data in bank.peft_files(node, backbone).items()}
     files["optimizer.safetensors"] = save_tensors(learner.state())
+    if critic:
+        files["critic.safetensors"] = save_tensors(critic.state())
     files["ledger.json"] = json.dumps(state.ledger.to_json(), indent=2).encode()
     head = {
         "running_mean": state.running_mean,
@@ -46,8 +49,8 @@ def save(run: RunDirectory, bank: AdapterBank, learner: Learner, state: State) -
     run.save(state.step, head, files, best=state.validation_accuracy is not None)
 
 
-def load(run: RunDirectory, bank: AdapterBank, learner: Learner | None = None) -> State | None:
-    """Read a run's newest checkpoint into bank and learner; None if there is none yet.
+def load(run: RunDirectory, bank: AdapterBank, learner: Learner | None = None, critic: Critic | None = None) -> State | None:
+    """Read a run's newest checkpoint into bank, learner and critic; None if there is none yet.
 
     Raises ValueError that names the file if a checkpoint is truncated or damaged.
     """
@@ -66,6 +69,8 @@ def load(run: RunDirectory, bank: AdapterBank, learner: Learner | None = None) -
     bank.version = state["step"]
     if learner is not None:
         learner.load_state(load_tensors((folder / "optimizer.safetensors").read_bytes()))
+    if critic is not None:
+        critic.load_state(load_tensors((folder / "critic.safetensors").read_bytes()))
     ledger = Ledger(**json.loads((folder / "ledger.json").read_text()))
     return State(
         state["step"], state["running_mean"], state["backbone_checksum"], ledger, Pace(**state["pace"]), topology

@@ -9,7 +9,7 @@ import torch
 from neuromas.graph.topology import Topology
 from neuromas.model.backbone import Backbone
 from neuromas.rollout.network import Network
-from neuromas.training.reinforce import build_batch, loss
+from neuromas.training.reinforce import Credits, build_batch, loss
 from neuromas.types import Example
 
 
@@ -20,7 +20,7 @@ def compile_for(dtype: str) -> None:
     groups = network.rollout(examples, 2, seed=(0,))
     policy = network.policy
     weights = dict.fromkeys(network.topology.nodes, torch.tensor([[1.0, -1.0]] * 2))
-    batch = build_batch(groups, weights, routing=policy.routing, adapter_version=policy.version, temperature=1.0)
+    batch = build_batch(Credits.of(groups, weights), routing=policy.routing, adapter_version=policy.version, temperature=1.0)
     for part in batch.split(10_000, network.backbone.device):
         loss(policy.logprobs(part.rows), part.advantages_K, batch.num_rollouts).backward()
 

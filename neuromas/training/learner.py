@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -18,8 +17,7 @@ from neuromas.config import TrainConfig
 from neuromas.model.policy import Policy
 from neuromas.rollout.network import Diverged
 from neuromas.training import reinforce
-from neuromas.training.ledger import spending
-from neuromas.types import Group
+from neuromas.training.reinforce import Credits
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +38,7 @@ class Update:
 class Learner(Protocol):
     """Updates the adapters that sampled. Adapters themselves are saved and loaded by the run, in PEFT's format."""
 
-    def update(
-        self, groups: Sequence[Group], advantages: Mapping[int, Float[Tensor, "P G"]], *, learning: Collection[int], lr: float
-    ) -> Update:
+    def update(self, credits: Credits, *, learning: Collection[int], lr: float) -> Update:
         """Do one joint update of the nodes in `learning`; Diverged if a number is not finite, before anything is changed."""
         ...
 
@@ -85,12 +81,10 @@ class TorchLearner:
                 value = state[f"{name}.{key}"]
                 self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
-    def update(
-        self, groups: Sequence[Group], advantages: Mapping[int, Float[Tensor, "P G"]], *, learning: Collection[int], lr: float
-    ) -> Update:
+    def update(self, credits: Credits, *, learning: Collection[int], lr: float) -> Update:
         policy, config = self.policy, self.config
         batch = reinforce.build_batch(
-            groups, advantages, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature,
+            credits, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature,
             keep_all=config.entropy_coef > 0,
         )  # fmt: skip
         loss_sum = gap = entropy_sum = largest = 0.0
@@ -121,5 +115,5 @@ class TorchLearner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.bank.version += 1
-        entropy = entropy_sum / spending(groups).sampled_tokens if config.entropy_coef else None
+        entropy = entropy_sum / sum(len(c.sample.logprobs) for c, _ in batch.completions) if config.entropy_coef else None
         return Update(loss_sum, gap, grad_norms, entropy, largest if weighs else None)

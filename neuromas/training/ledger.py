@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from neuromas.config import MOST
-from neuromas.types import Group
+from neuromas.types import Group, Replay
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Ledger:
     questions: int = 0
     rollouts: int = 0
     calls: int = 0
-    """Completions: one per node and rollout."""
+    """Completions: one per node and rollout, and those of replays."""
     prompt_tokens: int = 0
     """Tokens that nodes read, shared prefixes counted for every reader."""
     sampled_tokens: int = 0
@@ -41,10 +41,10 @@ class Ledger:
     def _counts(self) -> dict[str, int]:
         return {name: value for name, value in asdict(self).items() if name != "phases"}
 
-    def record(self, groups: Sequence[Group], *, updated: bool) -> None:
-        """Add one training step; `updated` says whether it had a gradient."""
+    def record(self, groups: Sequence[Group], replays: Sequence[Replay] = (), *, updated: bool) -> None:
+        """Add one training step with its replays; `updated` says whether it had a gradient."""
         counts = {"questions": len(groups), "rollouts": sum(map(len, groups))}
-        added = {"steps": 1, "optimizer_steps": int(updated), **counts, **asdict(spending(groups))}
+        added = {"steps": 1, "optimizer_steps": int(updated), **counts, **asdict(spending(groups, replays))}
         for name, count in added.items():
             setattr(self, name, getattr(self, name) + count)
             if self.phases:
@@ -63,8 +63,9 @@ class Spending:
     sampled_tokens: int
 
 
-def spending(groups: Sequence[Group]) -> Spending:
+def spending(groups: Sequence[Group], replays: Sequence[Replay] = ()) -> Spending:
     completions = [c for group in groups for rollout in group for c in rollout.completions]
+    completions += [c for replay in replays for c in replay.written]
     return Spending(
         len(completions),
         sum(len(c.prompt.prefix_ids) + len(c.prompt.suffix_ids) + len(c.sample.given) for c in completions),
@@ -84,7 +85,7 @@ class Pace:
     owed: int = 0
     """Tokens that the steps so far should have spent and have not; below 0 where they have spent too many."""
     tokens_per_call: float = 0.0
-    """Mean length of a completion in the last step; 0 before the first."""
+    """Sampled tokens of the last step, replays included, over its rollouts' completions; 0 before the first."""
 
     def questions(self, step_tokens: int, first: int, calls_per_question: float) -> int:
         """Return the number of questions of the next step, at least 1; `first` if nothing has been sampled yet.
@@ -99,9 +100,9 @@ class Pace:
         wanted = min(max(step_tokens + self.owed, step_tokens / 2), 2 * step_tokens)
         return min(max(1, round(wanted / (self.tokens_per_call * calls_per_question))), MOST * first)
 
-    def update(self, step_tokens: int, groups: Sequence[Group]) -> None:
+    def update(self, step_tokens: int, groups: Sequence[Group], replays: Sequence[Replay] = ()) -> None:
         """Count what a step has spent."""
-        spent = spending(groups)
+        spent = spending(groups, replays).sampled_tokens
         # Without a budget nothing is owed: a run that grows from this one may have one.
-        self.owed += step_tokens - spent.sampled_tokens if step_tokens else 0
-        self.tokens_per_call = spent.sampled_tokens / spent.calls
+        self.owed += step_tokens - spent if step_tokens else 0
+        self.tokens_per_call = spent / spending(groups).calls

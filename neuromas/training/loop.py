@@ -26,9 +26,9 @@ def train_step(trainer: Trainer) -> dict[str, float]:
     rewards_PG = trainer.rewards(groups)
     questions = asked(trainer.task, groups, rewards_PG)
     divergence = trainer.divergence(groups)
-    advantages = trainer.advantages(rewards_PG, groups, divergence)
-    metrics = trainer.describe_step(groups, questions, rewards_PG, advantages, divergence)
-    metrics |= trainer.update(groups, advantages)
+    credits, metrics = trainer.credit(rewards_PG, groups, divergence)
+    metrics |= trainer.describe_step(groups, questions, rewards_PG, credits, divergence)
+    metrics |= trainer.update(groups, credits)
     ended = time.perf_counter()
     metrics["seconds/rollout/sum"], metrics["seconds/update/sum"] = sampled - started, ended - sampled
     metrics["sampled_tokens_per_second/mean"] = metrics["sampled_tokens/sum"] / (ended - started)

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from neuromas.graph.messages import drops_text
 from neuromas.tasks import Task
 from neuromas.training.ledger import spending
+from neuromas.training.reinforce import Credits
 from neuromas.training.watch import Asked, mixed_share, top_answer
 from neuromas.types import Group, MessageStatus, Rollout
 
@@ -17,18 +17,20 @@ METRICS = {
     "answer_parsed/frac": "Share of rollouts whose answer the task could read.",
     "top_answer/frac": "Share of the most frequent answer among those that the task could read.",
     "mixed_groups/frac": "Share of questions whose rollouts have different rewards; the others do not tell right from wrong.",
-    "signal/frac": "Share of rollouts with an advantage other than 0; the rest teach nothing.",
+    "signal/frac": "Share of the output node's texts with an advantage other than 0; the rest teach it nothing.",
     "message_fault/frac": "Share of messages that were missing, empty or without a `TO node k:` header.",
     "message_fault/missing/frac": "Share of messages whose sender addressed others, not this recipient.",
     "message_fault/unaddressed/frac": "Share of messages whose sender addressed no node: the whole text is delivered.",
     "message_fault/empty/frac": "Share of messages without any text.",
     "dropped_text/frac": "Share of hidden nodes' completions with a part that no recipient gets.",
     "truncated/frac": "Share of completions cut off at --max-new-tokens.",
-    "sampled_tokens/sum": "Tokens that all nodes wrote in the step's rollouts.",
+    "sampled_tokens/sum": "Tokens that all nodes wrote in the step, replays included.",
+    "replay_tokens/sum": "Those of replays alone; with a credit scheme that has them.",
     "completion_tokens/mean": "Mean sampled tokens of a completion, stop token included.",
     "completion_tokens/node/<k>/mean": "The same for node k.",
     "logprob/mean": "Mean log-probability of a sampled token; towards 0 the nodes stop exploring.",
     "kl/mean": "Mean over sampled tokens of log p - log p_bare, an estimate of the divergence; with --kl-coef.",
+    "critic_error/mean": "Mean squared error of the critic's values before it learns; with a credit scheme that has a critic.",
     "entropy/mean": "Mean entropy, in nats, of the distributions that tokens were sampled from; with --entropy-coef.",
     "grad_norm/node/<k>/max": "Norm of node k's gradient before clipping.",
     "logprob_gap/max": "Largest difference between a token's log-probability as sampled and as recomputed by the learner.",
@@ -41,7 +43,8 @@ METRICS = {
     "open_probability/value": "Probability of that in this step.",
     "sampled_tokens_per_second/mean": "Sampled tokens over the step's whole time, update included.",
     "seconds/rollout/sum": "Time the step spent on sampling.",
-    "seconds/update/sum": "Time the step spent on the gradient and the optimizer.",
+    "seconds/replay/sum": "Time the step spent on sampling replays; with a credit scheme that has them.",
+    "seconds/update/sum": "Time the step spent on credit, the gradient and the optimizer.",
     "validation/accuracy/mean": "Greedy accuracy on the validation problems.",
     "validation/low/value": "Lower end of its 95% interval.",
     "validation/high/value": "Upper end of its 95% interval.",
@@ -78,14 +81,22 @@ def well_formed(task: Task, rollout: Rollout) -> float:
     return (sum(sent) + (task.parse_answer(rollout.answer) is not None)) / (len(sent) + 1)
 
 
+def own_form(task: Task, rollout: Rollout, node: int) -> float:
+    """Return the share of a node's own messages that arrived as they should; of an answer, whether it can be read."""
+    completion = next(c for c in rollout.completions if c.node == node)
+    if not completion.messages:
+        return float(task.parse_answer(completion.text) is not None)
+    return sum(m.status is MessageStatus.OK for m in completion.messages) / len(completion.messages)
+
+
 def rollout_metrics(
-    questions: Sequence[Asked], groups: Sequence[Group], rewards_PG: Tensor, advantages_PG: Tensor
+    questions: Sequence[Asked], groups: Sequence[Group], rewards_PG: Tensor, credits: Credits, output: int
 ) -> dict[str, float]:
-    """Return what a step's rollouts tell."""
+    """Return what a step's rollouts and their credits tell; `output` is the network's output node."""
     rollouts = [rollout for group in groups for rollout in group]
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     statuses = [message.status for completion in completions for message in completion.messages]
-    spent = spending(groups)
+    spent, replayed = spending(groups), spending([], credits.replays)
 
     def share(status: MessageStatus) -> float:
         return sum(s is status for s in statuses) / max(1, len(statuses))
@@ -97,14 +108,14 @@ def rollout_metrics(
         "answer_parsed/frac": sum(each.answers.total() for each in questions) / len(rollouts),
         "top_answer/frac": top_answer(questions)[1],
         "mixed_groups/frac": mixed_share([each.rewards for each in questions]),
-        "signal/frac": torch.count_nonzero(advantages_PG).item() / advantages_PG.numel(),
+        "signal/frac": credits.signal(output),
         "message_fault/frac": 1 - share(MessageStatus.OK) if statuses else 0.0,
         "message_fault/missing/frac": share(MessageStatus.MISSING),
         "message_fault/unaddressed/frac": share(MessageStatus.UNADDRESSED),
         "message_fault/empty/frac": share(MessageStatus.EMPTY),
         "dropped_text/frac": len(dropped) / max(1, len(hidden)),
         "truncated/frac": sum(not c.sample.stopped for c in completions) / len(completions),
-        "sampled_tokens/sum": spent.sampled_tokens,
+        "sampled_tokens/sum": spent.sampled_tokens + replayed.sampled_tokens,
         "completion_tokens/mean": spent.sampled_tokens / spent.calls,
         "logprob/mean": sum(sum(c.sample.logprobs) for c in completions) / max(1, spent.sampled_tokens),
     }

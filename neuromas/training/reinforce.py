@@ -17,7 +17,7 @@ from torch import Tensor
 from neuromas.config import Centring
 from neuromas.model.packing import Packed
 from neuromas.model.policy import PrefixKey, Routing, Rows
-from neuromas.types import Completion, Group
+from neuromas.types import Completion, Group, Replay
 
 
 def advantages(
@@ -57,9 +57,50 @@ def advantages(
     return centred
 
 
+Advantage = float | tuple[float, ...]
+"""What a text is worth: one number for all its sampled tokens, or one for each of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credits:
+    """What the estimator takes: every text that may learn, each with its advantage, whichever rollout or replay it is from.
+
+    The loss is their sum over `num_rollouts`, so a scheme that draws several texts where a rollout has one weighs each with
+    its share.
+    """
+
+    texts: tuple[tuple[Completion, Advantage], ...]
+    num_rollouts: int
+    """Rollouts of the step, those without a gradient included: the denominator of the loss."""
+    replays: tuple[Replay, ...] = ()
+    """What was sampled beyond the rollouts to find the credits: the ledger counts it."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], advantages: Mapping[int, Float[Tensor, "P G"]]) -> "Credits":
+        """Return the credits of rollouts, given one advantage for each rollout and node."""
+        weights = {node: advantages_PG.tolist() for node, advantages_PG in advantages.items()}
+        texts = tuple(
+            (completion, weights[completion.node][p][g])
+            for p, group in enumerate(groups)
+            for g, rollout in enumerate(group)
+            for completion in rollout.completions
+        )
+        return cls(texts, sum(map(len, groups)))
+
+    def signal(self, node: int) -> float:
+        """Return the share of a node's texts with an advantage other than 0 in any token."""
+        found = [teaches(advantage) for completion, advantage in self.texts if completion.node == node]
+        return sum(found) / max(1, len(found))
+
+
+def teaches(advantage: Advantage) -> bool:
+    """Say whether a text with this advantage has a gradient."""
+    return any(advantage) if isinstance(advantage, tuple) else advantage != 0
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of K sampled tokens with, per token, its row's advantage, the log-probability recorded while sampling, and its share
+    """Rows of K sampled tokens with, per token, its advantage, the log-probability recorded while sampling, and its share
     of the row's sampled tokens."""
 
     rows: Rows
@@ -72,9 +113,8 @@ class MicroBatch:
 class Batch:
     """All completions of a step that carry a gradient, with their advantages; rows that share a prefix lie together."""
 
-    completions: tuple[tuple[Completion, float], ...]
+    completions: tuple[tuple[Completion, Advantage], ...]
     num_rollouts: int
-    """Rollouts of the step, those without a gradient included: the denominator of the loss."""
     routing: Routing
     temperature: float
 
@@ -84,7 +124,7 @@ class Batch:
         Rows that share a prefix stay together where they can: it is then read once. Other devices than a CPU copy it to its
         rows (`SuffixAttention`), where it counts for each.
         """
-        part: list[tuple[Completion, float]] = []
+        part: list[tuple[Completion, Advantage]] = []
         tokens = 0
         for (prefix_ids, _), sharing in groupby(self.completions, lambda item: self._key(item[0])):
             copied = 0 if device.type == "cpu" else len(prefix_ids)
@@ -106,7 +146,7 @@ class Batch:
     def _key(self, completion: Completion) -> PrefixKey:
         return self.routing.prefix_key(completion.prompt, completion.node)
 
-    def _tensors(self, part: Sequence[tuple[Completion, float]], device: torch.device) -> MicroBatch:
+    def _tensors(self, part: Sequence[tuple[Completion, Advantage]], device: torch.device) -> MicroBatch:
         nodes = [self.routing.adapter_of(completion.node) for completion, _ in part]
         keys = [self._key(completion) for completion, _ in part]
         distinct = {key: index for index, key in enumerate(dict.fromkeys(keys))}
@@ -128,44 +168,40 @@ class Batch:
             sampled_K=sampled_K,
             temperature=self.temperature,
         )
-        weights_B = torch.tensor([advantage for _, advantage in part], device=device)
+        weights = torch.tensor([weight for item in part for weight in _per_token(*item)], device=device)
         sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs], device=device)
         shares_B = torch.tensor([1 / max(1, len(sample.logprobs)) for sample in samples], device=device)
-        row_K = suffixes.row_T[sampled_K]
-        return MicroBatch(rows, weights_B[row_K], sampled, shares_B[row_K])
+        return MicroBatch(rows, weights, sampled, shares_B[suffixes.row_T[sampled_K]])
+
+
+def _per_token(completion: Completion, advantage: Advantage) -> Sequence[float]:
+    """Return the advantage of each sampled token of a text."""
+    count = len(completion.sample.logprobs)
+    if not isinstance(advantage, tuple):
+        return [advantage] * count
+    assert len(advantage) == count, f"{len(advantage)} advantages for {count} sampled tokens"
+    return advantage
 
 
 def build_batch(
-    groups: Sequence[Group],
-    advantages: Mapping[int, Float[Tensor, "P G"]],
-    *,
-    routing: Routing,
-    adapter_version: int,
-    temperature: float,
-    keep_all: bool = False,
+    credits: Credits, *, routing: Routing, adapter_version: int, temperature: float, keep_all: bool = False
 ) -> Batch:
-    """Return one row per completion that has an advantage other than 0, of those of its node; the others have no gradient.
+    """Return one row per text that has an advantage other than 0; the others have no gradient.
 
     `keep_all` keeps those too: an entropy bonus has a gradient in every text.
     Raises ValueError if a completion was written by another version of the adapters: the estimator is on-policy.
     """
-    chosen: list[tuple[Completion, float]] = []
-    weights = {node: advantages_PG.tolist() for node, advantages_PG in advantages.items()}
-    for p, group in enumerate(groups):
-        for g, rollout in enumerate(group):
-            for completion in rollout.completions:
-                advantage = weights[completion.node][p][g]
-                written_by = completion.sample.adapter_version
-                if written_by != adapter_version:
-                    raise ValueError(
-                        f"node {completion.node}'s completion was written by adapter version {written_by}, the learner holds "
-                        f"{adapter_version}; sample again with the current adapters"
-                    )
-                if advantage != 0 or keep_all:
-                    chosen.append((completion, advantage))
+    for completion, _ in credits.texts:
+        written_by = completion.sample.adapter_version
+        if written_by != adapter_version:
+            raise ValueError(
+                f"node {completion.node}'s completion was written by adapter version {written_by}, the learner holds "
+                f"{adapter_version}; sample again with the current adapters"
+            )
+    chosen = [(completion, advantage) for completion, advantage in credits.texts if keep_all or teaches(advantage)]
     # Stable, so rows of one node and one question stay together and a prefix is computed in few micro-batches.
     chosen.sort(key=lambda item: item[0].node)
-    return Batch(tuple(chosen), sum(map(len, groups)), routing, temperature)
+    return Batch(tuple(chosen), credits.num_rollouts, routing, temperature)
 
 
 MOST_WEIGHT = 2.0

@@ -1,6 +1,7 @@
 """A run in progress: what each step of the loop does, and what is kept between steps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from neuromas.graph.growth import Growth, describe
 from neuromas.model.policy import Policy
 from neuromas.rollout.network import Diverged
 from neuromas.tasks import rewards_of
-from neuromas.training import checkpoint, reinforce
+from neuromas.training import checkpoint
+from neuromas.training.credit import SCHEMES, Step
+from neuromas.training.credit.critic import Critic
 from neuromas.training.divergence import Divergence
 from neuromas.training.evaluate import Evaluation, evaluate
 from neuromas.training.growth_schedule import GrowthSchedule, changed_answers
 from neuromas.training.learning_rate import learning_rate
 from neuromas.training.ledger import Ledger, Pace
-from neuromas.training.metrics import rollout_metrics, well_formed
+from neuromas.training.metrics import rollout_metrics
 from neuromas.training.progress import Progress
+from neuromas.training.reinforce import Credits
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
@@ -43,7 +47,9 @@ class Trainer:
         """The backbone without adapters, from which divergence is penalised."""
         for parameters in self.growths.restore(run.step):
             self.learner.add_nodes(parameters)
-        state = checkpoint.load(run, self.bank, self.learner)
+        self.scheme = SCHEMES[self.config.credit]
+        self.critic = self._critic()
+        state = checkpoint.load(run, self.bank, self.learner, self.critic)
         if state:
             run.check_backbone(self.checksum, state.backbone_checksum)
         self.step = state.step if state else 0
@@ -106,7 +112,6 @@ class Trainer:
             examples, config.group_size, seed=(config.seed, step), temperature=config.temperature, branches=config.branches
         )  # fmt: skip
         self.sampled_from = step
-        self.pace.update(config.step_tokens, groups)
         return groups
 
     def rewards(self, groups: list[Group]) -> Float[Tensor, "P G"]:
@@ -122,39 +127,29 @@ class Trainer:
         tokens = config.tokens_per_micro_batch or self.bare.backbone.tokens_per_micro_batch
         return Divergence.of(groups, self.bare, temperature=config.temperature, tokens_per_micro_batch=tokens)
 
-    def advantages(
+    def credit(
         self, rewards_PG: Float[Tensor, "P G"], groups: list[Group], divergence: Divergence | None
-    ) -> dict[int, Float[Tensor, "P G"]]:
-        """Return the advantages of each node's texts; in a tree, rollouts have those of early layers in common."""
-        config, topology = self.config, self.network.topology
-        shared_by = {node: config.branches ** (topology.depth - topology.layer(node)) for node in topology.nodes}
-        if config.format_bonus:
-            form = [well_formed(self.task, r) for group in groups for r in group]
-            rewards_PG = rewards_PG + config.format_bonus * torch.tensor(form).view_as(rewards_PG)
-        found = {
-            node: reinforce.advantages(
-                rewards_PG, config.centring, shared_by=shared_by[node], running_mean=self.running_mean,
-                normalize=config.normalize,
-            )
-            for node in topology.nodes
-        }  # fmt: skip
-        if divergence:
-            # Not a part of what is normalized: in a group of equal rewards that would blow it up to the size of a reward.
-            for node, advantages_PG in found.items():
-                found[node] = advantages_PG - config.kl_coef * divergence.penalties(node, shared_by=shared_by[node])
-        self.running_mean += (rewards_PG.mean().item() - self.running_mean) * (0.1 if self.step else 1.0)
-        return found
+    ) -> tuple[Credits, dict[str, float]]:
+        """Return the advantages of all texts by the run's credit scheme, and the scheme's own metrics."""
+        step = Step(
+            config=self.config, network=self.network, task=self.task, seed=(self.config.seed, self.step), groups=groups,
+            terminal_PG=rewards_PG, running_mean=self.running_mean, divergence=divergence, critic=self.critic,
+        )  # fmt: skip
+        credits = replace(self.scheme.credit(step), replays=tuple(step.replays))
+        self.running_mean += (step.rewards_PG.mean().item() - self.running_mean) * (0.1 if self.step else 1.0)
+        self.pace.update(self.config.step_tokens, groups, credits.replays)
+        return credits, step.metrics
 
     def describe_step(
         self,
         groups: list[Group],
         questions: list[Asked],
         rewards_PG: Tensor,
-        advantages: dict[int, Tensor],
+        credits: Credits,
         divergence: Divergence | None,
     ) -> dict[str, float]:
         """Return the metrics of a step's rollouts."""
-        metrics = rollout_metrics(questions, groups, rewards_PG, advantages[self.network.topology.output_node])
+        metrics = rollout_metrics(questions, groups, rewards_PG, credits, self.network.topology.output_node)
         metrics["questions/sum"] = float(len(groups))
         if divergence:
             metrics["kl/mean"] = divergence.per_token()
@@ -165,11 +160,11 @@ class Trainer:
             metrics["open_probability/value"] = self.network.open_probability
         return metrics
 
-    def update(self, groups: list[Group], advantages: dict[int, Tensor]) -> dict[str, float]:
+    def update(self, groups: list[Group], credits: Credits) -> dict[str, float]:
         """Do one joint update of all nodes, and count it."""
         lr = learning_rate(self.config, self.step, self.ledger.sampled_tokens)
-        update = self.learner.update(groups, advantages, learning=self.growths.learning(self.step, groups), lr=lr)
-        self.ledger.record(groups, updated=any(update.grad_norms.values()))
+        update = self.learner.update(credits, learning=self.growths.learning(self.step, groups), lr=lr)
+        self.ledger.record(groups, credits.replays, updated=any(update.grad_norms.values()))
         norms = {f"grad_norm/node/{node}/max": norm for node, norm in update.grad_norms.items()}
         optional = {"entropy/mean": update.entropy, "importance_weight/max": update.largest_weight}
         found = {name: value for name, value in optional.items() if value is not None}
@@ -196,6 +191,14 @@ class Trainer:
             self.save()
 
     # What those need.
+
+    def _critic(self) -> Critic | None:
+        """Return the value heads that the credit scheme learns; new nodes of later growths have theirs from the start."""
+        if self.scheme.heads == "none":
+            return None
+        shape = self.growths.all[-1].grown if self.growths.all else self.network.topology
+        heads = shape.nodes if self.scheme.heads == "one a node" else (0,)
+        return Critic(self.backbone, heads, self.config.critic_lr, self.config.tokens_per_micro_batch)
 
     def _affordable(self) -> int:
         """Return how many questions the tokens that are left are about good for, one at least: the last step asks fewer."""
@@ -264,7 +267,7 @@ class Trainer:
         state = checkpoint.State(
             self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology, validation_accuracy
         )
-        checkpoint.save(self.run, self.bank, self.learner, state)
+        checkpoint.save(self.run, self.bank, self.learner, state, self.critic)
 
     def check_frozen(self) -> None:
         """Raise RuntimeError if a weight of the backbone is not what it was."""

@@ -69,7 +69,9 @@ class Case:
 
     def batch(self) -> reinforce.Batch:
         advantages = dict.fromkeys(self.bank.nodes, torch.tensor([[1.0, -1.0], [0.5, -0.25]]))
-        return reinforce.build_batch(self.groups, advantages, routing=self.policy.routing, adapter_version=0, temperature=1.0)
+        return reinforce.build_batch(
+            reinforce.Credits.of(self.groups, advantages), routing=self.policy.routing, adapter_version=0, temperature=1.0
+        )
 
     def rows(self) -> Rows:
         (micro,) = self.batch().split(10**6, self.backbone.device)

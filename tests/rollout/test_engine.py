@@ -112,7 +112,7 @@ def adapted(folder: Path, scope: Scope = "all") -> Policy:
 def largest_gap(network: Network, *, temperature: float = 1.0) -> float:
     groups = rollout(network, temperature=temperature)
     batch = reinforce.build_batch(
-        groups, dict.fromkeys(NODES, torch.ones(3, 4)), routing=network.policy.routing, adapter_version=0,
+        reinforce.Credits.of(groups, dict.fromkeys(NODES, torch.ones(3, 4))), routing=network.policy.routing, adapter_version=0,
         temperature=temperature,
     )  # fmt: skip
     gaps = []

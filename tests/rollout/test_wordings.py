@@ -109,7 +109,10 @@ def test_the_learner_computes_what_was_sampled_and_no_header_is_learned(stops: P
     groups = rollout(network)
     policy, ones = network.policy, torch.ones(3, 4)
     batch = reinforce.build_batch(
-        groups, dict.fromkeys(WIDE.nodes, ones), routing=policy.routing, adapter_version=0, temperature=1.0
+        reinforce.Credits.of(groups, dict.fromkeys(WIDE.nodes, ones)),
+        routing=policy.routing,
+        adapter_version=0,
+        temperature=1.0,
     )
     (micro_batch,) = batch.split(100_000, policy.backbone.device)
     sampled = sum(len(completion.sample.logprobs) for completion in completions(groups))

@@ -34,7 +34,7 @@ def group(*rollouts: list[Completion]) -> Group:
 
 def build(groups: list[Group], advantages: list[list[float]], *, version: int = 0, scope: Scope = "suffix") -> reinforce.Batch:
     return reinforce.build_batch(
-        groups, dict.fromkeys((4, 7), torch.tensor(advantages)), routing=Routing((4, 7), scope),
+        reinforce.Credits.of(groups, dict.fromkeys((4, 7), torch.tensor(advantages))), routing=Routing((4, 7), scope),
         adapter_version=version, temperature=1.0,
     )  # fmt: skip
 

@@ -1,9 +1,12 @@
 """The compared methods by name, as `neuromas compare` takes them. Modules that load torch are imported when a method runs."""
 
 from neuromas.compare.methods import (
+    at_grpo,
+    collm,
     debate,
     gptswarm,
     macnet,
+    marft,
     mixture,
     networks,
     pipeline,
@@ -15,7 +18,8 @@ from neuromas.compare.methods import (
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint, Method
 
 _FILES = (
-    sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts, networks,
+    sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts,
+    collm, marft, at_grpo, networks,
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}

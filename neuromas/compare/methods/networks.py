@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
+from typing import cast, get_args
 
-from neuromas.compare.methods.method import CellResult, CellSpec
-from neuromas.config import AdapterConfig, GrowthConfig, TopologyConfig, TrainConfig
+from neuromas.compare.methods.method import CellResult, CellSpec, Method
+from neuromas.config import AdapterConfig, Credit, GrowthConfig, TopologyConfig, TrainConfig
 from neuromas.graph.growth import Opening
 
 PAPER = "arXiv 2605.16757"
@@ -71,6 +73,31 @@ class UntrainedNetwork:
         from neuromas.compare.methods.train_cell import run_untrained_network  # loads torch
 
         return run_untrained_network(self.name, self.change(spec.config))
+
+
+def with_credit(method: Method, credit: str) -> Trained:
+    """Return a trained network's method with another credit scheme; ValueError if there is none such or it does not fit."""
+    if not isinstance(method, Trained):
+        raise ValueError(
+            f"method {method.name}:{credit}: {method.name} trains no network by the common loop; leave out :{credit}"
+        )
+    schemes = get_args(Credit)
+    if credit not in schemes:
+        raise ValueError(f"method {method.name}:{credit}: the part after the colon must be one of {', '.join(schemes)}")
+
+    # `wraps`: the version of a cell's code is that of the method's own file too.
+    @wraps(method.change)
+    def change(config: TrainConfig) -> TrainConfig:
+        return replace(method.change(config), credit=cast(Credit, credit))
+
+    try:
+        change(TrainConfig()).check()
+    except ValueError as error:
+        raise ValueError(f"method {method.name}:{credit}: {error}") from error
+    return replace(
+        method, name=f"{method.name}:{credit}", title=f"{method.title}, credit {credit}", change=change,
+        trains_as=f"{method.trains_as}:{credit}",
+    )  # fmt: skip
 
 
 def enlarged(adapter: AdapterConfig) -> AdapterConfig:
