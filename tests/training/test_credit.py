@@ -62,7 +62,7 @@ def called(step: Step) -> list[tuple[int, str]]:
     return [(request.node, draw_of(request)) for request in step.network.engine.requests]
 
 
-def given(credits: Credits) -> list[tuple[int, str, float]]:
+def given(credits: Credits) -> list[tuple[int, str, Any]]:
     """Return node, what it said, and its advantage, one for all of its tokens."""
     return [(c.node, c.text.rpartition(": ")[2], pytest.approx(advantage, abs=1e-6)) for c, advantage in credits.texts]
 
@@ -190,12 +190,12 @@ def critic_of(backbone: Backbone, heads: Sequence[int], biases: Sequence[float])
 
 
 def test_critics_spread_the_reward_of_the_end(backbone: Backbone) -> None:
-    steps = {name: step_of(backbone, CHAIN, says(CHAIN, {"3.1"}), name) for name in ("own_critics", "central_critic",
-             "sequential_critic")}  # fmt: skip
+    names: tuple[Credit, ...] = ("own_critics", "central_critic", "sequential_critic")
+    steps = {name: step_of(backbone, CHAIN, says(CHAIN, {"3.1"}), name) for name in names}
     steps["own_critics"].critic = critic_of(backbone, (1, 2, 3), (0.1, 0.2, 0.3))
-    for name in ("central_critic", "sequential_critic"):
+    for name in names[1:]:
         steps[name].critic = critic_of(backbone, (0,), (0.5,))
-    found = {name: [a for _, _, a in given(SCHEMES[name].credit(step))] for name, step in steps.items()}
+    found = {name: [a for _, _, a in given(SCHEMES[name].credit(steps[name]))] for name in names}
     # r - V_n, in rollouts with rewards 0 and 1.
     assert found["own_critics"] == [-0.1, -0.2, -0.3, 0.9, 0.8, 0.7]
     # V is 1/2 everywhere: no turn changes it but the last, by 0 - 1/2 or 1 - 1/2.
@@ -261,8 +261,8 @@ RIGHT = {"aa": 1.0, "ab": 0.0, "ba": 0.25, "bb": 1.0, "na": 0.5, "nb": 0.25, "":
 
 
 class Table(Navigate):
-    def rewards(self, answers: Sequence[tuple[Example, str]]) -> list[float]:
-        return [RIGHT[text] for _, text in answers]
+    def rewards(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
+        return [RIGHT[text] for _, text in pairs]
 
 
 class Nodes:
