@@ -14,8 +14,11 @@ import torch
 from models import load_backbone, make_model, randomise, save_model
 
 from neuromas import Backbone, Network, Topology
+from neuromas.compare.code_version import sources_of
+from neuromas.compare.grid import find_method
 from neuromas.compare.methods import METHODS, CellResult, CellSpec
 from neuromas.compare.methods.gptswarm import GPTSwarm
+from neuromas.compare.methods.marft import MARFT_ROLES
 from neuromas.compare.methods.networks import MALT_ROLES, ROLES, Trained
 from neuromas.compare.methods.paper_sizes import paper_sizes
 from neuromas.config import AdapterConfig, PromptConfig, TopologyConfig, TrainConfig
@@ -87,9 +90,11 @@ def cell(spec: CellSpec, results: dict[str, CellResult], runs: Path) -> Cell:
 
 CALLS = {
     "single_rl": 1, "single_rl_vote_3": 3, "shared_adapter": 3, "neuromas_roles": 3, "magrpo": 3, "malt": 3, "neuromas_3": 3,
-    "neuromas_5": 5, "neuromas_7": 7,
+    "neuromas_5": 5, "neuromas_7": 7, "collm_dc": 3, "marft": 3, "at_grpo": 3,
 }  # fmt: skip
 """Calls of an answer and of a training rollout, which has one vote."""
+REPLAYED = {"at_grpo": 7 * 2 + 7}
+"""Calls of a question's replays: 7 more texts of node 2, which node 3 answers, and 7 more of node 3."""
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -108,7 +113,9 @@ def test_a_trained_cell_reports_answers_parameters_training_and_curve(spec: Cell
     calls_a_rollout = CALLS[name] // trained(name).votes
     assert (result.training["steps"], result.training["questions"]) == (STEPS, STEPS)
     assert result.training["optimizer_steps"] <= STEPS
-    assert (result.training["rollouts"], result.training["calls"]) == (rollouts, rollouts * calls_a_rollout)
+    assert (result.training["rollouts"], result.training["calls"]) == (
+        rollouts, rollouts * calls_a_rollout + STEPS * REPLAYED.get(name, 0),
+    )  # fmt: skip
     assert result.training["trainable_parameters"] == result.trainable_parameters
     first, last = result.curve
     assert (first.step, last.step) == (2, STEPS)
@@ -311,6 +318,42 @@ def test_rollouts_of_a_tree_share_what_comes_before_their_branches(folder: Path)
     network.rollout([EXAMPLE], 8, seed=(0,), branches=2)
     drawn = {node: [request.seed[-2] for request in engine.requests if request.node == node] for node in (1, 2, 3)}
     assert drawn == {1: [0] * 4 + [1] * 4, 2: [0, 0, 1, 1, 2, 2, 3, 3], 3: list(range(8))}
+
+
+def test_other_trained_teams_differ_in_shape_and_credit(spec: CellSpec) -> None:
+    plain = trained("neuromas_3").change(spec.config)
+    side_by_side = TopologyConfig(widths=(3,), vote=True)
+    assert trained("collm_cc").change(spec.config) == replace(plain, topology=side_by_side, credit="central_critic")
+    assert trained("collm_dc").change(spec.config) == replace(plain, topology=side_by_side, credit="own_critics")
+    assert trained("at_grpo").change(spec.config) == replace(
+        trained("neuromas_roles").change(spec.config), credit="turn_groups"
+    )
+    sequence = TopologyConfig(widths=(1, 1, 1), skip=True, roles=MARFT_ROLES)
+    assert trained("marft").change(spec.config) == replace(plain, topology=sequence, credit="sequential_critic")
+
+
+def test_any_trained_network_may_have_another_credit_scheme(spec: CellSpec) -> None:
+    method = find_method("single_rl_vote_3:value")
+    assert isinstance(method, Trained)
+    assert (method.name, method.trains_as, method.votes) == ("single_rl_vote_3:value", "single_rl:value", 3)
+    assert method.title == "Single-LLM RL + vote@3, credit value"
+    assert method.change(spec.config) == replace(trained("single_rl").change(spec.config), credit="value")
+    # A change of the file that defines the method makes its cells anew.
+    assert b"def collm_cc" in sources_of(find_method("collm_cc:value"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("neuromas_3:luck", "method neuromas_3:luck: the part after the colon must be one of shared, per_node, replay, "),
+        ("debate:replay", "method debate:replay: debate trains no network by the common loop; leave out :replay"),
+        ("malt:replay", "method malt:replay: --branches must be left out with --credit replay, got 2"),
+        ("magrpo:tree", "method magrpo:tree: --centring must be left out with --credit tree, got 'group_mean'"),
+    ],
+)
+def test_a_credit_scheme_that_does_not_fit_is_told(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        find_method(name)
 
 
 def test_a_tree_gives_each_text_the_value_of_its_leaves() -> None:

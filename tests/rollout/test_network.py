@@ -243,3 +243,43 @@ def test_ask_puts_one_question_with_its_answer_format(make: Make, read: Read) ->
     assert [message.text for message in rollout.completions[0].messages] == ["1>2"]
     assert read(engine.requests[1])[-1] == "Write a number."
     assert rollout.answer == "Answer: Yes"
+
+
+# Replays
+
+DIAMOND = Topology.from_edges([(1, 3), (2, 3), (2, 4), (3, 4)])
+
+
+def test_a_replay_keeps_what_does_not_follow_from_the_text(make: Make, read: Read) -> None:
+    engine = ScriptedEngine(lambda request: f"{'again' * ('replay' in request.seed)} TO node 3: {request.node} TO node 4: hi")
+    network = make(DIAMOND, engine)
+    ((first, second),) = network.rollout(EXAMPLES[:1], 2, seed=(5,))
+    before = len(engine.requests)
+    found = network.replay([(second, 3, 2), (first, 1, 1)], seed=(5,), temperature=1.0)
+    assert [(request.node, request.seed) for request in engine.requests[before:]] == [
+        (1, (5, "replay", 1, 1, "a", 0, 1)), (3, (5, "replay", 3, 2, "a", 1, 3)),
+        (3, (5, "replay", 1, 1, "a", 0, 3)), (4, (5, "replay", 3, 2, "a", 1, 4)), (4, (5, "replay", 1, 1, "a", 0, 4)),
+    ]  # fmt: skip
+    assert [[c.node for c in each.written] for each in found] == [[3, 4], [1, 3, 4]]
+    for each, of in zip(found, (second, first), strict=True):
+        anew = {completion.node for completion in each.written}
+        assert [c.node for c in each.rollout.completions] == [1, 2, 3, 4]
+        assert all(c is old for c, old in zip(each.rollout.completions, of.completions, strict=True) if c.node not in anew)
+        assert all(c.text.startswith("again") == (c.node in anew) for c in each.rollout.completions)
+        assert (each.rollout.example, each.rollout.index) == (of.example, of.index)
+
+
+def test_a_message_that_is_removed_is_read_as_nothing(make: Make, read: Read) -> None:
+    engine = ScriptedEngine(to_all(DIAMOND))
+    network = make(DIAMOND, engine)
+    ((rollout,),) = network.rollout(EXAMPLES[:1], 1, seed=(5,))
+    before = {request.node: request.seed for request in engine.requests}
+    without_first, without_last = network.replay([(rollout, 1, 0), (rollout, 4, 0)], seed=(5,), temperature=1.0, remove=True)
+    asked = engine.requests[4:]
+    # What follows draws by the random numbers of the rollout.
+    assert [(request.node, request.seed) for request in asked] == [(3, before[3]), (4, before[4])]
+    assert read(asked[0])[1:3] == [f"From node 1: {NOTHING}", "From node 2: 2>3"]
+    assert [c.node for c in without_first.written] == [3, 4]
+    removed = without_first.rollout.completions[0]
+    assert (removed.text, [m.status for m in removed.messages]) == ("", [MessageStatus.EMPTY])
+    assert (without_last.rollout.answer, without_last.written) == ("", ())
