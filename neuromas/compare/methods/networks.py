@@ -175,7 +175,8 @@ def magrpo(config: TrainConfig) -> TrainConfig:
 
     The source's agents write parts of one text (a helper and a main function), and it does not say how to join their answers to
     a question, so ours is their majority answer, ties go to the first. The source has 2 agents, full models, groups of 4, one
-    or more turns; we have 3 agents, adapters, the cell's group and one turn, as matched budgets require.
+    or more turns, samples at 0.6 with top-p and top-k; we have 3 agents, adapters, the cell's group and temperature, all tokens
+    and one turn, as matched budgets require. Rollout g pairs the agents' g-th texts (the source's mode `aligned`, not `cross`).
     """
     return replace(config, topology=TopologyConfig(widths=(NODES,), vote=True), centring="group_mean")
 
@@ -192,8 +193,9 @@ def malt(config: TrainConfig) -> TrainConfig:
 
     Rollouts of a question are the leaves of a tree. In the sum over rollouts a text that several of them share is weighted with
     the sum of their advantages: the mean reward of its leaves, which is MALT's value of it, against that of all other leaves.
-    Differs: on-policy REINFORCE by that value, where MALT labels texts above one half and trains offline by SFT and DPO; as
-    many branches as the group allows (2 with 8 rollouts), not 3; one pass to answer, not the majority of 3. Shared texts are
+    Differs: on-policy REINFORCE by that value, where MALT labels texts above one half and trains offline by SFT and DPO, which
+    compares texts at one prompt alone; as many branches as the group allows (2 with 8 rollouts), not 3; the cell's temperature,
+    not 0.3; one pass to answer, not the majority of 3. Shared texts are
     sampled, and counted, once for each rollout that holds them, so that rollouts and calls match the other methods'.
     """
     branches = round(config.group_size ** (1 / NODES))
