@@ -111,7 +111,7 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, change: str, message:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"direct"', '"clever"', "method must be one of chain_of_thought, .* or class:FILE.py:CLASS, got 'clever'"),
+        ('"direct"', '"clever"', "method must be one of at_grpo, .* or class:FILE.py:CLASS, got 'clever'"),
         ('"direct"', '"class:nowhere.py:A"', "method class: must be followed by FILE.py:CLASS .*, got 'nowhere.py:A'"),
         ('"navigate"', '"chess"', "direct on chess: task must be one of"),
         ("[0, 1]", "[0, 0]", r"seeds must be a list of one or more different ints, got \[0, 0\]"),
