@@ -306,8 +306,10 @@ class TrainConfig:
         require(tokens is None or tokens >= 1, "--tokens-per-micro-batch", "at least 1", tokens)
         for name in counted:
             require(getattr(self, name) <= MOST_COUNTED, _flag(name), f"at most {MOST_COUNTED:,}", getattr(self, name))
-        rollouts = self.examples_per_step * self.group_size
-        require(rollouts <= MOST_ROLLOUTS, "--examples-per-step x --group-size", f"at most {MOST_ROLLOUTS:,}", rollouts)
+        rollouts = self.examples_per_step * self.group_size * self.replays
+        require(
+            rollouts <= MOST_ROLLOUTS, "--examples-per-step x --group-size x --replays", f"at most {MOST_ROLLOUTS:,}", rollouts
+        )
         for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens", "train_tokens"):
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         least = f"at least {COLDEST} (training samples)"

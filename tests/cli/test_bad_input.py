@@ -62,7 +62,7 @@ def test_numbers_that_are_none_and_sizes_that_do_not_fit(refuses: Refuses, call:
     refuses(rf"adapters of --adapter\.rank 999999999 for 2 nodes {message}", "--adapter.rank", 999999999)
     planned = call("train", *FLAGS, "--backbone", tiny_folder, "--dry-run", "--adapter.rank", 999999999)
     assert_refused(planned, rf"trainable parameters \(rank 999999999, 2 nodes\) {message}")
-    refuses(r"--examples-per-step x --group-size must be at most 100,000, got 999999$", "--group-size", 999999)
+    refuses(r"--examples-per-step x --group-size x --replays must be at most 100,000, got 999999$", "--group-size", 999999)
 
 
 def test_questions_that_are_too_long(refuses: Refuses, call: Call, trained: Path, tmp_path: Path) -> None:

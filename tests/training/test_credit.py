@@ -364,7 +364,8 @@ def gradients(backbone: Backbone, credit: Credit, tokens: int = 1, **changes: An
         SCHEMES[credit].heads
     ]
     generator = torch.Generator().manual_seed(3)
-    state = {name: torch.randn(t.shape, generator=generator) for name, t in critic.state().items()} if critic else {}
+    state = critic.state() if critic else {}
+    state |= {name: torch.randn(state[name].shape, generator=generator) for name in ("weights", "biases") if critic}
     total, seen = torch.zeros((), dtype=torch.float64), 0.0
     while True:
         engine.begin()
@@ -462,6 +463,19 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_its_critic_and_its_replays(
         assert all(0 < each["replay_tokens/sum"] < each["sampled_tokens/sum"] for each in metrics)
 
 
+def test_heads_of_nodes_that_join_start_at_zero_and_the_others_go_on(backbone: Backbone) -> None:
+    parent, grown = critic_of(backbone, (1, 3), (0.5, 0.25)), Critic(backbone, (1, 2, 3), lr=0.02)
+    states = torch.nn.functional.normalize(torch.randn(4, parent.weights.shape[1], generator=torch.Generator().manual_seed(0)))
+    parent.fit(states, [1, 3, 1, 3], [1.0, 0.0, 1.0, 0.0])
+    fresh = {name: tensor.clone() for name, tensor in parent.state().items()}
+    grown.load_state(fresh)
+    assert grown.values(states, [1, 3, 1, 3]).equal(parent.values(states, [1, 3, 1, 3]))
+    assert grown.values(states, [2] * 4).tolist() == [0.0] * 4
+    for critic in (parent, grown):
+        critic.fit(states, [1, 3, 1, 3], [1.0, 0.0, 1.0, 0.0])
+    assert grown.values(states, [1, 3, 1, 3]).equal(parent.values(states, [1, 3, 1, 3]))
+
+
 def test_replays_are_paid_from_the_tokens_of_a_step(backbone: Backbone) -> None:
     step = step_of(backbone, CHAIN, says(CHAIN, {"3.0"}), "replay")
     SCHEMES["replay"].credit(step)
@@ -480,6 +494,7 @@ def test_replays_are_paid_from_the_tokens_of_a_step(backbone: Backbone) -> None:
         ({"credit": "tree", "branches": 2}, "--branches must be left out with --credit tree, got 2"),
         ({"credit": "tree", "kl_coef": 0.1}, "--kl-coef must be left out with --credit tree, got 0.1"),
         ({"replays": 0}, "--replays must be at least 1, got 0"),
+        ({"replays": 10**5}, "--examples-per-step x --group-size x --replays must be at most 100,000, got 12800000"),
         ({"critic_lr": 0.0}, "--critic-lr must be above 0, got 0.0"),
     ],
 )

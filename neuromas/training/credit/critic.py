@@ -78,13 +78,21 @@ class Critic:
         """Return the heads and the optimizer's moments, for a checkpoint."""
         named = {"weights": self.weights, "biases": self.biases}
         moments = {f"{name}.{key}": value for name, each in named.items() for key, value in self.optimizer.state[each].items()}
-        return {name: value.detach().cpu().contiguous() for name, value in (named | moments).items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in (named | moments).items()}
+        return {"heads": torch.tensor(self.heads), **tensors}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a state that was saved."""
+        """Take up a state that was saved; heads that it does not have, of nodes that have joined since, stay at 0."""
+        rows = [self.heads.index(head) for head in state["heads"].tolist()]
+
+        def spread(saved: Tensor, parameter: Tensor) -> Tensor:
+            whole = torch.zeros_like(parameter)
+            whole[rows] = saved.to(parameter.device)
+            return whole
+
         with torch.no_grad():
             for name, parameter in (("weights", self.weights), ("biases", self.biases)):
-                parameter.copy_(state[name])
+                parameter.copy_(spread(state[name], parameter))
                 for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.step" in state else ():
                     value = state[f"{name}.{key}"]
-                    self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+                    self.optimizer.state[parameter][key] = value if key == "step" else spread(value, parameter).detach()
