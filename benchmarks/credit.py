@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -119,7 +119,8 @@ def ratio(own: Measured, shared: Measured, nodes: Sequence[int], rng: np.random.
             n = len(everything)
             apart = whole[:n, :n] + whole[n:, n:] - whole[:n, n:] - whole[n:, :n]
             found["difference"] = {
-                # Of the expected gradients, squared, and its standard error if they are the same.
+                # Of the expected gradients, squared; `error` is at least its standard error if they are the same: the products of
+                # vectors with themselves, which are larger, are among those that it is from.
                 "squared": squared_mean(apart), "error": float(np.sqrt(2 / (n * (n - 1)) * (apart**2).sum() / n**2)),
                 "signal": squared_mean(products[1]),
             }  # fmt: skip
@@ -141,7 +142,7 @@ def main() -> None:
     loaded = load_run(options.run)
     network, task = loaded.network, loaded.task
     nodes, config = network.topology.nodes, replace(loaded.run.config, group_size=options.group_size, replays=options.replays)
-    names = list(dict.fromkeys(["shared", *options.schemes]))
+    names = cast(list[Credit], list(dict.fromkeys(["shared", *options.schemes])))
     schemes = [Measured(name, network.backbone, nodes, config) for name in names]
     base: list[float] = []
     for index in range(options.warm + options.estimates):
@@ -164,7 +165,7 @@ def main() -> None:
 def write(options: argparse.Namespace, schemes: list[Measured], nodes: Sequence[int], base: list[float], step: int) -> None:
     """Write the numbers as JSON and as a table; what is there so far is whole after every estimate."""
     rng, shared = np.random.default_rng(0), schemes[0]
-    settings = {name: str(value) for name, value in vars(options).items()}
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("run", "out")}
     data: dict[str, Any] = {"settings": settings, "step": step, "estimates": len(shared.tokens), "schemes": {}}
     for scheme in schemes:
         rollout = float(np.mean(np.array(shared.tokens)))
