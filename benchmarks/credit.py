@@ -119,8 +119,8 @@ def ratio(own: Measured, shared: Measured, nodes: Sequence[int], rng: np.random.
             n = len(everything)
             apart = whole[:n, :n] + whole[n:, n:] - whole[:n, n:] - whole[n:, :n]
             found["difference"] = {
-                # Of the expected gradients, squared; `error` is at least its standard error if they are the same: the products of
-                # vectors with themselves, which are larger, are among those that it is from.
+                # Of the expected gradients, squared; `error` is at least its standard error if they are the same, for the
+                # products of vectors with themselves, which are larger, are among those that it is from.
                 "squared": squared_mean(apart), "error": float(np.sqrt(2 / (n * (n - 1)) * (apart**2).sum() / n**2)),
                 "signal": squared_mean(products[1]),
             }  # fmt: skip
