@@ -2,6 +2,7 @@
 
 from neuromas.compare.methods import (
     debate,
+    finetuned,
     gptswarm,
     macnet,
     mixture,
@@ -15,7 +16,7 @@ from neuromas.compare.methods import (
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint, Method
 
 _FILES = (
-    sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts, networks,
+    sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts, networks, finetuned,
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
