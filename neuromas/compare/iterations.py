@@ -67,7 +67,7 @@ def iterations_of(measured: Sequence[dict[str, Any]]) -> list[Iteration]:
 
 def _table(runs: Sequence[dict[str, Any]]) -> statistics.Table:
     """Return the rewards of runs on the questions, which are the same and in the same order in all of them."""
-    return np.array([list(run["right"].values()) for run in runs])
+    return np.array([list(run["right"].values()) for run in runs], dtype=float)
 
 
 def rows_of(title: str, iterations: Sequence[Iteration]) -> list[list[str]]:

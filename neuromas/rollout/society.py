@@ -76,7 +76,7 @@ class Society:
         spoken = prompt.build(bundled=backbone.has_bundled_vocabulary, has_chat_template=backbone.chat_frame is not None)
         frame = backbone.frame(chat=spoken.chat, one_line=spoken.one_line)
         self.begin = prompt.begin_answer or ""
-        """What an answer is begun by, if the answer format names it: nothing unless the settings say so, so that agents work first."""
+        """What an answer is begun by, if the answer format names it; empty unless the settings say so: agents work first."""
         self.policy = Policy(backbone, topology.nodes, adapter, seed, frame)
         self.bare = Policy(backbone, frame=frame)
         """The backbone without adapters, which writes summaries."""

@@ -6,7 +6,7 @@ what generation agents write alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import fmean
 from typing import TypeVar
 
@@ -44,7 +44,7 @@ class Diversity:
 
 def measure(society: Society, task: Task, debates: Sequence[Rollout], *, tokens_per_micro_batch: int) -> Diversity:
     """Measure a society on its debates."""
-    firsts = [[text for text in society.answers_of(debate)[0]] for debate in debates]
+    firsts = [list(society.answers_of(debate)[0]) for debate in debates]
     rewards = iter(task.rewards([(d.example, text.text) for d, texts in zip(debates, firsts, strict=True) for text in texts]))
     right = [[text.text for text in texts if next(rewards) >= 1] for texts in firsts]
     last = [[task.parse_answer(text.text) for text in society.answers_of(debate)[-1]] for debate in debates]
@@ -72,8 +72,7 @@ def distinct_bigrams(first: str, second: str) -> float:
 
 
 def _bigrams(text: str) -> list[tuple[str, str]]:
-    words = ["", *text.split(), ""]
-    return list(zip(words[:-1], words[1:], strict=True))
+    return list(pairwise(["", *text.split(), ""]))
 
 
 def _mean_of_pairs(questions: Sequence[Sequence[T]], measured: Callable[[T, T], float]) -> float | None:

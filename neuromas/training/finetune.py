@@ -308,8 +308,8 @@ class Finetuner:
 
     def _diverged(self, error: Diverged) -> ValueError:
         return ValueError(
-            f"--run-dir {self.run.path}: iteration {self.step + 1}: {error}. Finetuning has diverged and is stopped. Start again, "
-            "in another --run-dir, with a lower --lr"
+            f"--run-dir {self.run.path}: iteration {self.step + 1}: {error}. Finetuning has diverged and is stopped. Start "
+            "again, in another --run-dir, with a lower --lr"
         )
 
 
