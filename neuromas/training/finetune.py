@@ -78,8 +78,6 @@ def finetune(plan: Plan, run: RunDirectory) -> dict[str, dict[str, Evaluation]]:
 @contextmanager
 def finetuner_of(plan: Plan, run: RunDirectory) -> Iterator[tuple["Finetuner", Progress]]:
     """Yield the finetuner of a run at its newest checkpoint, while the run directory is locked; raises as `loop.trainer_of`."""
-    if not plan.config.society.rounds:
-        raise ValueError("society.rounds must be at least 1 to finetune a society, got 0; `neuromas train` trains a network")
     run.check_files()
     society = build_society(plan.config)
     society.check_lengths([*plan.questions.training, *chain(*plan.questions.evaluation_sets.values())])
