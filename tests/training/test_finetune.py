@@ -19,7 +19,7 @@ from models import load_backbone, make_model, randomise, save_model
 from neuromas import Backbone, Topology
 from neuromas.cli.finetune import SOCIETY
 from neuromas.compare.iterations import iterations_of, rows_of, write_run_report
-from neuromas.compare.methods import METHODS
+from neuromas.compare.methods import METHODS, CellSpec
 from neuromas.compare.methods.finetuned import Finetuned, spread
 from neuromas.config import AdapterConfig, PromptConfig, TopologyConfig, TrainConfig
 from neuromas.graph.society import SocietyConfig
@@ -208,13 +208,13 @@ def speaking(folder: Path, **adapter: Any) -> Society:
     return society
 
 
-def test_an_adapter_learns_the_mean_of_its_own_tokens(folder: Path) -> None:
+def test_an_adapter_learns_the_mean_of_its_own_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     society = speaking(folder)
     (rollout,) = society.rollout([A], 1, seed=("y",), temperature=1.0)[0]
     texts = [c for c in rollout.completions if c.node in (1, 4)] * 2
     learner = TorchLearner(society.policy, TrainConfig(max_grad_norm=0.0))
     before = {name: p.detach().clone() for name, p in society.adapters.parameters().items()}
-    learner.optimizer = torch.optim.SGD(society.adapters.parameters().values())
+    monkeypatch.setattr(learner, "optimizer", torch.optim.SGD(society.adapters.parameters().values()))
     found = learner.imitate(texts, lr=1.0)
     after = {name: p.detach().clone() for name, p in society.adapters.parameters().items()}
     with torch.no_grad():
@@ -466,33 +466,16 @@ def test_all_rows_have_equal_parameters_and_single_agents_equal_calls() -> None:
         spread(AdapterConfig(rank=3), 6)
 
 
-def test_a_comparison_has_the_iterations_of_its_societies(config: TrainConfig, tmp_path: Path) -> None:
-    grid = tmp_path / "grid.toml"
-    grid.write_text(
-        'methods = ["multiagent_ft"]\ntasks = ["navigate"]\nseeds = [0]\n'
-        f'backbones = ["{config.backbone}"]\n'
-        "[train]\nnum_steps = 1\nexamples_per_step = 3\nmax_new_tokens = 3\neval_size = 2\nvalidation_size = 2\n"
-        "eval_every = 1\n"
-        'device = "cpu"\nadapter.rank = 2\nadapter.target_modules = ["q_proj"]\nprompt.begin_answer = "Answer:"\n'
-    )
-    from neuromas.compare.grid import load_grid
-    from neuromas.compare.run import make_comparison
-
-    out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("neuromas.compare.run.make_all", in_this_process)
-        make_comparison(load_grid(grid), out)
-    page = (out / "report.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| Multiagent finetuning |") and "(95%)" not in line]
-    assert sum(row.startswith(f"| Multiagent finetuning | {number} |") for row in rows for number in range(2)) == 2
-    assert "Accuracy and diversity against iterations" in (out / "report.html").read_text()
-
-
-def in_this_process(cells: Any, jobs: int, done: Callable[..., None], keep: object = ()) -> None:
-    from neuromas.compare.cells import make
-
-    for cell in cells:
-        done(cell, make(cell))
+def test_a_cell_has_the_iterations_of_its_society(config: TrainConfig, tmp_path: Path) -> None:
+    spec = CellSpec("multiagent_ft_shared", dataclasses.replace(config, num_steps=1))
+    result = METHODS[spec.method].run(spec, tmp_path)
+    assert [(m["iteration"], len(m["right"])) for m in result.iterations] == [(0, 2), (1, 2)]
+    assert [(point.step, point.accuracy) for point in result.curve] == [(1, result.iterations[1]["accuracy"])]
+    assert result.training is not None
+    assert (result.training["questions"], result.training["calls"]) == (4, 4 * 9)
+    assert [answer.calls for answer in result.answers["test"]] == [9, 9]
+    assert result.best_answers == result.answers
+    assert METHODS[spec.method].run(dataclasses.replace(spec, trial=True), tmp_path).answers == {}
 
 
 def test_iterations_over_seeds_by_hand() -> None:
