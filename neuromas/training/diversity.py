@@ -14,7 +14,7 @@ import torch
 
 from neuromas.model.policy import Policy
 from neuromas.rollout.society import Society
-from neuromas.tasks import Task
+from neuromas.tasks import Task, rewards_of
 from neuromas.training.reinforce import Batch
 from neuromas.types import Completion, Rollout
 
@@ -45,7 +45,9 @@ class Diversity:
 def measure(society: Society, task: Task, debates: Sequence[Rollout], *, tokens_per_micro_batch: int) -> Diversity:
     """Measure a society on its debates."""
     firsts = [list(society.answers_of(debate)[0]) for debate in debates]
-    rewards = iter(task.rewards([(d.example, text.text) for d, texts in zip(debates, firsts, strict=True) for text in texts]))
+    rewards = iter(
+        rewards_of(task, [(d.example, text.text) for d, texts in zip(debates, firsts, strict=True) for text in texts])
+    )
     right = [[text.text for text in texts if next(rewards) >= 1] for texts in firsts]
     last = [[task.parse_answer(text.text) for text in society.answers_of(debate)[-1]] for debate in debates]
     own, other = _likelihoods(

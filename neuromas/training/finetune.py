@@ -17,6 +17,7 @@ import torch
 from neuromas.rollout.network import Diverged
 from neuromas.rollout.society import Society
 from neuromas.system.files import damaged
+from neuromas.tasks import rewards_of
 from neuromas.training import checkpoint, diversity
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE, Evaluation, evaluate
 from neuromas.training.learner import TorchLearner
@@ -169,7 +170,7 @@ class Finetuner:
     def describe(self, debates: Sequence[Rollout], sets: Sets) -> dict[str, float]:
         """Return the metrics of an iteration's debates and sets, and count what the debates have cost."""
         groups = [(debate,) for debate in debates]
-        rewards = torch.tensor(self.task.rewards([(debate.example, debate.answer) for debate in debates]))[:, None]
+        rewards = torch.tensor(rewards_of(self.task, [(debate.example, debate.answer) for debate in debates]))[:, None]
         found = rollout_metrics(self.task, groups, rewards, torch.zeros_like(rewards))
         self.ledger.record(groups, updated=False)
         kept = {
@@ -253,7 +254,7 @@ class Finetuner:
             raise self._diverged(error) from error
         debates = [group[0] for group in groups]
         found = diversity.measure(self.society, self.task, debates, tokens_per_micro_batch=self.tokens_per_micro_batch)
-        rewards = self.task.rewards([(debate.example, debate.answer) for debate in debates])
+        rewards = rewards_of(self.task, [(debate.example, debate.answer) for debate in debates])
         right = dict(zip((debate.example.id for debate in debates), rewards, strict=True))
         measured = {"iteration": self.step, "sampled_tokens": self.ledger.sampled_tokens, **asdict(found)}
         self.measured = [*self.measured, measured | {"accuracy": seen.accuracy, "floor": seen.floor, "right": right}]

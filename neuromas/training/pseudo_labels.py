@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neuromas.rollout.society import Society
-from neuromas.tasks import Task
+from neuromas.tasks import Task, rewards_of
 from neuromas.types import Completion, Rollout
 
 Dialogue = tuple[Completion, ...]
@@ -48,7 +48,7 @@ def collect(society: Society, task: Task, debates: Sequence[Rollout], *, seed: S
     """Return the sets of all agents; `seed` draws the keeps that go with a critic's corrections."""
     config = society.config
     pairs = [(debate.example, text.text) for debate in debates for of_round in society.answers_of(debate) for text in of_round]
-    rewards = iter(task.rewards(pairs))
+    rewards = iter(rewards_of(task, pairs))
     first_answers: dict[int, list[Completion]] = defaultdict(list)
     corrections: dict[int, list[Dialogue]] = defaultdict(list)
     keeps: dict[int, list[Dialogue]] = defaultdict(list)
