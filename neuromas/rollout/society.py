@@ -13,7 +13,7 @@ from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine
-from neuromas.rollout.network import Diverged
+from neuromas.rollout.network import Diverged, worded
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
 from neuromas.types import Completion, Example, Group, Request, Rollout, Sample
@@ -73,8 +73,7 @@ class Society:
         """Who writes each answer of a later round."""
         self.has_critics = self.critics is not self.generators
         prompt = prompt or PromptConfig()
-        spoken = prompt.build(bundled=backbone.has_bundled_vocabulary, has_chat_template=backbone.chat_frame is not None)
-        frame = backbone.frame(chat=spoken.chat, one_line=spoken.one_line)
+        _, frame = worded(backbone, prompt)
         self.begin = prompt.begin_answer or ""
         """What an answer is begun by, if the answer format names it; empty unless the settings say so: agents work first."""
         self.policy = Policy(backbone, topology.nodes, adapter, seed, frame)
