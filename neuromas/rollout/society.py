@@ -148,9 +148,7 @@ class Society:
         requests = [
             Request(
                 call.node,
-                policy.prompt(
-                    call.debate.example.question, call.text, has_inbox=bool(call.debate.completions), begin="".join(begin)
-                ),
+                policy.prompt(call.debate.example.question, call.text, has_inbox=bool(call.debate.completions), begins=begin),
                 (*seed, call.debate.example.id, call.debate.index, call.key),
             )
             for call, begin in zip(calls, begins, strict=True)
