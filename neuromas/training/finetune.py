@@ -30,6 +30,7 @@ from neuromas.training.pseudo_labels import Sets, collect, schedule
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import build_society, check_memory
 from neuromas.training.signals import Stop, stop_signals
+from neuromas.training.watch import asked
 from neuromas.types import Completion, Example, Rollout
 
 ITERATIONS = "iterations.json"
@@ -171,7 +172,7 @@ class Finetuner:
         """Return the metrics of an iteration's debates and sets, and count what the debates have cost."""
         groups = [(debate,) for debate in debates]
         rewards = torch.tensor(rewards_of(self.task, [(debate.example, debate.answer) for debate in debates]))[:, None]
-        found = rollout_metrics(self.task, groups, rewards, torch.zeros_like(rewards))
+        found = rollout_metrics(asked(self.task, groups, rewards), groups, rewards, torch.zeros_like(rewards))
         self.ledger.record(groups, updated=False)
         kept = {
             f"kept/{kind}/sum": float(sum(map(len, of_kind.values())))
