@@ -14,6 +14,7 @@ import tyro
 
 from neuromas.graph import growth as growing
 from neuromas.graph.growth import Growth, Opening
+from neuromas.graph.society import SocietyConfig
 from neuromas.graph.topology import Topology
 from neuromas.graph.wording import WORDINGS, Wording, check_template
 from neuromas.system.schema import require, require_finite, require_text
@@ -214,6 +215,7 @@ class TrainConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    society: SocietyConfig = field(default_factory=SocietyConfig)
     growth: Annotated[tuple[GrowthConfig, ...], tyro.conf.Suppress] = ()
     """Growths in the course of the run, in order; written in a TOML file, or by `neuromas grow`."""
 
@@ -297,6 +299,8 @@ class TrainConfig:
         """Return the config if it makes sense; ValueError names the flag that does not."""
         require_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
+        for fault in self.society.faults({each.name: getattr(self, each.name) for each in dataclasses.fields(self)}):
+            raise ValueError(fault)
         self.adapter.check()
         self.prompt.build()
         counted = ("num_steps", "examples_per_step", "max_new_tokens", "eval_size", "validation_size")

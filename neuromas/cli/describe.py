@@ -101,33 +101,39 @@ def _description(config: TrainConfig, topology: Topology, taken: Sequence[Growth
     count = sizes(config)
     new = taken[-1].new if taken else ()
     probability = taken[-1].open_probability(step) if taken else 1.0
-    return {
-        # A task in a Python file is not loaded: that would execute the file.
-        "task": name if name.startswith(OWN_CODE) else from_config(config.task).name,
-        "backbone": config.backbone,
-        "backbone_parameters": count.backbone,
-        "nodes": [
-            {
-                "id": node,
-                "layer": topology.layer(node),
-                "reads": list(topology.senders(node)),
-                "writes_to": list(topology.recipients(node)),
-            }
-            | ({"state": "kept" if node not in new else "new" if probability >= 1 else "opening"} if taken else {})
-            for node in topology.nodes
-        ],
-        "output_node": topology.output_node,
-        "open_probability": probability,
-        "calls_per_answer": len(topology.nodes),
-        "rank": count.rank,
-        "trainable_parameters_per_node": count.per_adapter,
-        "trainable_parameters": count.per_adapter * (len(topology.nodes) if not config.adapter.shared else 1),
-        "adapter_scope": config.adapter.scope,
-        "max_tokens_per_answer": config.max_new_tokens * len(topology.nodes),
-    } | (
-        {"training_sampled_tokens": config.num_steps * config.step_tokens}
-        if config.step_tokens
-        else {"training_rollouts": config.num_steps * config.examples_per_step * config.group_size}
+    society = config.society
+    calls = society.calls(config.topology.widths[0]) if society.rounds else len(topology.nodes)
+    return (
+        {
+            # A task in a Python file is not loaded: that would execute the file.
+            "task": name if name.startswith(OWN_CODE) else from_config(config.task).name,
+            "backbone": config.backbone,
+            "backbone_parameters": count.backbone,
+            "nodes": [
+                {
+                    "id": node,
+                    "layer": topology.layer(node),
+                    "reads": list(topology.senders(node)),
+                    "writes_to": list(topology.recipients(node)),
+                }
+                | ({"state": "kept" if node not in new else "new" if probability >= 1 else "opening"} if taken else {})
+                for node in topology.nodes
+            ],
+            "output_node": topology.output_node,
+            "open_probability": probability,
+            "calls_per_answer": calls,
+            "rank": count.rank,
+            "trainable_parameters_per_node": count.per_adapter,
+            "trainable_parameters": count.per_adapter * (len(topology.nodes) if not config.adapter.shared else 1),
+            "adapter_scope": config.adapter.scope,
+            "max_tokens_per_answer": config.max_new_tokens * calls,
+        }
+        | ({"debate_rounds": society.rounds} if society.rounds else {})
+        | (
+            {"training_sampled_tokens": config.num_steps * config.step_tokens}
+            if config.step_tokens
+            else {"training_rollouts": config.num_steps * config.examples_per_step * config.group_size}
+        )
     )
 
 
@@ -136,7 +142,10 @@ def print_description(description: dict[str, Any], console: Console | None = Non
     console = console or Console(highlight=False, markup=False)
     console.print(_drawing(description))
     edges = "  ".join(f"{node['id']}─▶{recipient}" for node in description["nodes"] for recipient in node["writes_to"])
-    console.print(f"messages: {edges or 'none'}; every node reads the question as well")
+    messages = f"messages: {edges or 'none'}; every node reads the question as well"
+    if rounds := description.get("debate_rounds"):
+        messages = f"society: rounds of a debate: {rounds}, then a vote; layer 1 answers first, the last layer in later rounds"
+    console.print(messages)
     for record in description.get("growth") or []:
         console.print(printable(describe_growth(record)), soft_wrap=True)
     if description.get("growth"):

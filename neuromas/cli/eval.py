@@ -30,8 +30,8 @@ class EvalArguments:
     """Split of the task's problems."""
     size: int = 500
     """Most problems to score on."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
+    temperature: float | None = None
+    """Sampling temperature; 0 is greedy. None: greedy, and a society debates at the temperature of its run."""
     seed: int = 0
     """Seed of the samples where the temperature is above 0."""
     untrained: bool = False
@@ -49,7 +49,7 @@ def run(args: Sequence[str]) -> None:
     parsed = parse_flags(EvalArguments, args, "eval")
     if not 1 <= parsed.size <= MOST_COUNTED:
         raise ValueError(f"--size must be 1 to {MOST_COUNTED:,}, got {parsed.size}")
-    if parsed.temperature != 0 and not COLDEST <= parsed.temperature < math.inf:
+    if parsed.temperature and not COLDEST <= parsed.temperature < math.inf:
         raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {parsed.temperature}")
     if parsed.best and parsed.untrained:
         raise ValueError("--best and --untrained exclude each other; give one of them")
@@ -60,10 +60,13 @@ def run(args: Sequence[str]) -> None:
     examples = task.load(parsed.file) if parsed.file else task.examples(parsed.split, parsed.size)
     find_backbone(opened.config.backbone)
     from neuromas.training.evaluate import evaluate, score
-    from neuromas.training.load_run import load_network
+    from neuromas.training.load_run import load_network, load_society
 
-    network, step = load_network(opened, untrained=parsed.untrained, best=parsed.best)
-    result, groups = evaluate(network, task, examples, temperature=parsed.temperature, seed=parsed.seed)
+    debates = opened.config.society.rounds > 0
+    load = load_society if debates else load_network
+    answering, step = load(opened, untrained=parsed.untrained, best=parsed.best)
+    temperature = (opened.config.temperature if debates else 0.0) if parsed.temperature is None else parsed.temperature
+    result, groups = evaluate(answering, task, examples, temperature=temperature, seed=parsed.seed)
     report, lines = result.to_json(), [str(result)]
     if parsed.file:
         # A score on items that training has drawn says little about new ones.

@@ -3,14 +3,13 @@
 import contextlib
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from neuromas.config import TrainConfig, defaults
-from neuromas.training.config_file import load_toml
+from neuromas.config import TrainConfig
+from neuromas.training.config_file import load_toml, on_backbone
 
 
 def parse_flags(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
@@ -26,17 +25,20 @@ def parse_flags(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> 
         raise ValueError(" ".join(line for line in lines if line.strip("-"))) from stop
 
 
-def parse_settings(kind: Any, args: Sequence[str], command: str, default: TrainConfig) -> tuple[Any, list[str]]:
+def parse_settings(
+    kind: Any, args: Sequence[str], command: str, default: TrainConfig, *, below_file: TrainConfig | None = None
+) -> tuple[Any, list[str]]:
     """Parse the flags of a command that has all settings of a run as `config`, and may be given a TOML file first.
 
-    Flags win over the file, the file over the defaults of the backbone, which either may name. Returns the parsed flags, and
+    Flags win over the file, the file over the defaults of the backbone, which either may name: `default`, and
+    `below_file` (None: those of `TrainConfig`) where there is a file. Returns the parsed flags, and
     the arguments without the file.
     """
     rest = list(args)
     file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
-    base = load_toml(file) if file else default
+    base = load_toml(file, default=below_file) if file else default
     parsed = parse_flags(kind, rest, command, default=kind(config=base))
     if (backbone := parsed.config.backbone) != base.backbone:
-        base = load_toml(file, backbone) if file else replace(defaults(backbone), topology=default.topology)
+        base = load_toml(file, backbone, below_file) if file else on_backbone(default, backbone)
         parsed = parse_flags(kind, rest, command, default=kind(config=base))
     return parsed, rest

@@ -13,6 +13,7 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 
   screen --tasks NAMES  answer many times without training; says which tasks reinforcement can learn
   train [CONFIG.toml]   train a network; without arguments a small one on a bundled backbone, in minutes
+  finetune [CONFIG.toml]  let agents that debate learn from what they agree on, without labels
   grow RUN --to WIDTHS  add nodes or layers to a trained network and train on, in a new run
   eval RUN              score a trained run on held-out problems or on a file
   ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
@@ -22,7 +23,7 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 
 neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
 
-COMMANDS = ("screen", "train", "grow", "compare", "eval", "ask", "show", "tasks")
+COMMANDS = ("screen", "train", "finetune", "grow", "compare", "eval", "ask", "show", "tasks")
 """Modules of this package, each with a function `run` of arguments; only the one that is called is loaded."""
 
 

@@ -9,6 +9,7 @@ import tyro
 
 from neuromas.cli.flags import parse_flags, parse_settings
 from neuromas.config import TrainConfig
+from neuromas.graph.society import SocietyConfig
 from neuromas.model.sources import find_backbone
 from neuromas.training.plan import resolve
 from neuromas.training.questions import check_code
@@ -34,14 +35,23 @@ class TrainArguments:
 
 def run(args: Sequence[str]) -> None:
     """Run the command `train`."""
-    parsed, rest = parse_settings(TrainArguments, args, "train", TrainConfig())
+    run_command(args, "train", TrainArguments, TrainConfig())
+
+
+def run_command(args: Sequence[str], command: str, arguments: type[TrainArguments], default: TrainConfig) -> None:
+    """Run a command that trains, whose settings are `default` where nothing else is said."""
+    parsed, rest = parse_settings(arguments, args, command, default, below_file=default)
     run_path = parsed.config.run_path
     if parsed.resume and (run_path / "config.json").is_file() and len(args) == len(rest):
         # Without a config file, settings that the flags do not name come from the run itself.
         run, named = RunDirectory.open(run_path), parsed.config.task.name
-        parsed = parse_flags(TrainArguments, rest, "train", default=TrainArguments(config=run.config))
+        parsed = parse_flags(arguments, rest, command, default=arguments(config=run.config))
         check_code(run, parsed.allow_code or named == run.config.task.name)
     config = with_dtype(parsed.config, resume=parsed.resume)
+    if command == "train" and config.society != SocietyConfig():
+        raise ValueError("settings of a society ([society], --society.*) are for `neuromas finetune`; `train` trains a network")
+    if command == "finetune" and not config.society.rounds:
+        raise ValueError("--society.rounds must be at least 1 to finetune a society, got 0; `neuromas train` trains a network")
     if parsed.dry_run:
         print_plan(config)
     else:
@@ -79,11 +89,13 @@ def train_and_report(config: TrainConfig, *, resume: bool = False, parent: RunDi
     plan = resolve(config)
     # These load torch: mistakes are reported before.
     from neuromas.cli.plot import plot_run
+    from neuromas.compare.iterations import write_run_report
+    from neuromas.training.finetune import finetune
     from neuromas.training.loop import train
     from neuromas.training.signals import Interrupted
 
     try:
-        scores = train(plan, run, parent=parent)
+        scores = finetune(plan, run) if config.society.rounds else train(plan, run, parent=parent)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         if parent:
@@ -91,12 +103,14 @@ def train_and_report(config: TrainConfig, *, resume: bool = False, parent: RunDi
         sys.exit(130)
     for when, results in scores.items():
         for name, result in results.items():
-            print(f"{when} training, {name}: {result}")
+            print(f"{when} {'finetuning' if config.society.rounds else 'training'}, {name}: {result}")
     if best := run.best():
         state = best[1]
         print(
             f"best validation: {state['validation_accuracy']:.1%} after step {state['step']}; "
             f"neuromas eval {run.path} --best scores those adapters"
         )
+    if config.society.rounds:
+        print(f"iterations: {write_run_report(run)}")
     print(f"curve: {plot_run(run)}")
     print(f"details: neuromas show {run.path}")

@@ -174,6 +174,7 @@ def _score(name: str, runs: Sequence[SeedResult]) -> Score:
         amounts={key: float(np.mean([run.amounts[key] for run in runs])) for key in QUANTITIES},
         best_steps=[step for run in runs if (step := run.result.best_step) is not None],
         curve=[{"seed": run.seed, **asdict(point)} for run in runs for point in run.result.curve],
+        iterations=[{"seed": run.seed, **measured} for run in runs for measured in run.result.iterations],
         growths=[growth["at_step"] for growth in runs[0].result.settings.get("growth", ())],
     )  # fmt: skip
     score.flags.extend(_flags(score, runs))

@@ -28,7 +28,7 @@ def scores_picture(data: Data) -> str:
     problems, methods = data["problems"], data["methods"]
     columns = min(4, len(problems))
     rows = math.ceil(len(problems) / columns)
-    figure, axes = _figure(len(problems), columns, (WIDTH, rows * (0.9 + 0.24 * len(methods))), sharex=True, sharey=True)
+    figure, axes = make_panels(len(problems), columns, (WIDTH, rows * (0.9 + 0.24 * len(methods))), sharex=True, sharey=True)
     for panel, problem in zip(axes, problems, strict=False):
         floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
         if floors:
@@ -37,17 +37,17 @@ def scores_picture(data: Data) -> str:
             if (score := problem["scores"].get(method)) is None:
                 panel.text(0.02, index, "no score", va="center", fontsize=7, color="tab:red")
                 continue
-            style = _style(data, method)
+            style = style_of(data, method)
             panel.scatter([run["accuracy"] for run in score["runs"]], [index + 0.22] * len(score["runs"]), s=7,
                           color=style["color"], alpha=0.5, linewidths=0)  # fmt: skip
             error = [[score["accuracy"] - score["low"]], [score["high"] - score["accuracy"]]]
             panel.errorbar([score["accuracy"]], [index], xerr=error, markersize=5, capsize=2, linewidth=1.2, **style)
         panel.set_title(name_of(problem), fontsize=8.5)
         panel.set(xlim=(0, 1), yticks=range(len(methods)), ylim=(len(methods) - 0.4, -0.6))
-        panel.set_yticklabels([_title(data, method) for method in methods], fontsize=8)
+        panel.set_yticklabels([title_of(data, method) for method in methods], fontsize=8)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         panel.grid(axis="x", alpha=0.25)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
@@ -55,13 +55,13 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
     from matplotlib.ticker import MaxNLocator
 
     methods = [method for method in data["methods"] if all(method in problem["scores"] for problem in problems)]
-    figure, axes = _figure(3, 3, (WIDTH, 4.1), sharey=True)
+    figure, axes = make_panels(3, 3, (WIDTH, 4.1), sharey=True)
     for panel, (key, label) in zip(axes, AXES.items(), strict=True):
         points = {method: _mean_point(problems, method, key) for method in methods}
         frontier = _frontier(list(points.values()))
         panel.step(*zip(*frontier, strict=True), where="post", color="0.75", linewidth=1.5, zorder=0)
         for method, (x, y) in points.items():
-            panel.plot([x], [y], linestyle="none", markersize=7, label=_title(data, method), **_style(data, method))
+            panel.plot([x], [y], linestyle="none", markersize=7, label=title_of(data, method), **style_of(data, method))
         amounts = [x for x, _ in points.values()]
         if min(amounts) > 0 and max(amounts) / min(amounts) > 12:
             panel.set_xscale("log")
@@ -73,7 +73,7 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
         panel.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy" if len(problems) == 1 else f"accuracy, mean of {len(problems)} tasks")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def curves_picture(data: Data, key: str, label: str) -> str | None:
@@ -86,7 +86,7 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
         return None
     columns = min(4, len(problems))
     rows = math.ceil(len(problems) / columns)
-    figure, axes = _figure(len(problems), columns, (WIDTH, 0.7 + 2.4 * rows), sharey=True)
+    figure, axes = make_panels(len(problems), columns, (WIDTH, 0.7 + 2.4 * rows), sharey=True)
     shown: dict[str, Any] = {}
     for panel, problem in zip(axes, problems, strict=False):
         for method, score in problem["scores"].items():
@@ -96,9 +96,9 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
             at = [[point for point in score["curve"] if point["step"] == step] for step in steps]
             x = [float(np.mean([point[key] for point in points])) for points in at]
             values = [[point["accuracy"] for point in points] for points in at]
-            color = _style(data, method)["color"]
+            color = style_of(data, method)["color"]
             means = [float(np.mean(v)) for v in values]
-            (shown[_title(data, method)],) = panel.plot(x, means, color=color, marker=".", linewidth=1.3)
+            (shown[title_of(data, method)],) = panel.plot(x, means, color=color, marker=".", linewidth=1.3)
             marks = growth_marks(score["growths"], steps, x, means)
             panel.scatter([x for x, _ in marks], [y for _, y in marks], s=45, marker="^", color=color, zorder=3)
             panel.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0)
@@ -112,7 +112,7 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
         panel.grid(alpha=0.25)
     figure.supxlabel(label, fontsize=9)
     figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def growth_marks(
@@ -141,7 +141,8 @@ def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return [*best, (max(x for x, _ in points), best[-1][1])]
 
 
-def _style(data: Data, method: str) -> dict[str, Any]:
+def style_of(data: Data, method: str) -> dict[str, Any]:
+    """Return the colour and marker of a method, the same in all pictures."""
     from matplotlib import colormaps
 
     index = data["methods"].index(method)
@@ -150,11 +151,13 @@ def _style(data: Data, method: str) -> dict[str, Any]:
     return {"color": color, "marker": "osD^v"[index // 10 % 5], "markerfacecolor": color if trained else "white"}
 
 
-def _title(data: Data, method: str) -> str:
+def title_of(data: Data, method: str) -> str:
+    """Return the title of a method."""
     return data["titles"][method]["title"]
 
 
-def _figure(panels: int, columns: int, size: tuple[float, float], **kwargs: Any) -> tuple[Any, list[Any]]:
+def make_panels(panels: int, columns: int, size: tuple[float, float], **kwargs: Any) -> tuple[Any, list[Any]]:
+    """Return a figure with so many panels in rows of `columns`, and the panels."""
     import matplotlib  # slow to import, and only a report needs it
 
     matplotlib.use("Agg")
@@ -169,7 +172,7 @@ def _figure(panels: int, columns: int, size: tuple[float, float], **kwargs: Any)
     return figure, list(axes.flat)
 
 
-def _svg(figure: Any) -> str:
+def to_svg(figure: Any) -> str:
     """Return a figure as a data URL, so that the page holds the image."""
     import matplotlib
     from matplotlib import pyplot as plt

@@ -52,6 +52,8 @@ class Score:
     """Training steps done by each run's best validation; empty where nothing was validated."""
     curve: list[dict[str, int | float]] = field(default_factory=list)
     """Points `seed`, `step`, `sampled_tokens`, `accuracy` of the validation curves."""
+    iterations: list[dict[str, Any]] = field(default_factory=list)
+    """With `seed`, what each society was measured to be in the course of its finetuning."""
     growths: list[int] = field(default_factory=list)
     """Training steps done before each growth of the network."""
     flags: list[str] = field(default_factory=list)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from neuromas.compare import figures
+from neuromas.compare import figures, iterations
 from neuromas.compare.budget_match import QUANTITIES, format_amount, shorten
 from neuromas.compare.statistics import SIGNIFICANT
 
@@ -49,7 +49,24 @@ def _view(data: Data) -> Data:
         "backbones": [f"{name} ({checksum})" for name, checksum in data["backbone_checksums"].items()],
         "single_run": len(data["seeds"]) == 1,
         "trials": [_tried(entry, title) for entry in data["trials"]],
+        "iterations": [found for problem in data["problems"] if (found := _iterated(problem, title))["rows"]],
+        "iteration_columns": iterations.COLUMNS, "iteration_note": iterations.NOTE,
     }  # fmt: skip
+
+
+def _iterated(problem: Data, title: dict[str, str]) -> Data:
+    """Return the iterations of all methods that finetune a society, as text."""
+    scores = problem["scores"]
+    floors = {measured["floor"] for score in scores.values() for measured in score["iterations"]}
+    return {
+        "name": problem["name"],
+        "floor": ", ".join(f"{100 * floor:.1f}" for floor in floors),
+        "rows": [
+            row
+            for name, score in scores.items()
+            for row in iterations.rows_of(title[name], iterations.iterations_of(score["iterations"]))
+        ],
+    }
 
 
 def _tried(entry: Data, title: dict[str, str]) -> Data:
@@ -192,6 +209,7 @@ def _pictures(data: Data) -> Data:
             for key, label in (("step", "training steps"), ("sampled_tokens", "tokens sampled in training"))
             if (picture := figures.curves_picture(data, key, label))
         ],
+        "iterations_picture": iterations.iterations_picture(data),
         "grows": any(score["growths"] for score in scores),
     }  # fmt: skip
 

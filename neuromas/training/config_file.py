@@ -15,15 +15,24 @@ MAY_DIFFER = ("run_dir", "device", "save_every", "task.file")
 same, which the run directory checks."""
 
 
-def load_toml(path: Path, backbone: str | None = None) -> TrainConfig:
-    """Read a TrainConfig from a TOML file, over the defaults of its backbone or of the one given instead.
+def on_backbone(default: TrainConfig, backbone: str) -> TrainConfig:
+    """Return default settings on a backbone: what they leave as `TrainConfig` has it is as the backbone needs it."""
+    plain, own = TrainConfig(), defaults(backbone)
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    left = [name for name in names if getattr(default, name) == getattr(plain, name)]
+    return dataclasses.replace(default, **{name: getattr(own, name) for name in left})
+
+
+def load_toml(path: Path, backbone: str | None = None, default: TrainConfig | None = None) -> TrainConfig:
+    """Read a TrainConfig from a TOML file, over `default` (None: `TrainConfig`) on its backbone or on the one given instead.
 
     ValueError names the file and the key.
     """
     data = read_toml(path)
     if backbone:
         data["backbone"] = backbone
-    return from_dict(TrainConfig, data, where=f"config {path}", base=defaults(str(data.get("backbone", "bundled"))))
+    base = on_backbone(default or TrainConfig(), str(data.get("backbone", "bundled")))
+    return from_dict(TrainConfig, data, where=f"config {path}", base=base)
 
 
 def to_json(config: TrainConfig) -> str:

@@ -3,9 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from neuromas.rollout.network import Network
 from neuromas.system.terminal import shortened
 from neuromas.tasks import Task, rewards_of
 from neuromas.training.intervals import independent, wilson
@@ -100,8 +99,18 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
     )
 
 
+class Answering(Protocol):
+    """What answers examples: a network, or a society."""
+
+    def rollout(
+        self, examples: Sequence[Example], group_size: int, *, seed: Sequence[int | str], temperature: float
+    ) -> list[Group]:
+        """Answer each example `group_size` times."""
+        ...
+
+
 def evaluate(
-    network: Network,
+    network: Answering,
     task: Task,
     examples: Sequence[Example],
     *,

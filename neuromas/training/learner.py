@@ -5,6 +5,7 @@ one, such as a service that trains, is any class with these methods.
 """
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,7 @@ from neuromas.model.policy import Policy
 from neuromas.rollout.network import Diverged
 from neuromas.training import reinforce
 from neuromas.training.reinforce import Credits
+from neuromas.types import Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +109,45 @@ class TorchLearner:
             loss_sum += loss.item()
             gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
         self.bank.drop_gradients(learning)
-        grad_norms = self.bank.clip_grad_norms(config.max_grad_norm)
-        if not math.isfinite(sum((loss_sum, gap, *grad_norms.values()))):
-            raise Diverged(f"the loss is {loss_sum:g}, the largest gradient norm {max(grad_norms.values(), default=0.0):g}")
+        grad_norms = self._step(loss_sum, gap, lr)
+        entropy = entropy_sum / sum(len(c.sample.logprobs) for c, _ in batch.completions) if config.entropy_coef else None
+        return Update(loss_sum, gap, grad_norms, entropy, largest if weighs else None)
+
+    def imitate(self, texts: Sequence[Completion], *, lr: float) -> dict[int, float]:
+        """Do one supervised update: each adapter learns its own nodes' texts, whichever version of it wrote them.
+
+        The loss of an adapter is the mean of -log p over all sampled tokens of its texts, as in supervised finetuning; what
+        was read, and what a text was begun by, is not learned. Returns that mean, before the update, by index of the adapter;
+        Diverged if a number is not finite, before anything is changed.
+        """
+        policy, config = self.policy, self.config
+        own = sorted(((policy.routing.adapter_of(text.node), text) for text in texts), key=lambda item: item[0])
+        tokens = Counter[int]()
+        for adapter, text in own:
+            tokens[adapter] += len(text.sample.logprobs)
+        weighted = tuple((text, 1.0 / tokens[adapter]) for adapter, text in own)
+        batch = reinforce.Batch(weighted, 1, policy.routing, temperature=1.0)
+        found: dict[int, float] = defaultdict(float)
+        at_once = config.tokens_per_micro_batch or policy.backbone.tokens_per_micro_batch
+        for micro_batch in batch.split(at_once, policy.backbone.device):
+            logprobs_K = policy.logprobs(micro_batch.rows)
+            reinforce.loss(logprobs_K, micro_batch.advantages_K, batch.num_rollouts).backward()
+            rows = micro_batch.rows
+            adapters_K = rows.node_of_row_B[rows.suffixes.row_T[rows.sampled_K]]
+            parts_K = logprobs_K.detach() * micro_batch.advantages_K
+            for adapter in adapters_K.unique().tolist():
+                found[adapter] -= parts_K[adapters_K == adapter].sum().item()
+        self._step(sum(found.values()), 0.0, lr)
+        return dict(found)
+
+    def _step(self, loss: float, gap: float, lr: float) -> dict[int, float]:
+        """Clip the gradients, do an optimizer step, and return the norms before."""
+        grad_norms = self.bank.clip_grad_norms(self.config.max_grad_norm)
+        if not math.isfinite(sum((loss, gap, *grad_norms.values()))):
+            raise Diverged(f"the loss is {loss:g}, the largest gradient norm {max(grad_norms.values(), default=0.0):g}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.bank.version += 1
-        entropy = entropy_sum / sum(len(c.sample.logprobs) for c, _ in batch.completions) if config.entropy_coef else None
-        return Update(loss_sum, gap, grad_norms, entropy, largest if weighs else None)
+        return grad_norms

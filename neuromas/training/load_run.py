@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neuromas.rollout.network import Network
+from neuromas.rollout.society import Society
 from neuromas.tasks import Task
 from neuromas.training import checkpoint
 from neuromas.training.growth_schedule import GrowthSchedule
 from neuromas.training.questions import open_run
 from neuromas.training.run_directory import RunDirectory
-from neuromas.training.setup import build_network
+from neuromas.training.setup import build_network, build_society
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,23 @@ def load_network(run: RunDirectory, *, untrained: bool = False, best: bool = Fal
     """Return the network of a run's newest checkpoint, or of its `best`, and its step, or the one before training and 0."""
     # A run trained on a GPU answers on a machine without one.
     network = build_network(dataclasses.replace(run.config, device="auto"))
+    if not untrained:
+        GrowthSchedule(network, run.config.growths()).restore(run.step)
+    return network, _load(run, network, untrained, best)
+
+
+def load_society(run: RunDirectory, *, untrained: bool = False, best: bool = False) -> tuple[Society, int]:
+    """Return a society and its iteration, as `load_network` does a network."""
+    society = build_society(dataclasses.replace(run.config, device="auto"))
+    return society, _load(run, society, untrained, best)
+
+
+def _load(run: RunDirectory, into: Network | Society, untrained: bool, best: bool) -> int:
+    """Load the adapters of a checkpoint and return its step."""
     if untrained:
-        return network, 0
-    GrowthSchedule(network, run.config.growths()).restore(run.step)
-    state = checkpoint.load(run, network.adapters)
+        return 0
+    state = checkpoint.load(run, into.adapters)
     assert state is not None
-    run.check_backbone(network.backbone.checksum(), state.backbone_checksum)
+    run.check_backbone(into.backbone.checksum(), state.backbone_checksum)
     # The best is kept of the network as it is last.
-    return network, checkpoint.load_best(run, network.adapters) if best else state.step
+    return checkpoint.load_best(run, into.adapters) if best else state.step

@@ -41,9 +41,11 @@ class Progress:
 
     def step(self, steps: int, metrics: Mapping[str, float], sampled_tokens: int, warnings: Iterable[str] = ()) -> None:
         """Show that `steps` steps are done, in which the nodes have sampled so many tokens, and the warnings that hold."""
+        # A debate has no messages.
+        faults = f" faults {metrics['message_fault/frac']:.0%}" if "message_fault/frac" in metrics else ""
         text = (
-            f"reward {metrics['reward/mean']:.2f} parsed {metrics['answer_parsed/frac']:.0%} "
-            f"faults {metrics['message_fault/frac']:.0%} {metrics['sampled_tokens_per_second/mean']:,.0f} tok/s"
+            f"reward {metrics['reward/mean']:.2f} parsed {metrics['answer_parsed/frac']:.0%}{faults} "
+            f"{metrics['sampled_tokens_per_second/mean']:,.0f} tok/s"
             + "".join(f"  ! {one_line(warning)}" for warning in warnings)
         )
         if "validation/accuracy/mean" in metrics:

@@ -10,6 +10,7 @@ from neuromas.graph.topology import Topology
 from neuromas.model.adapters import require_memory
 from neuromas.model.backbone import Backbone
 from neuromas.rollout.network import Network
+from neuromas.rollout.society import Society
 from neuromas.rollout.torch_engine import MAX_ROWS
 from neuromas.tasks import from_config
 from neuromas.training.learner import Learner, TorchLearner
@@ -40,7 +41,12 @@ def set_up(plan: Plan) -> Setup:
 
 
 def build_network(config: TrainConfig, topology: Topology | None = None) -> Network:
-    """Return the network of a config as it starts."""
+    """Return the network of a config as it starts; ValueError if that is a society."""
+    if config.society.rounds:
+        raise ValueError(
+            "these settings are a society's (society.rounds), which debates and is no network: `neuromas finetune` trains it, "
+            "`neuromas eval` scores it"
+        )
     backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
     return Network(
         topology or config.topology.build(), backbone, adapter=config.adapter, max_new_tokens=config.max_new_tokens,
@@ -48,7 +54,16 @@ def build_network(config: TrainConfig, topology: Topology | None = None) -> Netw
     )  # fmt: skip
 
 
-def check_memory(config: TrainConfig, network: Network, nodes: int) -> None:
+def build_society(config: TrainConfig) -> Society:
+    """Return the society of a config as it starts."""
+    backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
+    return Society(
+        config.society, config.topology.build(), backbone, read=from_config(config.task).parse_answer, adapter=config.adapter,
+        max_new_tokens=config.max_new_tokens, seed=config.seed, prompt=config.prompt,
+    )  # fmt: skip
+
+
+def check_memory(config: TrainConfig, network: Network | Society, nodes: int) -> None:
     """Raise ValueError if training would need more memory than there is: before it, not in the midst of it."""
     bank, rollouts = network.adapters, config.examples_per_step * config.group_size
     trainable = (1 if config.adapter.shared else nodes) * bank.rank * bank.parameters_per_rank

@@ -25,14 +25,14 @@ class Stop:
 
 
 @contextmanager
-def stop_signals(tell: Callable[[str], None]) -> Iterator[Stop]:
+def stop_signals(tell: Callable[[str], None], how: str = "stopping as soon as this step is saved") -> Iterator[Stop]:
     """Turn the first Ctrl-C or SIGTERM into a request, and tell so; a second one ends the program at once."""
     stop = Stop()
 
     def ask(number: int, _frame: object) -> None:
         stop.asked = True
         signal.signal(number, stop._handlers[number])
-        tell("stopping as soon as this step is saved; once more stops at once, without saving it")
+        tell(f"{how}; once more stops at once, without saving it")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         stop._handlers[number] = signal.signal(number, ask)

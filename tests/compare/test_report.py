@@ -291,6 +291,27 @@ def test_both_pages_show_the_same_and_need_no_network(rivals: dict[str, Rival], 
     assert "The <b>team</b> \\| all" in text
 
 
+def test_iterations_of_finetuning_are_a_table_and_a_picture(rivals: dict[str, Rival], tmp_path: Path) -> None:
+    names = ("first_accuracy", "consensus", "different_texts", "distinct_bigrams", "nll_own")
+    changed = {
+        ("team", seed): replace(
+            result(tmp_path, "team", seed),
+            iterations=[
+                {"iteration": number, "accuracy": right / 4, "floor": 0.5, **dict.fromkeys(names, 0.5), "nll_other": None,
+                 "right": {f"q{i}": float(i < right) for i in range(4)}}
+                for number, right in enumerate((1, 2, 3))
+            ],
+        )
+        for seed in (0, 1, 2)
+    }  # fmt: skip
+    page, text = pages(run_all(tmp_path, changed), tmp_path)
+    assert "Accuracy and diversity against iterations" in page
+    rows = re.findall(
+        r"^\| The <b>team</b> \\\| all \| (\d) \| (\S+) \(.*\| 0: \S+, 1: \S+, 2: \S+ \| (\S+) ", text, re.MULTILINE
+    )
+    assert rows == [("0", "25.0", "-"), ("1", "50.0", "-"), ("2", "75.0", "+25.0")]
+
+
 def test_the_same_data_make_the_same_page(rivals: dict[str, Rival], tmp_path: Path) -> None:
     assert pages(run_all(tmp_path), tmp_path) == pages(run_all(tmp_path), tmp_path)
 

@@ -4,6 +4,7 @@ from neuromas.compare.methods import (
     at_grpo,
     collm,
     debate,
+    finetuned,
     gptswarm,
     macnet,
     marft,
@@ -19,7 +20,7 @@ from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurveP
 
 _FILES = (
     sampling, self_refine, self_check, debate, mixture, pipeline, macnet, gptswarm, tree_of_thoughts,
-    collm, marft, at_grpo, networks,
+    collm, marft, at_grpo, networks, finetuned,
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}

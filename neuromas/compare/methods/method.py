@@ -64,6 +64,8 @@ class CellResult:
     """Training steps done before the best validation."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The resolved settings of this cell."""
+    iterations: list[dict[str, Any]] = field(default_factory=list)
+    """What a society was measured to be before its first iteration of finetuning and after each."""
 
 
 @runtime_checkable

@@ -1,0 +1,174 @@
+"""What societies become over the iterations of finetuning: accuracy and diversity on the same validation questions."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neuromas.compare import figures, statistics
+from neuromas.training.finetune import read_iterations
+from neuromas.training.run_directory import RunDirectory
+
+MEASURES = {
+    "first_accuracy": "first answers right",
+    "consensus": "consensus",
+    "different_texts": "different texts",
+    "distinct_bigrams": "distinct bigrams",
+    "nll_own": "-log p, own",
+    "nll_other": "-log p, other agents",
+}
+"""Measures of `neuromas.training.diversity` with their names in tables."""
+SHARES = ("first_accuracy", "consensus", "different_texts", "distinct_bigrams")
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """One method after some iterations, over its seeds."""
+
+    iteration: int
+    accuracy: float
+    low: float
+    """Lower end of the 95% interval over questions and runs; over questions alone where there is one run."""
+    high: float
+    by_seed: dict[int, float]
+    since_first: statistics.Estimate | None
+    """Change of the accuracy since the first iteration, on the same questions; None at and before it."""
+    measures: dict[str, list[float]]
+    """Each of MEASURES by seed; empty where no seed has it."""
+
+
+def iterations_of(measured: Sequence[dict[str, Any]]) -> list[Iteration]:
+    """Return the iterations of a method from what its runs have measured: those that all its seeds have."""
+    by_seed: dict[int, dict[int, dict[str, Any]]] = {}
+    for each in measured:
+        by_seed.setdefault(each["seed"], {})[each["iteration"]] = each
+    if not by_seed:
+        return []
+    done = sorted(set.intersection(*(set(of_seed) for of_seed in by_seed.values())))
+    tables = {number: _table([of_seed[number] for of_seed in by_seed.values()]) for number in done}
+    found = []
+    for number in done:
+        table = tables[number]
+        low, high = statistics.share_interval(table)
+        runs = [of_seed[number] for of_seed in by_seed.values()]
+        accuracies = {seed: of_seed[number]["accuracy"] for seed, of_seed in by_seed.items()}
+        found.append(
+            Iteration(
+                number, float(table.mean()), low, high, accuracies,
+                statistics.crossed_estimate(table - tables[1]) if number > 1 and 1 in tables else None,
+                {name: [run[name] for run in runs if run[name] is not None] for name in MEASURES},
+            )
+        )  # fmt: skip
+    return found
+
+
+def _table(runs: Sequence[dict[str, Any]]) -> statistics.Table:
+    """Return the rewards of runs on the questions, which are the same and in the same order in all of them."""
+    return np.array([list(run["right"].values()) for run in runs], dtype=float)
+
+
+def rows_of(title: str, iterations: Sequence[Iteration]) -> list[list[str]]:
+    """Return the rows of a table: one for each iteration."""
+    return [
+        [
+            title, str(each.iteration), f"{100 * each.accuracy:.1f} ({100 * each.low:.1f} to {100 * each.high:.1f})",
+            ", ".join(f"{seed}: {100 * accuracy:.1f}" for seed, accuracy in each.by_seed.items()), _change(each.since_first),
+            *(_mean(name, each.measures[name]) for name in MEASURES),
+        ]
+        for each in iterations
+    ]  # fmt: skip
+
+
+COLUMNS = ("method", "iteration", "accuracy (95%)", "by seed", "since iteration 1 (95%)", *MEASURES.values())
+
+
+def _change(estimate: statistics.Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    low, high = estimate.interval()
+    return f"{100 * estimate.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _mean(name: str, values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    scale, digits = (100, 1) if name in SHARES else (1, 3)
+    text = f"{scale * float(np.mean(values)):.{digits}f}"
+    spread = f" ({scale * min(values):.{digits}f} to {scale * max(values):.{digits}f})" if len(values) > 1 else ""
+    return text + spread
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as a Markdown table."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+NOTE = (
+    "Shares in percent, -log p in nats a token. Measured on the same validation questions, before the first iteration (0) and "
+    "after each; intervals of accuracies are over questions and runs, ranges of measures over seeds."
+)
+
+
+def write_run_report(run: RunDirectory) -> Path:
+    """Write what a run has measured as iterations.md and iterations.svg into its folder; return the path of the page."""
+    seed, page = run.config.seed, run.path / "iterations.md"
+    measured = [{"seed": seed, **each} for each in read_iterations(run)]
+    title = f"{run.config.task.name}, widths {'-'.join(map(str, run.config.topology.widths))}"
+    if not measured:
+        page.write_text(f"# {title}\n\nNothing was validated (--eval-every, or the task has no validation questions).\n")
+        return page
+    floor = measured[0]["floor"]
+    rows = rows_of("society", iterations_of(measured))
+    text = f"# {title}\n\nFloor {100 * floor:.1f}, n {len(measured[0]['right'])}. {NOTE}\n\n{markdown(rows)}\n"
+    page.write_text(text, encoding="utf-8")
+    problem = {"name": title, "scores": {"society": {"iterations": measured, "floor": floor}}}
+    data = {"methods": ["society"], "titles": {"society": {"title": "society", "trained": True}}, "problems": [problem]}
+    picture = iterations_picture(data)
+    assert picture is not None
+    (run.path / "iterations.svg").write_bytes(base64.b64decode(picture.partition(",")[2]))
+    return page
+
+
+def iterations_picture(data: figures.Data) -> str | None:
+    """Draw accuracy and diversity against the iteration, a row of panels for each problem; None if nothing was finetuned."""
+    problems = [p for p in data["problems"] if any(score["iterations"] for score in p["scores"].values())]
+    if not problems:
+        return None
+    shown = {"accuracy": "accuracy", "consensus": "consensus", "distinct_bigrams": "distinct bigrams",
+             "nll_other": "-log p, other agents"}  # fmt: skip
+    figure, axes = figures.make_panels(len(problems) * len(shown), len(shown), (figures.WIDTH, 0.8 + 2.4 * len(problems)))
+    lines: dict[str, Any] = {}
+    for row, problem in enumerate(problems):
+        for column, (name, label) in enumerate(shown.items()):
+            panel = axes[row * len(shown) + column]
+            for method, score in problem["scores"].items():
+                iterations = iterations_of(score["iterations"])
+                points = [(each.iteration, *_point(name, each)) for each in iterations if _point(name, each)]
+                if not points:
+                    continue
+                x, middle, low, high = zip(*points, strict=True)
+                style = figures.style_of(data, method)
+                (lines[figures.title_of(data, method)],) = panel.plot(x, middle, linewidth=1.3, markersize=4, **style)
+                panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            if name == "accuracy":
+                floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
+                panel.axhline(floors[0], **figures.FLOOR_STYLE) if floors else None
+                panel.set_ylabel(figures.name_of(problem), fontsize=8)
+            panel.set_title(label, fontsize=8.5)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.grid(alpha=0.25)
+    figure.supxlabel("iterations of finetuning", fontsize=9)
+    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    return figures.to_svg(figure)
+
+
+def _point(name: str, each: Iteration) -> tuple[float, float, float] | tuple[()]:
+    """Return middle and ends of what is drawn: the interval of the accuracy, the range over seeds of a measure."""
+    if name == "accuracy":
+        return each.accuracy, each.low, each.high
+    values = each.measures[name]
+    return (float(np.mean(values)), min(values), max(values)) if values else ()

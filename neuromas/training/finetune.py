@@ -1,0 +1,335 @@
+"""Multiagent finetuning: a society that learns, without labels, from what its debates agree on.
+
+Subramaniam, Du, Tenenbaum, Torralba, Li, Mordatch 2025, arXiv 2501.05707, algorithm 1. Differences: agents are adapters on one
+frozen backbone, not copies of it that are tuned whole; an agent reads its own last answer as text, not a history of all rounds;
+a critic learns its own answers of a dialogue, not its generation agent's first one too; texts are sampled without top_p.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import chain
+from typing import Any
+
+import torch
+
+from neuromas.rollout.network import Diverged
+from neuromas.rollout.society import Society
+from neuromas.system.files import damaged
+from neuromas.tasks import rewards_of
+from neuromas.training import checkpoint, diversity
+from neuromas.training.evaluate import EXAMPLES_AT_ONCE, Evaluation, evaluate
+from neuromas.training.learner import TorchLearner
+from neuromas.training.learning_rate import learning_rate
+from neuromas.training.ledger import Ledger, spending
+from neuromas.training.metrics import rollout_metrics
+from neuromas.training.plan import Plan
+from neuromas.training.progress import Progress
+from neuromas.training.pseudo_labels import Sets, collect, schedule
+from neuromas.training.reinforce import Credits
+from neuromas.training.run_directory import RunDirectory
+from neuromas.training.setup import build_society, check_memory
+from neuromas.training.signals import Stop, stop_signals
+from neuromas.training.watch import asked
+from neuromas.types import Completion, Example, Rollout
+
+ITERATIONS = "iterations.json"
+"""The file of a run that holds what is measured before the first iteration and after each."""
+FEW = 8
+"""Questions that are asked at once where a budget of tokens is nearly spent."""
+STOPPING = "stopping at the next break; the iteration in progress begins again with --resume"
+NETWORKS_OWN = ("signal/frac", "mixed_groups/frac", "dropped_text/frac", "message_fault/")
+"""Metrics of messages and of rewards in a group, which a debate does not have."""
+
+
+def iterate(finetuner: "Finetuner") -> dict[str, float]:
+    """Do one iteration; return its metrics, which are logged."""
+    started = time.perf_counter()
+    questions = finetuner.draw_questions()
+    debates = finetuner.debate(questions)
+    debated = time.perf_counter()
+    sets = finetuner.collect(debates)
+    metrics = finetuner.describe(debates, sets) | finetuner.tune(sets)
+    ended = time.perf_counter()
+    metrics["seconds/rollout/sum"], metrics["seconds/update/sum"] = debated - started, ended - debated
+    metrics["sampled_tokens_per_second/mean"] = metrics["sampled_tokens/sum"] / (ended - started)
+    return finetuner.finish_iteration(debates, metrics)
+
+
+def iterate_to_end(finetuner: "Finetuner", progress: Progress) -> None:
+    """Measure the society, then do the iterations that are left, each with a checkpoint."""
+    finetuner.measure_start()
+    while finetuner.step < finetuner.config.num_steps:
+        metrics = iterate(finetuner)
+        progress.step(finetuner.step, metrics, finetuner.ledger.sampled_tokens)
+        finetuner.save()
+        finetuner.leave_if_asked()
+    finetuner.check_frozen()
+
+
+def finetune(plan: Plan, run: RunDirectory) -> dict[str, dict[str, Evaluation]]:
+    """Finetune a society to its last iteration and return its scores, as `loop.train` does for a network."""
+    with finetuner_of(plan, run) as (finetuner, progress):
+        progress.note(f"run {run.path}: {finetuner.bank.trainable_parameters:,} trainable parameters")
+        scores = {"before": finetuner.evaluate_once("before")}
+        iterate_to_end(finetuner, progress)
+        scores["after"] = finetuner.evaluate_once("after")
+    return scores
+
+
+@contextmanager
+def finetuner_of(plan: Plan, run: RunDirectory) -> Iterator[tuple["Finetuner", Progress]]:
+    """Yield the finetuner of a run at its newest checkpoint, while the run directory is locked; raises as `loop.trainer_of`."""
+    run.check_files()
+    society = build_society(plan.config)
+    society.check_lengths([*plan.questions.training, *chain(*plan.questions.evaluation_sets.values())])
+    check_memory(plan.config, society, len(society.topology.nodes))
+    with run.locked():
+        run.initialise(plan.questions.task.held_out, plan.questions.checksums())
+        with Progress(plan.config.num_steps) as progress, stop_signals(progress.note, STOPPING) as stop:
+            finetuner = Finetuner(plan, society, run, progress, stop)
+            if finetuner.task.remark:
+                progress.note(finetuner.task.remark)
+            yield finetuner, progress
+
+
+class Finetuner:
+    """A run in progress: a society, and what is kept between iterations. A step of the run is an iteration."""
+
+    def __init__(self, plan: Plan, society: Society, run: RunDirectory, progress: Progress, stop: Stop) -> None:
+        self.config, self.society, self.run, self.progress, self.stop = plan.config, society, run, progress, stop
+        self.task, self.sets = plan.questions.task, plan.questions.evaluation_sets
+        self.bank, self.policy = society.adapters, society.policy
+        self.checksum = society.backbone.checksum()
+        state = checkpoint.load(run, self.bank)
+        if state:
+            run.check_backbone(self.checksum, state.backbone_checksum)
+        self.step = state.step if state else 0
+        self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
+        run.forget_after(self.step)
+        validates = self.config.eval_every > 0 and self.task.has("validation")
+        self.validation = self.task.examples("validation", self.config.validation_size) if validates else []
+        scored = {example.id for examples in self.sets.values() for example in examples}
+        # What is scored chooses nothing.
+        self.chooses = not any(example.id in scored for example in self.validation)
+        best = run.best()
+        self.best_accuracy = best[1]["validation_accuracy"] if best else -1.0
+        # A killed run may have measured what it has not saved.
+        self.measured = [measured for measured in read_iterations(run) if measured["iteration"] <= self.step]
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        return self.config.tokens_per_micro_batch or self.policy.backbone.tokens_per_micro_batch
+
+    def leave_if_asked(self) -> None:
+        """Raise Interrupted if the user has asked to stop."""
+        self.stop.leave_if_asked(f"after {self.step} of {self.config.num_steps} iterations")
+
+    # What an iteration is made of, in order.
+
+    def draw_questions(self) -> list[Example]:
+        """Return the questions of the iteration."""
+        return self.task.training_batch(self.config.seed, self.step, self.config.examples_per_step)
+
+    def debate(self, questions: Sequence[Example]) -> list[Rollout]:
+        """Let the agents debate each question once, or, with a budget of tokens, let the agents answer until it is spent."""
+        if self.config.train_tokens:
+            return self._answer_to_budget(questions)
+        return self._pass(self.society, questions, EXAMPLES_AT_ONCE, self.config.seed, self.step)
+
+    def collect(self, debates: Sequence[Rollout]) -> Sets:
+        """Return what each agent learns from."""
+        return collect(self.society, self.task, debates, seed=(self.config.seed, self.step, "keeps"))
+
+    def tune(self, sets: Sets) -> dict[str, float]:
+        """Tune each adapter on its agents' sets, by AdamW that starts anew, and return the metrics of that."""
+        config, routing = self.config, self.policy.routing
+        own: dict[int, list[Completion]] = {}
+        for node, texts in sorted(sets.by_node().items()):
+            own.setdefault(routing.adapter_of(node), []).extend(texts)
+        each = max(1, config.society.batch // len(self.bank.nodes))
+        steps = max((-(-config.society.epochs * len(texts) // each) for texts in own.values()), default=0)
+        seed = (config.seed, self.step)
+        plans = {a: schedule(len(texts), config.society.epochs, steps, (*seed, a)) for a, texts in own.items()}
+        # The schedule of the learning rate is that of an iteration.
+        rates = replace(config, num_steps=max(1, steps), train_tokens=0)
+        learner, losses = TorchLearner(self.policy, config), []
+        for step in range(steps):
+            self.leave_if_asked()
+            texts = [own[adapter][index] for adapter, plan in plans.items() for index in plan[step]]
+            try:
+                found = learner.imitate(texts, lr=learning_rate(rates, step))
+            except Diverged as error:
+                raise self._diverged(error) from error
+            losses.append(sum(found.values()) / len(found))
+        self.ledger.optimizer_steps += steps
+        return {
+            "finetuning_steps/sum": float(steps),
+            **({"nll/first/mean": losses[0], "nll/last/mean": losses[-1]} if losses else {}),
+        }
+
+    def describe(self, debates: Sequence[Rollout], sets: Sets) -> dict[str, float]:
+        """Return the metrics of an iteration's debates and sets, and count what the debates have cost."""
+        groups = [(debate,) for debate in debates]
+        rewards = torch.tensor(rewards_of(self.task, [(debate.example, debate.answer) for debate in debates]))[:, None]
+        nobodys = Credits((), len(groups))
+        found = rollout_metrics(asked(self.task, groups, rewards), groups, rewards, nobodys, self.society.topology.output_node)
+        self.ledger.record(groups, updated=False)
+        kept = {
+            f"kept/{kind}/sum": float(sum(map(len, of_kind.values())))
+            for kind, of_kind in (
+                ("first_answers", sets.first_answers), ("corrections", sets.corrections), ("keeps", sets.keeps)
+            )
+        }  # fmt: skip
+        shown = {name: value for name, value in found.items() if not name.startswith(NETWORKS_OWN)}
+        return shown | kept | {"kept/right/frac": sets.right, "questions/sum": float(len(debates))}
+
+    def finish_iteration(self, debates: Sequence[Rollout], metrics: dict[str, float]) -> dict[str, float]:
+        """Measure the tuned society if that is due, and log the iteration; return all its metrics."""
+        step = self.step
+        self.step = step + 1
+        if self.validation and (self.step % self.config.eval_every == 0 or self.step == self.config.num_steps):
+            metrics |= {f"validation/{name}": value for name, value in self._measure().items()}
+            accuracy = metrics["validation/accuracy/mean"]
+            if self.chooses and accuracy > self.best_accuracy:
+                self.best_accuracy = accuracy
+                self.save(validation_accuracy=accuracy)
+        self.run.log_metrics(step, metrics)
+        self.run.log_rollouts(step, [_record(debate) for debate in debates])
+        return metrics
+
+    # What those need.
+
+    def _pass(self, society: Society, questions: Sequence[Example], at_once: int, *seed: int | str) -> list[Rollout]:
+        """Debate questions part by part, so that memory does not grow with their number."""
+        debates: list[Rollout] = []
+        for start in range(0, len(questions), at_once):
+            self.leave_if_asked()
+            if at_once == EXAMPLES_AT_ONCE:
+                self.progress.note(f"iteration {self.step + 1}: {start} of {len(questions)} questions debated")
+            part = questions[start : start + at_once]
+            try:
+                groups = society.rollout(part, 1, seed=seed, temperature=self.config.temperature)
+            except Diverged as error:
+                raise self._diverged(error) from error
+            debates += [group[0] for group in groups]
+        return debates
+
+    def _answer_to_budget(self, questions: Sequence[Example]) -> list[Rollout]:
+        """Let each agent answer all questions once, and then again and again, until the iteration's tokens are spent.
+
+        The last pass asks a few questions at a time, so that what is spent exceeds the budget by a few texts at most. What an
+        iteration spends too much, the next one spends less.
+        """
+        config, once = self.config, self.society.with_samples(1)
+        budget = config.train_tokens * (self.step + 1) // config.num_steps - self.ledger.sampled_tokens
+        written: list[list[Completion]] = [[] for _ in questions]
+        spent = of_pass = number = 0
+        while number == 0 or spent < budget:
+            at_once = EXAMPLES_AT_ONCE if number == 0 or budget - spent > of_pass else FEW
+            before = spent
+            for start in range(0, len(questions), at_once):
+                part = questions[start : start + at_once]
+                for index, debate in enumerate(self._pass(once, part, at_once, config.seed, self.step, "pass", number), start):
+                    written[index] += debate.completions
+                    spent += spending([(debate,)]).sampled_tokens
+                if number and spent >= budget:
+                    break
+            of_pass, number = spent - before, number + 1
+        return [self.society.voted(question, 0, texts) for question, texts in zip(questions, written, strict=True)]
+
+    def measure_start(self) -> None:
+        """Measure the society before the first iteration, unless that has been done."""
+        if self.validation and not self.measured and self.step == 0:
+            self._measure()
+
+    def _measure(self) -> dict[str, float]:
+        """Let the society debate the validation questions; keep what was measured, and return it as metrics."""
+        config = self.config
+        self.progress.note(f"iteration {self.step}: debating {len(self.validation)} validation questions")
+        try:
+            seen, groups = evaluate(
+                self.society, self.task, self.validation, temperature=config.temperature, seed=config.seed,
+                between=self.leave_if_asked,
+            )  # fmt: skip
+        except Diverged as error:
+            raise self._diverged(error) from error
+        debates = [group[0] for group in groups]
+        found = diversity.measure(self.society, self.task, debates, tokens_per_micro_batch=self.tokens_per_micro_batch)
+        rewards = rewards_of(self.task, [(debate.example, debate.answer) for debate in debates])
+        right = dict(zip((debate.example.id for debate in debates), rewards, strict=True))
+        measured = {"iteration": self.step, "sampled_tokens": self.ledger.sampled_tokens, **asdict(found)}
+        self.measured = [*self.measured, measured | {"accuracy": seen.accuracy, "floor": seen.floor, "right": right}]
+        self.run.write_json(ITERATIONS, self.measured)
+        if self.step == 0:
+            self.progress.note(f"before the first iteration, validation: {seen}")
+        named = {
+            "accuracy/mean": seen.accuracy, "low/value": seen.low, "high/value": seen.high, "floor/value": seen.floor,
+            "first_answers/accuracy/mean": found.first_accuracy, "consensus/mean": found.consensus,
+            "different_texts/frac": found.different_texts, "distinct_bigrams/mean": found.distinct_bigrams,
+            "nll_own/mean": found.nll_own, "nll_other/mean": found.nll_other,
+        }  # fmt: skip
+        return {name: value for name, value in named.items() if value is not None}
+
+    def evaluate_once(self, when: str) -> dict[str, Evaluation]:
+        """Score every evaluation set by debate and vote, and store it; a resumed run reads what it has already measured."""
+        stored = {moment: self.run.scores(moment) for moment in ("before", "after")}
+        results: dict[str, Evaluation] = {}
+        for name, examples in self.sets.items():
+            if name in stored[when]:
+                results[name] = Evaluation.from_json(stored[when][name], str(self.run.path / "evaluation.json"))
+                continue
+            if when == "before" and self.step:
+                continue
+            self.progress.note(f"scoring {when} finetuning on {name}: {len(examples)} questions")
+            try:
+                results[name], groups = evaluate(
+                    self.society, self.task, examples, temperature=self.config.temperature, seed=self.config.seed,
+                    between=self.leave_if_asked,
+                )  # fmt: skip
+            except Diverged as error:
+                raise self._diverged(error) from error
+            self.run.log_rollouts(self.step, [_record(group[0], split=name) for group in groups])
+            stored[when][name] = results[name].to_json()
+            self.run.write_json("evaluation.json", stored)
+            self.progress.note(f"{when} finetuning, {name}: {results[name]}")
+        return results
+
+    def save(self, *, validation_accuracy: float | None = None) -> None:
+        """Save adapters and ledger; the optimizer begins anew in each iteration, so there is nothing to keep of it."""
+        state = checkpoint.State(
+            self.step, 0.0, self.checksum, self.ledger, topology=self.society.topology, validation_accuracy=validation_accuracy
+        )
+        checkpoint.save(self.run, self.bank, TorchLearner(self.policy, self.config), state)
+
+    def check_frozen(self) -> None:
+        """Raise RuntimeError if a weight of the backbone is not what it was."""
+        if (found := self.society.backbone.checksum()) != self.checksum:
+            raise RuntimeError(f"finetuning changed the frozen backbone: checksum {self.checksum} became {found}")
+
+    def _diverged(self, error: Diverged) -> ValueError:
+        return ValueError(
+            f"--run-dir {self.run.path}: iteration {self.step + 1}: {error}. Finetuning has diverged and is stopped. Start "
+            "again, in another --run-dir, with a lower --lr"
+        )
+
+
+def read_iterations(run: RunDirectory) -> list[dict[str, Any]]:
+    """Return what a run has measured before its first iteration and after each; ValueError if the file is damaged."""
+    found = run.read_json(ITERATIONS, list) or []
+    if not all(isinstance(measured, dict) and isinstance(measured.get("iteration"), int) for measured in found):
+        raise damaged(run.path / ITERATIONS, "an entry is no iteration")
+    return found
+
+
+def _record(debate: Rollout, split: str = "train") -> dict[str, Any]:
+    """Return a debate as a JSON-ready record: who wrote what, in order."""
+    return {
+        "split": split,
+        "example": debate.example.id,
+        "question": debate.example.question,
+        "gold": debate.example.answer,
+        "texts": [[completion.node, completion.text] for completion in debate.completions],
+        "answer": debate.answer,
+    }
