@@ -132,8 +132,7 @@ class RunDirectory:
         """Raise ValueError if a file that a run goes on from is damaged: asked before anything is written."""
         self.held_out()
         self.scores("after")
-        self.read_json("growth.json", list)
-        _ = self.first_step, self._started_with
+        _ = self.read_json("growth.json", list), self.first_step, self._started_with
 
     def held_out(self) -> frozenset[str]:
         """Return the ids of the examples that training never draws."""
@@ -214,8 +213,7 @@ class RunDirectory:
     @property
     def step(self) -> int:
         """Training steps done by the newest checkpoint, 0 if there is none."""
-        folders = self.checkpoints()
-        return _step_of(folders[-1]) if folders else 0
+        return max(map(_step_of, self.checkpoints()), default=0)
 
     def checkpoints(self) -> list[Path]:
         """Return complete checkpoints, oldest first."""
@@ -332,6 +330,9 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, int | float]]:
         return [record for _, record in self._read_lines("metrics.jsonl")]
+
+    def rollouts(self) -> list[dict[str, Any]]:
+        return [record for _, record in self._read_lines("rollouts.jsonl")]
 
     def _append(self, name: str, *records: Mapping[str, Any]) -> None:
         with self._writing(name), (self.path / name).open("a", encoding="utf-8") as file:

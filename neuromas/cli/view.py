@@ -1,0 +1,42 @@
+"""`neuromas view`: make a page that shows what the nodes of one or several runs say."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from neuromas.cli.flags import parse_flags
+from neuromas.system.files import require_writable
+from neuromas.training.questions import open_run
+from neuromas.view.page import build_page, check_out, write_page
+from neuromas.view.recorded import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewArguments:
+    """Write one HTML file that shows what the nodes of runs of one task say before and after training, and how they learned."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the runs; several are shown side by side."""
+    out: Path | None = None
+    """The page. None: view.html in the folder of the first run."""
+    allow_code: bool = False
+    """Execute the Python file that holds the runs' task (class:FILE.py:CLASS)."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command `view`."""
+    parsed = parse_flags(ViewArguments, args, "view")
+    if not parsed.runs:
+        raise ValueError("RUN must be the folder of at least one run, got none")
+    records = [RunRecord(*open_run(path, untrained=True, allow_code=parsed.allow_code)) for path in parsed.runs]
+    out = parsed.out or parsed.runs[0] / "view.html"
+    check_out(out)
+    require_writable(out, "--out")
+    page = build_page(records)
+    write_page(out, page)
+    print(json.dumps({"page": str(out), "bytes": len(page)}) if parsed.json else f"{out}: {len(page) / 1e6:.1f} MB")

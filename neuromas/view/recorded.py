@@ -1,0 +1,183 @@
+"""What a run has recorded, as data for the page: its networks, scores, ledger, curves, and every rollout message by message.
+
+Loads no torch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from neuromas.graph import messages
+from neuromas.graph.growth import widths_of
+from neuromas.graph.topology import Topology
+from neuromas.rollout.voting import majority_vote
+from neuromas.system.files import damaged
+from neuromas.tasks import Task, rewards_of
+from neuromas.training.run_directory import RunDirectory
+from neuromas.types import Example, Message
+
+Json = dict[str, Any]
+TRAIN = "train"
+"""The split of rollouts that training learns from; all others are scored."""
+SCORE_PARTS = {"accuracy", "low", "high", "n", "floor", "parse_rate", "calls_per_answer", "tokens_per_answer"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A rollout as a run has recorded it; `when` is `before`, `after` or `train`."""
+
+    example: Example
+    split: str
+    when: str
+    step: int
+    index: int
+    reward: float
+    malformed: bool
+    """Whether a message did not arrive as it should, or the task could not read the answer."""
+    said: Json
+    """The messages and the answer, for the page."""
+
+
+class RunRecord:
+    """One run and its task."""
+
+    def __init__(self, run: RunDirectory, task: Task) -> None:
+        self.run, self.task = run, task
+        growths = run.config.growths()
+        self.stages: list[tuple[int, Topology]] = [(0, run.topology), *((g.at_step, g.grown) for g in growths)]
+        wording = run.config.prompt.build(bundled=run.config.backbone == "bundled")
+        self._headers_given = wording.begin_messages
+
+    def summary(self, label: str) -> Json:
+        """Return everything but the rollouts."""
+        config = self.run.config
+        return {
+            "label": label,
+            "task": config.task.name,
+            "backbone": config.backbone,
+            "seed": config.seed,
+            "num_steps": config.num_steps,
+            "stages": [
+                {
+                    "at_step": at_step,
+                    "widths": widths_of(topology),
+                    "layers": [[node, topology.layer(node)] for node in topology.nodes],
+                    "edges": [list(edge) for edge in topology.edges],
+                }
+                for at_step, topology in self.stages
+            ],
+            "scores": self._scores(),
+            "ledger": self._ledger(),
+            "curves": self._curves(),
+        }
+
+    def _scores(self) -> list[Json]:
+        found = []
+        for when in ("before", "after"):
+            for name, score in self.run.scores(when).items():
+                if not isinstance(score, dict) or not score.keys() >= SCORE_PARTS:
+                    raise damaged(self.run.path / "evaluation.json", "a score lacks a part")
+                found.append({"when": when, "set": name, **{part: score[part] for part in sorted(SCORE_PARTS)}})
+        return found
+
+    def _ledger(self) -> Json | None:
+        """Return what the run had spent at its newest checkpoint, None before the first one."""
+        if not self.run.checkpoints():
+            return None
+        # `newest` checks the checkpoint, and its ledger with it.
+        folder, _ = self.run.newest()
+        return self.run.read_json(f"checkpoints/{folder.name}/ledger.json", dict)
+
+    def _curves(self) -> Json:
+        records = self.run.metrics()
+        names = dict.fromkeys(name for record in records for name in record if name != "step")
+        return {
+            "steps": [record["step"] + 1 for record in records],
+            "series": {name: [_shortened(record.get(name)) for record in records] for name in names},
+        }
+
+    def rollouts(self) -> list[Recorded]:
+        """Return all rollouts in the order in which they were recorded; ValueError if the file is damaged or has none."""
+        path = self.run.path / "rollouts.jsonl"
+        records = self.run.rollouts()
+        if not records:
+            raise ValueError(f"{self.run.path} has no rollouts yet, so there is nothing to see; train it first")
+        try:
+            heard = [self._hear(record) for record in records]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(path, f"a rollout lacks a part: {error}") from error
+        # The rewards of evaluations are not recorded, only their mean.
+        unrewarded = [(example, said["answer"]["text"]) for record, (example, said) in zip(records, heard, strict=True)
+                      if "reward" not in record]  # fmt: skip
+        if unrewarded:
+            self.task.check_ready()
+        rewards = iter(rewards_of(self.task, unrewarded) if unrewarded else [])
+        return [
+            self._recorded(record, *of_record, reward=record["reward"] if "reward" in record else next(rewards))
+            for record, of_record in zip(records, heard, strict=True)
+        ]
+
+    def _recorded(self, record: Json, example: Example, said: Json, *, reward: float) -> Recorded:
+        split = record.get("split", TRAIN)
+        when = TRAIN if split == TRAIN else "after" if record["step"] > self.run.first_step else "before"
+        malformed = bool(record["faults"]) or said["answer"]["read"] is None
+        return Recorded(example, split, when, record["step"], record["rollout"], float(reward), malformed, said)
+
+    def _hear(self, record: Json) -> tuple[Example, Json]:
+        """Return the example of a record, and who said what to whom."""
+        texts = {int(node): str(text) for node, text in record["texts"].items()}
+        number, topology = self._network_of(texts.keys(), record["step"], record.get("split", TRAIN))
+        statuses = {(a, b): status for a, b, status in record["faults"]}
+        sent: list[list[Any]] = []
+        dropped: dict[int, str] = {}
+        for node in topology.nodes:
+            recipients = topology.recipients(node)
+            for message in (delivered := self._delivered(texts[node], node, recipients)):
+                status = statuses.get((node, message.recipient), "ok")
+                sent.append([node, message.recipient, message.text, status])
+            if recipients and not _holds_all(delivered, texts[node]):
+                dropped[node] = texts[node]
+        answering = [node for node in topology.nodes if not topology.recipients(node)]
+        spoken = [texts[node] for node in answering]
+        winner = majority_vote(spoken, self.task.parse_answer) if len(spoken) > 1 else 0
+        example = Example(record["example"], record["question"], record["gold"], self.task.answer_format)
+        answer = {"node": answering[winner], "text": spoken[winner], "read": self.task.parse_answer(spoken[winner])}
+        others = {node: text for node, text in zip(answering, spoken, strict=True) if node != answering[winner]}
+        return example, {"stage": number, "messages": sent, "answer": answer, "written": dropped | others}
+
+    def _network_of(self, nodes: Sequence[int] | Any, step: int, split: str) -> tuple[int, Topology]:
+        """Return the network in which just these nodes have spoken, the last one that the run had by this step."""
+        for number, (at_step, topology) in reversed(list(enumerate(self.stages))):
+            is_there = at_step <= step if split == TRAIN else at_step < step or not number
+            if is_there and set(topology.nodes) == set(nodes):
+                return number, topology
+        raise ValueError(f"nodes {sorted(nodes)} are those of no network that the run has had by step {step}")
+
+    def _delivered(self, text: str, sender: int, recipients: Sequence[int]) -> tuple[Message, ...]:
+        """Return the messages of a node's text, as they were delivered."""
+        given = [messages.header(recipient) for recipient in recipients] if self._headers_given else []
+        if given and text.startswith(given[0]):
+            return messages.deliver(list(_texts_after(text, given)), sender, recipients)
+        return messages.parse(text, sender, recipients)
+
+
+def _texts_after(text: str, headers: Sequence[str]) -> Iterator[str]:
+    """Yield the text after each of the headers that a node was given, of which each but the first begins a line."""
+    rest = text.removeprefix(headers[0])
+    for header in headers[1:]:
+        part, _, rest = rest.partition(f"\n{header}")
+        yield part
+    yield rest
+
+
+def _holds_all(delivered: Sequence[Message], text: str) -> bool:
+    """Say whether the messages hold all that a node wrote but their headers."""
+    written = text
+    for message in delivered:
+        written = written.replace(messages.header(message.recipient), " ").replace(message.text, " ", 1)
+    return not written.strip()
+
+
+def _shortened(value: float | None) -> float | None:
+    """Return a number with the digits that a picture shows."""
+    return None if value is None else float(f"{value:.6g}")
