@@ -1,6 +1,8 @@
 """`neuromas view`: make a page that shows what the nodes of one or several runs say."""
 
 import json
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from neuromas.training.questions import open_run
 from neuromas.view.page import build_page, check_out, write_page
 from neuromas.view.recorded import RunRecord
 
+WATCH_SECONDS = 2.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewArguments:
@@ -22,6 +26,8 @@ class ViewArguments:
     """Folders of the runs; several are shown side by side."""
     out: Path | None = None
     """The page. None: view.html in the folder of the first run."""
+    watch: bool = False
+    """Rewrite the page whenever a run has recorded more, until Ctrl-C; an open page loads itself again."""
     allow_code: bool = False
     """Execute the Python file that holds the runs' task (class:FILE.py:CLASS)."""
     json: bool = False
@@ -37,6 +43,22 @@ def run(args: Sequence[str]) -> None:
     out = parsed.out or parsed.runs[0] / "view.html"
     check_out(out)
     require_writable(out, "--out")
+    if parsed.watch:
+        _watch(records, out)
     page = build_page(records)
     write_page(out, page)
     print(json.dumps({"page": str(out), "bytes": len(page)}) if parsed.json else f"{out}: {len(page) / 1e6:.1f} MB")
+
+
+def _watch(records: Sequence[RunRecord], out: Path) -> None:
+    """Keep the page as new as the runs until Ctrl-C."""
+    seen = None
+    try:
+        while True:
+            if (state := [record.state() for record in records]) != seen:
+                write_page(out, build_page(records, watched=True))
+                print(f"{out}: rewritten; Ctrl-C ends this", file=sys.stderr)
+                seen = state
+            time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt:
+        return

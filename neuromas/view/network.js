@@ -5,7 +5,7 @@
 const NODE = { width: 74, height: 28 };
 const ANSWER = { width: 150, height: 30 };
 // The more edges lie side by side, the less room a message has; the transcript below has all of it.
-const LABELS = [[1, { width: 260, height: 46 }], [4, { width: 150, height: 46 }], [Infinity, { width: 104, height: 32 }]];
+const LABELS = [[1, { width: 260, height: 46 }], [4, { width: 120, height: 46 }], [Infinity, { width: 104, height: 32 }]];
 
 function layOut(stage, answering) {
   const graph = new dagre.graphlib.Graph();
@@ -19,7 +19,7 @@ function layOut(stage, answering) {
     graph.setEdge(String(sender), String(recipient), { ...label, labelpos: "c", minlen: layers.get(recipient) - layers.get(sender) });
   }
   graph.setEdge(String(answering), "answer", { width: 0, height: 0 });
-  dagre.layout(graph);
+  dagre.layout(graph, { disableOptimalOrderHeuristic: true }); // nodes in the order of their ids
   return graph;
 }
 

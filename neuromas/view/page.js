@@ -2,6 +2,7 @@
 
 // Starts the page, and reads keys and clicks.
 
+const QUIET_MILLISECONDS = 10_000;
 const TABS = ["messages", "curves", "scores"];
 
 function showTab(index) {
@@ -86,6 +87,13 @@ function readKey(index, event) {
   event.preventDefault();
 }
 
+// The command rewrites the file while the run trains; whoever is reading is left alone.
+function keepFresh() {
+  let touched = 0;
+  for (const event of ["keydown", "pointerdown", "wheel", "touchmove"]) addEventListener(event, () => (touched = performance.now()), { passive: true });
+  setInterval(() => { if (performance.now() - touched > QUIET_MILLISECONDS) location.reload(); }, QUIET_MILLISECONDS);
+}
+
 async function start() {
   if (!("DecompressionStream" in window)) throw new Error("this browser is too old for the page: it cannot unpack gzip (DecompressionStream)");
   const index = await readChunk(0);
@@ -95,6 +103,7 @@ async function start() {
   listen(index);
   await show(index);
   document.documentElement.dataset.ready = "yes";
+  if ("watched" in document.documentElement.dataset) keepFresh();
 }
 
 start().catch((error) => {

@@ -54,8 +54,11 @@ class Chunks:
         self._open, self._size = [], 0
 
 
-def build_page(records: Sequence[RunRecord]) -> bytes:
-    """Return the page of these runs; ValueError if they have different tasks, or one has no rollouts."""
+def build_page(records: Sequence[RunRecord], *, watched: bool = False) -> bytes:
+    """Return the page of these runs, which a browser loads again and again if it is `watched`.
+
+    Raises ValueError if they have different tasks, or one has no rollouts.
+    """
     first = records[0].run
     for record in records[1:]:
         if record.run.config.task.name != first.config.task.name:
@@ -69,7 +72,7 @@ def build_page(records: Sequence[RunRecord]) -> bytes:
     labels = _labels([record.run.path for record in records])
     runs = [record.summary(label) for record, label in zip(records, labels, strict=True)]
     index = json.dumps({"runs": runs, "examples": examples}, separators=(",", ":")).encode()
-    return _render(f"{first.config.task.name}: {', '.join(labels)}", [index, *chunks.full])
+    return _render(f"{first.config.task.name}: {', '.join(labels)}", [index, *chunks.full], watched=watched)
 
 
 def _examples(runs: Sequence[Sequence[Recorded]], chunks: Chunks) -> list[Json]:
@@ -107,7 +110,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return ["/".join(part[-length:]) for part in parts]
 
 
-def _render(title: str, chunks: Sequence[bytes]) -> bytes:
+def _render(title: str, chunks: Sequence[bytes], *, watched: bool) -> bytes:
     """Return the HTML file around the chunks."""
 
     def joined(names: Sequence[str]) -> str:
@@ -118,6 +121,7 @@ def _render(title: str, chunks: Sequence[bytes]) -> bytes:
     page = environment.get_template("page.html.jinja").render(
         begins=Markup(BEGINS.decode()),
         title=title,
+        watched=watched,
         script=Markup(script),
         style=Markup(style),
         script_checksum=_checksum(script),

@@ -19,6 +19,7 @@ from neuromas.types import Example, Message
 Json = dict[str, Any]
 TRAIN = "train"
 """The split of rollouts that training learns from; all others are scored."""
+RECORDED = ("metrics.jsonl", "rollouts.jsonl", "evaluation.json")
 SCORE_PARTS = {"accuracy", "low", "high", "n", "floor", "parse_rate", "calls_per_answer", "tokens_per_answer"}
 
 
@@ -47,6 +48,7 @@ class RunRecord:
         self.stages: list[tuple[int, Topology]] = [(0, run.topology), *((g.at_step, g.grown) for g in growths)]
         wording = run.config.prompt.build(bundled=run.config.backbone == "bundled")
         self._headers_given = wording.begin_messages
+        self._rewards: dict[tuple[str, str], float] = {}
 
     def summary(self, label: str) -> Json:
         """Return everything but the rollouts."""
@@ -96,6 +98,12 @@ class RunRecord:
             "series": {name: [_shortened(record.get(name)) for record in records] for name in names},
         }
 
+    def state(self) -> list[tuple[str, int]]:
+        """Return what changes whenever the run has recorded something new."""
+        logs = [path for name in RECORDED if (path := self.run.path / name).exists()]
+        # An old checkpoint may vanish at any time.
+        return [(path.name, path.stat().st_mtime_ns) for path in logs] + [(path.name, 0) for path in self.run.checkpoints()]
+
     def rollouts(self) -> list[Recorded]:
         """Return all rollouts in the order in which they were recorded; ValueError if the file is damaged or has none."""
         path = self.run.path / "rollouts.jsonl"
@@ -106,20 +114,21 @@ class RunRecord:
             heard = [self._hear(record) for record in records]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(path, f"a rollout lacks a part: {error}") from error
-        # The rewards of evaluations are not recorded, only their mean.
-        unrewarded = [(example, said["answer"]["text"]) for record, (example, said) in zip(records, heard, strict=True)
-                      if "reward" not in record]  # fmt: skip
-        if unrewarded:
-            self.task.check_ready()
-        rewards = iter(rewards_of(self.task, unrewarded) if unrewarded else [])
-        return [
-            self._recorded(record, *of_record, reward=record["reward"] if "reward" in record else next(rewards))
-            for record, of_record in zip(records, heard, strict=True)
-        ]
+        self._reward([each for record, each in zip(records, heard, strict=True) if "reward" not in record])
+        return [self._recorded(record, *of_record) for record, of_record in zip(records, heard, strict=True)]
 
-    def _recorded(self, record: Json, example: Example, said: Json, *, reward: float) -> Recorded:
+    def _reward(self, heard: Sequence[tuple[Example, Json]]) -> None:
+        """Find the rewards of evaluations, of which only the mean is recorded; each is asked for once."""
+        texts = {(example.id, said["answer"]["text"]): example for example, said in heard}
+        if asked := [(example, key[1]) for key, example in texts.items() if key not in self._rewards]:
+            self.task.check_ready()
+            rewards = rewards_of(self.task, asked)
+            self._rewards |= {(example.id, text): reward for (example, text), reward in zip(asked, rewards, strict=True)}
+
+    def _recorded(self, record: Json, example: Example, said: Json) -> Recorded:
         split = record.get("split", TRAIN)
         when = TRAIN if split == TRAIN else "after" if record["step"] > self.run.first_step else "before"
+        reward = record["reward"] if "reward" in record else self._rewards[example.id, said["answer"]["text"]]
         malformed = bool(record["faults"]) or said["answer"]["read"] is None
         return Recorded(example, split, when, record["step"], record["rollout"], float(reward), malformed, said)
 

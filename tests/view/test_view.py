@@ -188,3 +188,23 @@ def test_what_cannot_be_shown_is_one_error(call: Call, tmp_path: Path) -> None:
     assert_refused(
         call("view", path), r"rollouts.jsonl is damaged \(a rollout lacks a part: .*; restore it, or delete it to go on"
     )
+
+
+def test_a_watched_page_is_as_new_as_the_run(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = record_run(tmp_path / "r", [rollout(TWO, split="test")])
+    found: list[tuple[int, bool]] = []
+
+    def look_and_go_on(seconds: float) -> None:
+        html = (path / "view.html").read_bytes()
+        found.append((len(unpack(html)[0]["examples"]), b"data-watched>" in html))
+        if len(found) == 3:
+            raise KeyboardInterrupt
+        if len(found) == 1:
+            RunDirectory.open(path).log_rollouts(0, [rollout(TWO, reward=1.0)])
+
+    monkeypatch.setattr("time.sleep", look_and_go_on)
+    outcome = call("view", path, "--watch")
+    assert found == [(1, True), (2, True), (2, True)]
+    assert outcome.err.count("rewritten; Ctrl-C ends this") == 2
+    assert outcome.out == f"{path}/view.html: 0.1 MB\n"
+    assert b"data-watched>" not in (path / "view.html").read_bytes()
