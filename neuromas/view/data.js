@@ -40,7 +40,8 @@ function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
   for (const name of Object.keys(chosen)) {
     const text = given.get(name) ?? String(unchosen[name]);
-    chosen[name] = typeof unchosen[name] === "number" ? Number.parseInt(text, 10) || 0 : text;
+    const number = Number.parseInt(text, 10);
+    chosen[name] = typeof unchosen[name] !== "number" ? text : Number.isNaN(number) ? unchosen[name] : number;
   }
 }
 

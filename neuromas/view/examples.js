@@ -125,20 +125,14 @@ function standing(rollouts) {
   return right < 0 || wrong < 0 ? [0, 1] : [right, wrong];
 }
 
-async function openExample(index, example) {
-  const columns = example.runs.flatMap((rollouts, run) => standing(rollouts).map((pick) => ({ run, pick })));
-  current = { example, columns, steps: [] };
-  await readColumns(index);
-}
-
-async function readColumns(index) {
-  const { example, columns } = current;
-  await Promise.all(columns.map(async (column) => {
-    column.rollout = example.runs[column.run][column.pick];
-    column.said = await textsOf(column.rollout);
-    column.stage = index.runs[column.run].stages[column.said.stage];
+// Reads what columns of {run, pick} show. Nothing is taken back half read: meanwhile another example may have been chosen.
+async function readColumns(index, example, picked) {
+  const columns = await Promise.all(picked.map(async ({ run, pick }) => {
+    const rollout = example.runs[run][pick];
+    const said = await textsOf(rollout);
+    return { run, pick, rollout, said, stage: index.runs[run].stages[said.stage] };
   }));
-  current.steps = stepsOf(columns);
+  return { example, columns, steps: stepsOf(columns) };
 }
 
 // All edges of the networks shown, in the order in which messages flow, and the answer last, as [0, 0].
@@ -161,8 +155,13 @@ async function showMessages(index) {
   const example = shown.find(({ id }) => id === chosen.example);
   byId("example").hidden = !example;
   if (!example) return;
-  if (current?.example !== example) await openExample(index, example);
-  if (current.example === example && chosen.example === example.id) showExample(index);
+  if (current?.example !== example) {
+    const picked = example.runs.flatMap((rollouts, run) => standing(rollouts).map((pick) => ({ run, pick })));
+    const read = await readColumns(index, example, picked);
+    if (chosen.example !== example.id || chosen.set !== example.set) return;
+    current = read;
+  }
+  showExample(index);
 }
 
 function showExample(index) {
@@ -200,10 +199,12 @@ function columnHead(index, column) {
   select.setAttribute("aria-label", `Rollout of ${index.runs[run].label}`);
   fillSelect(select, rollouts.map((rollout, number) => [number, named(rollout)]), pick);
   select.onchange = async () => {
-    column.pick = Number(select.value);
-    await readColumns(index);
-    chosen.step = -1;
-    show(index);
+    const { example, columns } = current;
+    const picked = columns.map((other) => (other === column ? { run, pick: Number(select.value) } : other));
+    const read = await readColumns(index, example, picked);
+    if (current.example !== example) return;
+    current = read;
+    choose(index, { step: -1 });
   };
   const mark = element("span", { className: "mark" });
   mark.style.background = lineColor(run);

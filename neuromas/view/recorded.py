@@ -3,7 +3,7 @@
 Loads no torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,14 +106,12 @@ class RunRecord:
 
     def rollouts(self) -> list[Recorded]:
         """Return all rollouts in the order in which they were recorded; ValueError if the file is damaged or has none."""
-        path = self.run.path / "rollouts.jsonl"
         records = self.run.rollouts()
         if not records:
             raise ValueError(f"{self.run.path} has no rollouts yet, so there is nothing to see; train it first")
-        try:
-            heard = [self._hear(record) for record in records]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damaged(path, f"a rollout lacks a part: {error}") from error
+        if not all(map(_is_whole, records)):
+            raise damaged(self.run.path / "rollouts.jsonl", "a rollout lacks a part")
+        heard = [self._hear(record) for record in records]
         self._reward([each for record, each in zip(records, heard, strict=True) if "reward" not in record])
         return [self._recorded(record, *of_record) for record, of_record in zip(records, heard, strict=True)]
 
@@ -154,13 +152,14 @@ class RunRecord:
         others = {node: text for node, text in zip(answering, spoken, strict=True) if node != answering[winner]}
         return example, {"stage": number, "messages": sent, "answer": answer, "written": dropped | others}
 
-    def _network_of(self, nodes: Sequence[int] | Any, step: int, split: str) -> tuple[int, Topology]:
+    def _network_of(self, nodes: Set[int], step: int, split: str) -> tuple[int, Topology]:
         """Return the network in which just these nodes have spoken, the last one that the run had by this step."""
         for number, (at_step, topology) in reversed(list(enumerate(self.stages))):
             is_there = at_step <= step if split == TRAIN else at_step < step or not number
-            if is_there and set(topology.nodes) == set(nodes):
+            if is_there and set(topology.nodes) == nodes:
                 return number, topology
-        raise ValueError(f"nodes {sorted(nodes)} are those of no network that the run has had by step {step}")
+        fault = f"nodes {sorted(nodes)} are those of no network that the run has had by step {step}"
+        raise damaged(self.run.path / "rollouts.jsonl", fault)
 
     def _delivered(self, text: str, sender: int, recipients: Sequence[int]) -> tuple[Message, ...]:
         """Return the messages of a node's text, as they were delivered."""
@@ -168,6 +167,17 @@ class RunRecord:
         if given and text.startswith(given[0]):
             return messages.deliver(list(_texts_after(text, given)), sender, recipients)
         return messages.parse(text, sender, recipients)
+
+
+def _is_whole(record: Json) -> bool:
+    """Say whether a record of rollouts.jsonl has all parts; that it has a step and perhaps a split has been checked."""
+    parts = {"example": str, "question": str, "gold": str, "rollout": int, "texts": dict, "faults": list}
+    return (
+        all(isinstance(record.get(name), kind) for name, kind in parts.items())
+        and isinstance(record.get("reward", 0.0), int | float)
+        and all(node.isdecimal() and isinstance(text, str) for node, text in record["texts"].items())
+        and all(isinstance(fault, list) and list(map(type, fault)) == [int, int, str] for fault in record["faults"])
+    )
 
 
 def _texts_after(text: str, headers: Sequence[str]) -> Iterator[str]:

@@ -60,7 +60,8 @@ def run_that_learns(path: Path, *, says: str, **settings: object) -> Path:
 
 
 def test_an_example_is_stepped_through_before_and_after(page: Page, tmp_path: Path) -> None:
-    page.open(write_page(tmp_path / "one.html", run_that_learns(tmp_path / "r", says="start")))
+    path = write_page(tmp_path / "one.html", run_that_learns(tmp_path / "r", says="start"))
+    page.open(path)
     assert page.texts("#list .marks") == ["✗→✓", "✓→✓", "✗!→✗!"]
     assert page.text("#question") == "Is 2 even?"
     assert page.texts("figure .label") == ["start 0", "start 1"]
@@ -81,6 +82,14 @@ def test_an_example_is_stepped_through_before_and_after(page: Page, tmp_path: Pa
     page.press("k")
     page.press("k")
     assert page.text("#place") == "1 of 3"
+    # Another rollout in the second network, and keys faster than texts are read.
+    page.open(path, "#step=x&set=none&nodeRun=9")
+    page.ask("(select => { select.value = 0; select.onchange(); })(document.querySelectorAll('figure select')[1])")
+    page.settle()
+    assert page.texts("figure .label") == ["start 0", "start 0"]
+    page.ask("for (const key of 'jjkj') document.body.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }))")
+    page.settle()
+    assert page.text("#question") == "Is 6 even?"
 
 
 def test_filters_and_the_search_narrow_the_list(page: Page, tmp_path: Path) -> None:

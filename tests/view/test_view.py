@@ -90,7 +90,7 @@ def test_a_rollout_has_the_network_that_it_ran_through(tmp_path: Path) -> None:
         (0, [1, 1], [[1, 2]]), (1, [2, 1], [[1, 2], [3, 2]]),
     ]  # fmt: skip
     early = record_run(tmp_path / "early", [rollout(grown, reward=1.0)], num_steps=2, growth=growth)
-    with pytest.raises(ValueError, match=r"rollouts.jsonl is damaged \(a rollout lacks a part: nodes \[1, 2, 3\] are those"):
+    with pytest.raises(ValueError, match=r"rollouts.jsonl is damaged \(nodes \[1, 2, 3\] are those of no network"):
         heard(early)
 
 
@@ -183,11 +183,10 @@ def test_what_cannot_be_shown_is_one_error(call: Call, tmp_path: Path) -> None:
     assert_refused(call("view", path, "--out", path), r"--out .*r cannot be replaced: Is a directory$")
     assert_refused(call("view", path, "--out", tmp_path / "no/x.html"), r"--out .*x.html cannot be written: No such file")
     assert not (path / "view.html").exists()
-    with (path / "rollouts.jsonl").open("a") as file:
-        file.write('{"step": 0, "texts": {}}\n')
-    assert_refused(
-        call("view", path), r"rollouts.jsonl is damaged \(a rollout lacks a part: .*; restore it, or delete it to go on"
-    )
+    whole = rollout(TWO, reward=1.0)
+    for part in ({"texts": {"a": "b"}}, {"texts": []}, {"faults": [[1]]}, {"faults": None}, {"gold": 3}, {"reward": "x"}):
+        (path / "rollouts.jsonl").write_text(json.dumps(whole | part) + "\n")
+        assert_refused(call("view", path), r"rollouts.jsonl is damaged \(a rollout lacks a part\); restore it, or delete it")
 
 
 def test_a_watched_page_is_as_new_as_the_run(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
