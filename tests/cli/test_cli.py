@@ -25,9 +25,8 @@ CHAIN = ["--widths", "1", "1", "1"]
 
 
 def test_unknown_command(call: Call) -> None:
-    assert_refused(
-        call("trian"), r"^error: unknown command 'trian'; known are screen, train, grow, compare, eval, ask, show, tasks$"
-    )
+    known = "screen, train, finetune, grow, compare, eval, ask, show, view, tasks"
+    assert_refused(call("trian"), rf"^error: unknown command 'trian'; known are {known}$")
 
 
 @pytest.mark.parametrize(
