@@ -40,9 +40,11 @@ class Recorded:
 
 
 class RunRecord:
-    """One run and its task."""
+    """One run and its task; ValueError for a run that is no network."""
 
     def __init__(self, run: RunDirectory, task: Task) -> None:
+        if run.config.society.rounds:
+            raise ValueError(f"run {run.path} is a society that debates, and view draws networks: leave it out")
         self.run, self.task = run, task
         growths = run.config.growths()
         self.stages: list[tuple[int, Topology]] = [(0, run.topology), *((g.at_step, g.grown) for g in growths)]

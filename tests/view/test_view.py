@@ -13,6 +13,7 @@ from commands import Call, assert_refused
 from recorded_runs import SCORE, record_run, rollout
 
 from neuromas.config import GrowthConfig
+from neuromas.graph.society import SocietyConfig
 from neuromas.training.questions import open_run
 from neuromas.training.run_directory import RunDirectory
 from neuromas.view import page
@@ -176,6 +177,10 @@ def test_what_cannot_be_shown_is_one_error(call: Call, tmp_path: Path) -> None:
     other = record_run(tmp_path / "other", [rollout(TWO, reward=1.0)], task="boolean_expressions")
     message = r"r and .*other have different tasks, navigate and boolean_expressions, so no example is in both; give"
     assert_refused(call("view", path, other), message)
+    society = record_run(
+        tmp_path / "society", [], widths=(3,), vote=True, group_size=1, centring="none", society=SocietyConfig(rounds=2)
+    )
+    assert_refused(call("view", society), r"society is a society that debates, and view draws networks: leave it out$")
     note = tmp_path / "note.html"
     note.write_text("mine")
     assert_refused(call("view", path, "--out", note), r"--out .*note.html exists already and is no page of neuromas view; name")
