@@ -140,6 +140,7 @@ def row_by_row(case: Case, folder: Path) -> Iterator[tuple[Completion, float, in
         compute = plain_logprobs if case.policy.scope == "all" else suffix_logprobs
         for completion, advantage in case.batch().completions:
             if completion.node == node:
+                assert isinstance(advantage, float)
                 yield completion, advantage, index, compute(model, completion), parameters
 
 
