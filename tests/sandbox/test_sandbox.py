@@ -585,7 +585,8 @@ def test_a_sandbox_ends_with_its_owner() -> None:
 
 def test_an_interrupt_ends_a_batch_of_endless_programs(sandbox: Sandbox) -> None:
     code = (
-        "import sys\nfrom neuromas.sandbox import *\n"
+        # A shell starts what it puts in the background with this signal ignored, and that is inherited.
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom neuromas.sandbox import *\n"
         "with Sandbox(Limits(seconds=60), 2, sys.argv[1]) as sandbox:\n"
         "    sandbox.check([Program('def f(x): return 1', 'assert f(1) == 1', 'f')] * 2)\n"
         "    print('ready', flush=True)\n    sandbox.check([Program('while True: pass', 'f()', 'f')] * 50)"
