@@ -1,9 +1,11 @@
 """Debian's or any other Chromium without a window, led over a pipe by its DevTools protocol."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,14 +114,14 @@ def browser(profile: Path) -> Iterator[Page]:
     """Start a browser, and end it."""
     program = find_browser()
     assert program
-    (read, to), (back, write) = os.pipe(), os.pipe()
-    # It reads the protocol from descriptor 3 and writes to descriptor 4.
-    words = [program, *FLAGS, f"--user-data-dir={profile}"]
-    process = subprocess.Popen(
-        ["sh", "-c", f'exec "$@" 3<&{read} 4>&{write}', "sh", *words], pass_fds=(read, write), stderr=subprocess.DEVNULL
-    )
-    os.close(read)
-    os.close(write)
+    (low_read, to), (back, low_write) = os.pipe(), os.pipe()
+    # It reads the protocol from descriptor 3 and writes to descriptor 4, which neither end may be before.
+    read, write = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (low_read, low_write))
+    code = f"import os, sys; os.dup2({read}, 3); os.dup2({write}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+    words = [sys.executable, "-S", "-c", code, program, *FLAGS, f"--user-data-dir={profile}"]
+    process = subprocess.Popen(words, pass_fds=(read, write), stderr=subprocess.DEVNULL)
+    for end in (low_read, low_write, read, write):
+        os.close(end)
     page = None
     try:
         page = Page(to, back)
