@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neuromas.config import TrainConfig, defaults
+from neuromas.config import PRETRAINED, TrainConfig
 from neuromas.system.files import read_toml
 from neuromas.system.schema import from_dict, require
 
@@ -16,11 +16,11 @@ same, which the run directory checks."""
 
 
 def on_backbone(default: TrainConfig, backbone: str) -> TrainConfig:
-    """Return default settings on a backbone: what they leave as `TrainConfig` has it is as the backbone needs it."""
-    plain, own = TrainConfig(), defaults(backbone)
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    left = [name for name in names if getattr(default, name) == getattr(plain, name)]
-    return dataclasses.replace(default, **{name: getattr(own, name) for name in left})
+    """Return default settings on a backbone: what they leave as `TrainConfig` has it is as a pretrained one needs it."""
+    plain = TrainConfig()
+    own = {} if backbone == "bundled" else PRETRAINED
+    left = {name: value for name, value in own.items() if getattr(default, name) == getattr(plain, name)}
+    return dataclasses.replace(default, backbone=backbone, **left)
 
 
 def load_toml(path: Path, backbone: str | None = None, default: TrainConfig | None = None) -> TrainConfig:
