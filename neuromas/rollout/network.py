@@ -202,7 +202,7 @@ class Network:
 
     def _own_tokens_of(self, topology: Topology, node: int, example: Example) -> int:
         begins = self.wording.begins(topology.recipients(node), example.answer_format)
-        text = self.wording.render(topology, node, example, [])
+        text = "".join(self.wording.render(topology, node, example, []))
         headers = sum(len(self.policy.frame.end) + len(header) for header in self.policy.later_headers(begins))
         return len(self.policy.prompt("", text, begins=begins).suffix_ids) + headers
 
@@ -296,9 +296,9 @@ class _MessagePassing:
         rollout = self.rollouts[number]
         senders = rollout.neighbours.senders[node]
         inbox = [m for sender in senders for m in rollout.completions[sender].messages if m.recipient == node]
-        text = self.wording.render(rollout.neighbours.topology, node, rollout.example, inbox)
+        fixed, text = self.wording.render(rollout.neighbours.topology, node, rollout.example, inbox)
         begins = self.wording.begins(rollout.neighbours.recipients[node], rollout.example.answer_format)
-        prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders), begins=begins)
+        prompt = self.policy.prompt(rollout.example.question, text, fixed=fixed, begins=begins)
         # The number of rollouts that share this node's text.
         topology = rollout.neighbours.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1
