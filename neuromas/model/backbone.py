@@ -210,6 +210,11 @@ class Backbone:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def check_unchanged(self, checksum: str) -> None:
+        """Raise RuntimeError if a weight is not what it was when this checksum was taken."""
+        if (found := self.checksum()) != checksum:
+            raise RuntimeError(f"training changed the frozen backbone: its checksum was {checksum} and is {found}")
+
     def tokenize(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a part of a message."""
         return self._encode_text(text)

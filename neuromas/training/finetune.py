@@ -29,10 +29,11 @@ from neuromas.training.progress import Progress
 from neuromas.training.pseudo_labels import Sets, collect, schedule
 from neuromas.training.reinforce import Credits
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.scores import Validation, as_metrics, score_sets
 from neuromas.training.setup import build_society, check_memory
 from neuromas.training.signals import Stop, stop_signals
 from neuromas.training.watch import asked
-from neuromas.types import Completion, Example, Rollout
+from neuromas.types import Completion, Example, Group, Rollout
 
 ITERATIONS = "iterations.json"
 """The file of a run that holds what is measured before the first iteration and after each."""
@@ -65,7 +66,7 @@ def iterate_to_end(finetuner: "Finetuner", progress: Progress) -> None:
         progress.step(finetuner.step, metrics, finetuner.ledger.sampled_tokens)
         finetuner.save()
         finetuner.leave_if_asked()
-    finetuner.check_frozen()
+    finetuner.society.backbone.check_unchanged(finetuner.checksum)
 
 
 def finetune(plan: Plan, run: RunDirectory) -> dict[str, dict[str, Evaluation]]:
@@ -108,13 +109,7 @@ class Finetuner:
         self.step = state.step if state else 0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
         run.forget_after(self.step)
-        validates = self.config.eval_every > 0 and self.task.has("validation")
-        self.validation = self.task.examples("validation", self.config.validation_size) if validates else []
-        scored = {example.id for examples in self.sets.values() for example in examples}
-        # What is scored chooses nothing.
-        self.chooses = not any(example.id in scored for example in self.validation)
-        best = run.best()
-        self.best_accuracy = best[1]["validation_accuracy"] if best else -1.0
+        self.validation = Validation(self.config, self.task, self.sets, run)
         # A killed run may have measured what it has not saved.
         self.measured = [measured for measured in read_iterations(run) if measured["iteration"] <= self.step]
 
@@ -189,11 +184,10 @@ class Finetuner:
         """Measure the tuned society if that is due, and log the iteration; return all its metrics."""
         step = self.step
         self.step = step + 1
-        if self.validation and (self.step % self.config.eval_every == 0 or self.step == self.config.num_steps):
+        if self.validation.examples and (self.step % self.config.eval_every == 0 or self.step == self.config.num_steps):
             metrics |= {f"validation/{name}": value for name, value in self._measure().items()}
             accuracy = metrics["validation/accuracy/mean"]
-            if self.chooses and accuracy > self.best_accuracy:
-                self.best_accuracy = accuracy
+            if self.validation.is_best(accuracy):
                 self.save(validation_accuracy=accuracy)
         self.run.log_metrics(step, metrics)
         self.run.log_rollouts(step, [_record(debate) for debate in debates])
@@ -241,20 +235,13 @@ class Finetuner:
 
     def measure_start(self) -> None:
         """Measure the society before the first iteration, unless that has been done."""
-        if self.validation and not self.measured and self.step == 0:
+        if self.validation.examples and not self.measured and self.step == 0:
             self._measure()
 
     def _measure(self) -> dict[str, float]:
         """Let the society debate the validation questions; keep what was measured, and return it as metrics."""
-        config = self.config
-        self.progress.note(f"iteration {self.step}: debating {len(self.validation)} validation questions")
-        try:
-            seen, groups = evaluate(
-                self.society, self.task, self.validation, temperature=config.temperature, seed=config.seed,
-                between=self.leave_if_asked,
-            )  # fmt: skip
-        except Diverged as error:
-            raise self._diverged(error) from error
+        self.progress.note(f"iteration {self.step}: debating {len(self.validation.examples)} validation questions")
+        seen, groups = self._evaluate(self.validation.examples)
         debates = [group[0] for group in groups]
         found = diversity.measure(self.society, self.task, debates, tokens_per_micro_batch=self.tokens_per_micro_batch)
         rewards = rewards_of(self.task, [(debate.example, debate.answer) for debate in debates])
@@ -265,8 +252,7 @@ class Finetuner:
         if self.step == 0:
             self.progress.note(f"before the first iteration, validation: {seen}")
         named = {
-            "accuracy/mean": seen.accuracy, "low/value": seen.low, "high/value": seen.high, "floor/value": seen.floor,
-            "first_answers/accuracy/mean": found.first_accuracy, "consensus/mean": found.consensus,
+            **as_metrics(seen), "first_answers/accuracy/mean": found.first_accuracy, "consensus/mean": found.consensus,
             "different_texts/frac": found.different_texts, "distinct_bigrams/mean": found.distinct_bigrams,
             "nll_own/mean": found.nll_own, "nll_other/mean": found.nll_other,
         }  # fmt: skip
@@ -274,27 +260,20 @@ class Finetuner:
 
     def evaluate_once(self, when: str) -> dict[str, Evaluation]:
         """Score every evaluation set by debate and vote, and store it; a resumed run reads what it has already measured."""
-        stored = {moment: self.run.scores(moment) for moment in ("before", "after")}
-        results: dict[str, Evaluation] = {}
-        for name, examples in self.sets.items():
-            if name in stored[when]:
-                results[name] = Evaluation.from_json(stored[when][name], str(self.run.path / "evaluation.json"))
-                continue
-            if when == "before" and self.step:
-                continue
-            self.progress.note(f"scoring {when} finetuning on {name}: {len(examples)} questions")
-            try:
-                results[name], groups = evaluate(
-                    self.society, self.task, examples, temperature=self.config.temperature, seed=self.config.seed,
-                    between=self.leave_if_asked,
-                )  # fmt: skip
-            except Diverged as error:
-                raise self._diverged(error) from error
-            self.run.log_rollouts(self.step, [_record(group[0], split=name) for group in groups])
-            stored[when][name] = results[name].to_json()
-            self.run.write_json("evaluation.json", stored)
-            self.progress.note(f"{when} finetuning, {name}: {results[name]}")
-        return results
+        return score_sets(
+            self.run, self.sets, when, step=self.step, of="finetuning", measure=self._evaluate,
+            records=lambda groups, name: [_record(group[0], split=name) for group in groups], note=self.progress.note,
+        )  # fmt: skip
+
+    def _evaluate(self, examples: Sequence[Example]) -> tuple[Evaluation, list[Group]]:
+        """Let the society debate each question once and vote."""
+        config = self.config
+        try:
+            return evaluate(
+                self.society, self.task, examples, temperature=config.temperature, seed=config.seed, between=self.leave_if_asked
+            )
+        except Diverged as error:
+            raise self._diverged(error) from error
 
     def save(self, *, validation_accuracy: float | None = None) -> None:
         """Save adapters and ledger; the optimizer begins anew in each iteration, so there is nothing to keep of it."""
@@ -302,11 +281,6 @@ class Finetuner:
             self.step, 0.0, self.checksum, self.ledger, topology=self.society.topology, validation_accuracy=validation_accuracy
         )
         checkpoint.save(self.run, self.bank, TorchLearner(self.policy, self.config), state)
-
-    def check_frozen(self) -> None:
-        """Raise RuntimeError if a weight of the backbone is not what it was."""
-        if (found := self.society.backbone.checksum()) != self.checksum:
-            raise RuntimeError(f"finetuning changed the frozen backbone: checksum {self.checksum} became {found}")
 
     def _diverged(self, error: Diverged) -> ValueError:
         return ValueError(

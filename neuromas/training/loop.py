@@ -45,7 +45,7 @@ def train_to_end(trainer: Trainer, progress: Progress, stop: Stop) -> None:
         progress.step(trainer.step, metrics, trainer.ledger.sampled_tokens, trainer.watch.active.values())
         trainer.save_if_due(asked=stop.asked)
         stop.leave_if_asked(f"after step {trainer.step}")
-    trainer.check_frozen()
+    trainer.backbone.check_unchanged(trainer.checksum)
 
 
 def train(plan: Plan, run: RunDirectory, *, parent: RunDirectory | None = None) -> dict[str, dict[str, Evaluation]]:

@@ -24,6 +24,7 @@ from neuromas.training.metrics import rollout_metrics
 from neuromas.training.progress import Progress
 from neuromas.training.reinforce import Credits
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.scores import Validation, as_metrics, score_sets
 from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
 from neuromas.training.watch import Asked, Watch
@@ -59,14 +60,7 @@ class Trainer:
         self.sampled_from = -1
         """The step whose adapters have written finite numbers last."""
         run.forget_after(self.step)
-        self.validates = self.config.eval_every > 0 and self.task.has("validation")
-        if self.validates:
-            self.validation = self.task.examples("validation", self.config.validation_size)
-            scored = {example.id for examples in self.sets.values() for example in examples}
-            # What is scored chooses nothing.
-            self.chooses = not any(example.id in scored for example in self.validation)
-        best = run.best()
-        self.best_accuracy = best[1]["validation_accuracy"] if best else -1.0
+        self.validation = Validation(self.config, self.task, self.sets, run)
 
     def diverged(self, when: str, error: Diverged) -> ValueError:
         """Return what to say of a run whose numbers are no longer finite; no checkpoint that cannot answer stays."""
@@ -177,7 +171,7 @@ class Trainer:
         step = self.step
         self.step = step + 1
         self.growths.set_open_probability(self.step)
-        if self.validates and (self.step % self.config.eval_every == 0 or self.finished):
+        if self.validation.examples and (self.step % self.config.eval_every == 0 or self.finished):
             metrics |= self._validate()
         for text in self.watch.look(questions):
             self.tell(f"step {self.step}: {text}")
@@ -225,54 +219,34 @@ class Trainer:
         self.tell(describe(record))
 
     def _validate(self) -> dict[str, float]:
-        seen, _ = evaluate(self.network, self.task, self.validation)
+        seen, _ = evaluate(self.network, self.task, self.validation.examples)
         # The best of a run that grows is the best of what it has grown to.
         whole = self.growths.taken == len(self.growths.all) and self.network.open_probability == 1
-        if whole and self.chooses and seen.accuracy > self.best_accuracy:
-            self.best_accuracy = seen.accuracy
+        if whole and self.validation.is_best(seen.accuracy):
             self.save(validation_accuracy=seen.accuracy)
-        values = {
-            "accuracy/mean": seen.accuracy,
-            "low/value": seen.low,
-            "high/value": seen.high,
-            "floor/value": seen.floor,
-        }
-        return {f"validation/{name}": value for name, value in values.items()}
+        return {f"validation/{name}": value for name, value in as_metrics(seen).items()}
 
     def evaluate_once(self, when: str, progress: Progress, stop: Stop) -> dict[str, Evaluation]:
         """Score every evaluation set and store it; a resumed run reads what it has already measured."""
-        stored = {moment: self.run.scores(moment) for moment in ("before", "after")}
-        results: dict[str, Evaluation] = {}
-        for name, examples in self.sets.items():
-            if name in stored[when]:
-                results[name] = Evaluation.from_json(stored[when][name], str(self.run.path / "evaluation.json"))
-                continue
-            # A run that has grown begins where its parent ended.
-            if when == "before" and self.step != self.run.first_step:
-                continue
-            progress.note(f"scoring {when} training on {name}: {len(examples)} questions")
+
+        def measure(examples: list[Example]) -> tuple[Evaluation, list[Group]]:
             try:
-                results[name], groups = evaluate(
+                return evaluate(
                     self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training")
-                )  # fmt: skip
+                )
             except Diverged as error:
                 raise self.diverged(f"scoring {when} training", error) from error
-            self.run.log_rollouts(self.step, _records(groups, split=name))
-            stored[when][name] = results[name].to_json()
-            self.run.write_json("evaluation.json", stored)
-            progress.note(f"{when} training, {name}: {results[name]}")
-        return results
+
+        return score_sets(
+            self.run, self.sets, when, step=self.step, of="training", measure=measure,
+            records=lambda groups, name: _records(groups, split=name), note=progress.note,
+        )  # fmt: skip
 
     def save(self, *, validation_accuracy: float | None = None) -> None:
         state = checkpoint.State(
             self.step, self.running_mean, self.checksum, self.ledger, self.pace, self.network.topology, validation_accuracy
         )
         checkpoint.save(self.run, self.bank, self.learner, state, self.critic)
-
-    def check_frozen(self) -> None:
-        """Raise RuntimeError if a weight of the backbone is not what it was."""
-        if (found := self.backbone.checksum()) != self.checksum:
-            raise RuntimeError(f"training changed the frozen backbone: checksum {self.checksum} became {found}")
 
 
 def _records(groups: list[Group], rewards: list[list[float]] | None = None, split: str = "train") -> list[dict[str, Any]]:

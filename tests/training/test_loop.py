@@ -597,7 +597,7 @@ def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[st
     network, step = load_network(trainer.run, best=True)
     assert step == 2
     assert_bit_equal(dict(network.adapters.parameters()), at[2])
-    assert start(config, resume=True).best_accuracy == 0.5
+    assert start(config, resume=True).validation.best_accuracy == 0.5
 
 
 def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -607,14 +607,14 @@ def test_a_best_checkpoint_behind_the_last_save_comes_again(folders: dict[str, P
     train_step(trainer)
     trainer.save()
     train_step(trainer)
-    assert trainer.best_accuracy == 0.5
+    assert trainer.validation.best_accuracy == 0.5
     resumed = start(config, resume=True)
     # The run stands at step 1: what was best at step 2 has not happened, and what was best before counts again.
-    assert (resumed.step, resumed.best_accuracy) == (1, 0.25)
+    assert (resumed.step, resumed.validation.best_accuracy) == (1, 0.25)
     assert [folder.name for folder in (config.run_path / "checkpoints").glob("best-*")] == ["best-000001"]
     resumed.task.rewards = lambda pairs: [float(resumed.step) / 4] * len(pairs)
     train_step(resumed)
-    assert resumed.best_accuracy == 0.5
+    assert resumed.validation.best_accuracy == 0.5
     resumed.save()
     (best,) = (config.run_path / "checkpoints").glob("best-*")
     assert best.name == "best-000002"

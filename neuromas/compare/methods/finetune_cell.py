@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from neuromas.compare.methods.conversation import Answered
-from neuromas.compare.methods.converse import answer_in_parts, answers_of, majority_answer, settings_of
-from neuromas.compare.methods.method import Answer, CellResult, CellSpec
-from neuromas.compare.methods.train_cell import curve_of
+from neuromas.compare.methods.converse import answer_in_parts, answers_of, majority_answer
+from neuromas.compare.methods.method import CellResult, CellSpec
+from neuromas.compare.methods.train_cell import Answers, trained_cell
 from neuromas.config import TrainConfig
-from neuromas.training import checkpoint
 from neuromas.training.finetune import Finetuner, finetuner_of, iterate_to_end
 from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
@@ -24,26 +23,11 @@ def run_finetuned(name: str, config: TrainConfig, spec: CellSpec, folder: Path) 
     config = replace(config, run_dir=folder / "run")
     with finetuner_of(resolve(config), RunDirectory.find(config, resume=True)) as (finetuner, progress):
         iterate_to_end(finetuner, progress)
-        answers, best_answers, curve = answer(finetuner, spec), {}, curve_of(finetuner.run)
-        best_step = checkpoint.load_best(finetuner.run, finetuner.bank) if curve else None
-        if best_step is not None:
-            best_answers = answers if best_step == finetuner.step else answer(finetuner, spec)
-    return CellResult(
-        method=name,
-        task=finetuner.task.name,
-        seed=config.seed,
-        answers=answers,
-        trainable_parameters=finetuner.bank.trainable_parameters,
-        training=finetuner.ledger.to_json(),
-        curve=curve,
-        best_answers=best_answers,
-        best_step=best_step,
-        settings=settings_of(finetuner.config, evaluation_temperature=config.temperature, rank=finetuner.bank.rank),
-        iterations=finetuner.measured,
-    )
+        cell = trained_cell(name, finetuner, lambda: answer(finetuner, spec), evaluation_temperature=config.temperature)
+    return replace(cell, iterations=finetuner.measured)
 
 
-def answer(finetuner: Finetuner, spec: CellSpec) -> dict[str, tuple[Answer, ...]]:
+def answer(finetuner: Finetuner, spec: CellSpec) -> Answers:
     """Answer every set by one debate of each question."""
     task, config = finetuner.task, finetuner.config
 

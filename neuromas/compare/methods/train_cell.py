@@ -3,20 +3,26 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from neuromas.compare.methods.conversation import Answered
 from neuromas.compare.methods.converse import answer_in_parts, answers_of, majority_answer, settings_of
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint
 from neuromas.config import TrainConfig
+from neuromas.model.adapters import AdapterBank
 from neuromas.rollout.network import Network
 from neuromas.tasks import Task, from_config
 from neuromas.training import checkpoint
+from neuromas.training.ledger import Ledger
 from neuromas.training.loop import train_to_end, trainer_of
 from neuromas.training.plan import resolve
 from neuromas.training.questions import evaluation_sets
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import build_network
 from neuromas.types import Example
+
+Answers = dict[str, tuple[Answer, ...]]
+"""What was answered, by set of examples."""
 
 
 def answer_sets(
@@ -28,7 +34,7 @@ def answer_sets(
     temperature: float,
     seed: int,
     between: Callable[[], None] = lambda: None,
-) -> dict[str, tuple[Answer, ...]]:
+) -> Answers:
     """Answer every set by the majority vote of `votes` rollouts for each example."""
 
     def answer(examples: Sequence[Example]) -> list[Answered]:
@@ -59,27 +65,45 @@ def run_trained(name: str, config: TrainConfig, spec: CellSpec, folder: Path, *,
     with trainer_of(plan, RunDirectory.find(config, resume=True)) as (trainer, progress, stop):
         train_to_end(trainer, progress, stop)
 
-        def answer() -> dict[str, tuple[Answer, ...]]:
+        def answer() -> Answers:
             return answer_sets(
                 trainer.network, trainer.task, {} if spec.trial else trainer.sets, votes=votes,
                 temperature=temperature, seed=config.seed, between=lambda: stop.leave_if_asked("while answering"),
             )  # fmt: skip
 
-        answers, best_answers, curve = answer(), {}, curve_of(trainer.run)
-        best_step = checkpoint.load_best(trainer.run, trainer.bank) if curve else None
-        if best_step is not None:
-            best_answers = answers if best_step == trainer.step else answer()
+        return trained_cell(name, trainer, answer, evaluation_temperature=temperature, votes=votes)
+
+
+class Trained(Protocol):
+    """A run that has ended: of a network, or of a society."""
+
+    config: TrainConfig
+    task: Task
+    run: RunDirectory
+    bank: AdapterBank
+    ledger: Ledger
+    step: int
+
+
+def trained_cell(
+    name: str, trained: Trained, answer: Callable[[], Answers], *, evaluation_temperature: float, **settings: int
+) -> CellResult:
+    """Return the cell of a run: what the last adapters answer, and what the best on validation do, which are then loaded."""
+    answers, best_answers, curve = answer(), {}, curve_of(trained.run)
+    best_step = checkpoint.load_best(trained.run, trained.bank) if curve else None
+    if best_step is not None:
+        best_answers = answers if best_step == trained.step else answer()
     return CellResult(
         method=name,
-        task=trainer.task.name,
-        seed=config.seed,
+        task=trained.task.name,
+        seed=trained.config.seed,
         answers=answers,
-        trainable_parameters=trainer.bank.trainable_parameters,
-        training=trainer.ledger.to_json(),
+        trainable_parameters=trained.bank.trainable_parameters,
+        training=trained.ledger.to_json(),
         curve=curve,
         best_answers=best_answers,
         best_step=best_step,
-        settings=settings_of(trainer.config, evaluation_temperature=temperature, votes=votes, rank=trainer.bank.rank),
+        settings=settings_of(trained.config, evaluation_temperature=evaluation_temperature, rank=trained.bank.rank, **settings),
     )
 
 
