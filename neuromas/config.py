@@ -303,7 +303,8 @@ class TrainConfig:
         depth = self.topology.build().depth
         for fault in self.society.faults({each.name: getattr(self, each.name) for each in dataclasses.fields(self)}):
             raise ValueError(fault)
-        for fault in self.engine.faults(self.adapter.scope, self.society.rounds):
+        rounds = self.society.rounds
+        for fault in self.engine.faults(scope=self.adapter.scope, temperature=self.temperature, rounds=rounds):
             raise ValueError(fault)
         self.adapter.check()
         self.prompt.build()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-EngineName = Literal["torch"]
+EngineName = Literal["torch", "vllm"]
 Mismatch = Literal["stop", "weight"]
 
 
@@ -34,6 +34,7 @@ class EngineEntry:
     keeps: Promises
 
 
+COLDEST_OF_VLLM = 0.01
 _NAMES = {
     "exact_resume": "bit-exact resume",
     "common_draws": "common random numbers",
@@ -44,6 +45,10 @@ ENGINES: dict[EngineName, EngineEntry] = {
     "torch": EngineEntry(
         samples="torch", learns="torch",
         keeps=Promises(exact_resume=True, common_draws=True, exact_growth=True, shared_prefixes=True),
+    ),
+    "vllm": EngineEntry(
+        samples="vllm", learns="torch",
+        keeps=Promises(exact_resume=False, common_draws=True, exact_growth=False, shared_prefixes=False),
     ),
 }  # fmt: skip
 """docs/engines.md says why each is as it is."""
@@ -65,16 +70,16 @@ class EngineConfig:
     """Who samples and who learns."""
 
     name: Annotated[EngineName, tyro.conf.arg(aliases=["--engine"])] = "torch"
-    """`torch` samples and learns in this process."""
+    """`torch` samples and learns in this process. `vllm` (extra) samples, all nodes' adapters in one batch, torch learns."""
     logprob_bound: float | None = None
     """With another engine than torch: the largest difference in nats between a token's log-probability as sampled and as the
-    learner recomputes it. None: 0.1 in float32, 1 in bfloat16."""
+    learner recomputes it. None: 0.01 in float32, 1 in bfloat16."""
     mismatch: Mismatch = "stop"
     """What becomes of a step beyond that bound: `stop` ends the run. `weight` has no bound, and weighs each token of every step
     by the ratio of its two probabilities, at most 2; so do all runs in bfloat16."""
 
-    def faults(self, scope: str, rounds: int) -> Iterator[str]:
-        """Yield what is wrong with these settings of a run with this adapter scope and these rounds of a society."""
+    def faults(self, *, scope: str, temperature: float, rounds: int) -> Iterator[str]:
+        """Yield what is wrong with these settings in a run with this adapter scope, temperature and rounds of a society."""
         if self.logprob_bound is not None and self.logprob_bound <= 0:
             yield f"engine.logprob_bound must be above 0, got {self.logprob_bound}"
         if self.name == "torch":
@@ -84,5 +89,7 @@ class EngineConfig:
             return
         if scope != "all":
             yield f"adapter.scope must be all with --engine {self.name}, which applies an adapter to every token, got {scope!r}"
+        if temperature < COLDEST_OF_VLLM:
+            yield f"--temperature must be at least {COLDEST_OF_VLLM} with --engine vllm, the coldest that it is, got {temperature}"
         if rounds:
             yield f"--engine must be torch for a society (society.rounds {rounds}), got {self.name!r}"

@@ -22,7 +22,7 @@ from neuromas.training import reinforce
 from neuromas.training.reinforce import Credits
 from neuromas.types import Completion
 
-FLOAT32_BOUND, BFLOAT16_BOUND = 0.1, 1.0
+FLOAT32_BOUND, BFLOAT16_BOUND = 0.01, 1.0
 """Default of --engine.logprob-bound."""
 
 

@@ -48,6 +48,10 @@ def plug(config: TrainConfig, network: Network, most_nodes: int) -> tuple[Engine
 
     Raises ValueError if the engine's package is missing, or it cannot serve this backbone or these adapters.
     """
+    if config.engine.name == "vllm":
+        from neuromas.rollout.vllm_engine import VllmEngine  # an extra
+
+        return VllmEngine(network.policy, most_nodes), TorchLearner(network.policy, config)
     return network.engine, TorchLearner(network.policy, config)
 
 
