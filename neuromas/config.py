@@ -17,6 +17,7 @@ from neuromas.graph.growth import Growth, Opening
 from neuromas.graph.society import SocietyConfig
 from neuromas.graph.topology import Topology
 from neuromas.graph.wording import WORDINGS, Wording, check_template
+from neuromas.system.engines import EngineConfig
 from neuromas.system.schema import require, require_finite, require_text
 
 Scope = Literal["all", "suffix"]
@@ -216,6 +217,7 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     society: SocietyConfig = field(default_factory=SocietyConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     growth: Annotated[tuple[GrowthConfig, ...], tyro.conf.Suppress] = ()
     """Growths in the course of the run, in order; written in a TOML file, or by `neuromas grow`."""
 
@@ -300,6 +302,9 @@ class TrainConfig:
         require_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
         for fault in self.society.faults({each.name: getattr(self, each.name) for each in dataclasses.fields(self)}):
+            raise ValueError(fault)
+        rounds = self.society.rounds
+        for fault in self.engine.faults(scope=self.adapter.scope, temperature=self.temperature, rounds=rounds):
             raise ValueError(fault)
         self.adapter.check()
         self.prompt.build()

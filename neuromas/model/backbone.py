@@ -260,6 +260,11 @@ def config_of(name: str) -> Any:
         raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
+def folder_of(name: str) -> str:
+    """Return the folder or hub id that a backbone is loaded from; raise ValueError if there is none of this name."""
+    return _converted(find_backbone(name))
+
+
 def _converted(source: str) -> str:
     """Return the folder or hub id to load: of a GGUF file, what it converts to."""
     return str(converted(Path(source))) if is_gguf(source) else source

@@ -1,4 +1,7 @@
-"""The interface of engines, which sample completions for a network, and the random numbers that they use."""
+"""Who samples: the interface of engines, and the random numbers that they use. Who learns is `training/learner.py`.
+
+`ENGINES` in `system/engines.py` says which engine samples and which learns for each `--engine`, and what holds then.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -12,9 +15,17 @@ OnSample = Callable[[int, Sample], Sequence[tuple[int, Request]]]
 """Takes a request's key and its sample, and returns the keyed requests that have become ready through it."""
 
 
+class EngineFault(ValueError):
+    """Says that an engine, or what it has sampled, cannot be used: the run ends, and goes on from its last checkpoint."""
+
+
 @runtime_checkable
 class Engine(Protocol):
-    """Samples completions. A request is started as soon as it is ready, and does not wait for a whole layer to end."""
+    """Samples completions. A request is started as soon as it is ready, and does not wait for a whole layer to end.
+
+    A sample carries the version of the adapters that wrote it. An engine with copies of its own takes the adapters over when
+    the policy's version has changed, or nodes have joined.
+    """
 
     def generate(
         self,

@@ -34,8 +34,9 @@ class State:
 def save(run: RunDirectory, bank: AdapterBank, learner: Learner, state: State, critic: Critic | None = None) -> None:
     """Write a checkpoint, all or nothing; ValueError with the last good one if the disk refuses."""
     backbone = run.config.backbone
+    optimizer = save_tensors(learner.state())
     files = {f"adapters/{node}/{name}": data for node in bank.nodes for name, data in bank.peft_files(node, backbone).items()}
-    files["optimizer.safetensors"] = save_tensors(learner.state())
+    files["optimizer.safetensors"] = optimizer
     if critic:
         files["critic.safetensors"] = save_tensors(critic.state())
     files["ledger.json"] = json.dumps(state.ledger.to_json(), indent=2).encode()

@@ -16,10 +16,14 @@ from torch.nn import Parameter
 
 from neuromas.config import TrainConfig
 from neuromas.model.policy import Policy
+from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
 from neuromas.training import reinforce
 from neuromas.training.reinforce import Credits
 from neuromas.types import Completion
+
+FLOAT32_BOUND, BFLOAT16_BOUND = 0.01, 1.0
+"""Default of --engine.logprob-bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,15 @@ class Update:
     entropy: float | None = None
     """Mean entropy at a sampled token; None without an entropy bonus."""
     largest_weight: float | None = None
-    """Largest importance weight of a token; None in float32, where sampler and learner agree."""
+    """Largest importance weight of a token; None where tokens are not weighed."""
 
 
 class Learner(Protocol):
-    """Updates the adapters that sampled. Adapters themselves are saved and loaded by the run, in PEFT's format."""
+    """Updates the adapters that sampled. Adapters themselves are saved and loaded by the run, in PEFT's format.
+
+    They are loaded before `load_state` is called and saved after `state` is: a learner whose weights are elsewhere takes them
+    from the policy's bank there, and brings the bank up to date.
+    """
 
     def update(self, credits: Credits, *, learning: Collection[int], lr: float) -> Update:
         """Do one joint update of the nodes in `learning`; Diverged if a number is not finite, before anything is changed."""
@@ -90,7 +98,7 @@ class TorchLearner:
             keep_all=config.entropy_coef > 0,
         )  # fmt: skip
         loss_sum = gap = entropy_sum = largest = 0.0
-        weighs = policy.backbone.model.dtype != torch.float32
+        weighs = policy.backbone.model.dtype != torch.float32 or config.engine.mismatch == "weight"
         tokens = config.tokens_per_micro_batch or policy.backbone.tokens_per_micro_batch
         for micro_batch in batch.split(tokens, policy.backbone.device):
             if config.entropy_coef:
@@ -108,10 +116,23 @@ class TorchLearner:
             loss.backward()
             loss_sum += loss.item()
             gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
+        self._check_gap(gap)
         self.bank.drop_gradients(learning)
         grad_norms = self._step(loss_sum, gap, lr)
         entropy = entropy_sum / sum(len(c.sample.logprobs) for c, _ in batch.completions) if config.entropy_coef else None
         return Update(loss_sum, gap, grad_norms, entropy, largest if weighs else None)
+
+    def _check_gap(self, gap: float) -> None:
+        """Raise EngineFault if an engine with weights of its own has sampled from another policy than is learned."""
+        engine = self.config.engine
+        bound = engine.logprob_bound or (FLOAT32_BOUND if self.policy.backbone.model.dtype == torch.float32 else BFLOAT16_BOUND)
+        if engine.name != "torch" and engine.mismatch == "stop" and math.isfinite(gap) and gap > bound:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise EngineFault(
+                f"a token's log-probability as {engine.name} sampled it and as the learner recomputes it differ by {gap:.3g}, "
+                f"engine.logprob_bound is {bound:g}: the engine rounds otherwise, or its adapters are not the learner's. "
+                "Raise --engine.logprob-bound, or start again with --engine.mismatch weight"
+            )
 
     def imitate(self, texts: Sequence[Completion], *, lr: float) -> dict[int, float]:
         """Do one supervised update: each adapter learns its own nodes' texts, whichever version of it wrote them.

@@ -4,7 +4,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
+from neuromas.system.engines import describe_engine
 from neuromas.training.evaluate import Evaluation
 from neuromas.training.grown_run import check_descends
 from neuromas.training.plan import Plan
@@ -42,6 +44,8 @@ def train_to_end(trainer: Trainer, progress: Progress, stop: Stop) -> None:
             metrics = train_step(trainer)
         except Diverged as error:
             raise trainer.diverged(f"step {trainer.step + 1}", error) from error
+        except EngineFault as error:
+            raise trainer.without_engine(f"step {trainer.step + 1}", error) from error
         progress.step(trainer.step, metrics, trainer.ledger.sampled_tokens, trainer.watch.active.values())
         trainer.save_if_due(asked=stop.asked)
         stop.leave_if_asked(f"after step {trainer.step}")
@@ -84,6 +88,7 @@ def trainer_of(
         trainer = Trainer(setup, run)
         with Progress(config.num_steps, config.train_tokens) as progress, stop_signals(progress.note) as stop:
             trainer.tell = progress.note
+            progress.note(describe_engine(config.engine.name))
             if task.remark:
                 progress.note(task.remark)
             yield trainer, progress, stop

@@ -9,6 +9,7 @@ from neuromas.config import TrainConfig
 from neuromas.graph.topology import Topology
 from neuromas.model.adapters import require_memory
 from neuromas.model.backbone import Backbone
+from neuromas.rollout.engine import Engine
 from neuromas.rollout.network import Network
 from neuromas.rollout.society import Society
 from neuromas.rollout.torch_engine import MAX_ROWS
@@ -36,8 +37,22 @@ def set_up(plan: Plan) -> Setup:
     later = [growth.grown for growth in plan.growths]
     questions = plan.questions
     network.check_lengths([*questions.training, *chain(*questions.evaluation_sets.values())], *later)
-    check_memory(plan.config, network, max(len(shape.nodes) for shape in (network.topology, *later)))
-    return Setup(plan, network, TorchLearner(network.policy, plan.config))
+    most_nodes = max(len(shape.nodes) for shape in (network.topology, *later))
+    check_memory(plan.config, network, most_nodes)
+    network.engine, learner = plug(plan.config, network, most_nodes)
+    return Setup(plan, network, learner)
+
+
+def plug(config: TrainConfig, network: Network, most_nodes: int) -> tuple[Engine, Learner]:
+    """Return who samples and who learns with `--engine`, for a network of this many nodes in the end.
+
+    Raises ValueError if the engine's package is missing, or it cannot serve this backbone or these adapters.
+    """
+    if config.engine.name == "vllm":
+        from neuromas.rollout.vllm_engine import VllmEngine  # an extra
+
+        return VllmEngine(network.policy, most_nodes), TorchLearner(network.policy, config)
+    return network.engine, TorchLearner(network.policy, config)
 
 
 def build_network(config: TrainConfig, topology: Topology | None = None) -> Network:

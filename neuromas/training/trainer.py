@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neuromas.graph.growth import Growth, describe
 from neuromas.model.policy import Policy
+from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
 from neuromas.tasks import rewards_of
 from neuromas.training import checkpoint
@@ -72,6 +73,12 @@ class Trainer:
             f"--run-dir {self.run.path}: {when}: {error}. Training has diverged and is stopped; {kept}. Start again, in "
             f"another --run-dir, with a lower {' or '.join(['--lr', *penalties])}"
         )
+
+    def without_engine(self, when: str, error: EngineFault) -> ValueError:
+        """Return what to say where an engine outside of this process has failed; the checkpoints are as they were."""
+        saved = self.run.checkpoints()
+        onwards = f"goes on from {saved[-1].name}" if saved else "begins again, for there is no checkpoint yet"
+        return ValueError(f"--run-dir {self.run.path}: {when}: {error}. The same command with --resume {onwards}")
 
     @property
     def finished(self) -> bool:
@@ -236,6 +243,8 @@ class Trainer:
                 )
             except Diverged as error:
                 raise self.diverged(f"scoring {when} training", error) from error
+            except EngineFault as error:
+                raise self.without_engine(f"scoring {when} training", error) from error
 
         return score_sets(
             self.run, self.sets, when, step=self.step, of="training", measure=measure,
