@@ -19,7 +19,7 @@ from neuromas.types import Example, Message
 Json = dict[str, Any]
 TRAIN = "train"
 """The split of rollouts that training learns from; all others are scored."""
-RECORDED = ("metrics.jsonl", "rollouts.jsonl", "evaluation.json")
+RECORDED = ("metrics.jsonl", "rollouts.jsonl", "evaluation.json", "diagnosis.json")
 SCORE_PARTS = {"accuracy", "low", "high", "n", "floor", "parse_rate", "calls_per_answer", "tokens_per_answer"}
 
 
@@ -44,7 +44,9 @@ class RunRecord:
 
     def __init__(self, run: RunDirectory, task: Task) -> None:
         if run.config.society.rounds:
-            raise ValueError(f"run {run.path} is a society that debates, and view draws networks: leave it out")
+            raise ValueError(
+                f"run {run.path} is a society that debates, and only networks have messages on edges: leave it out"
+            )
         self.run, self.task = run, task
         growths = run.config.growths()
         self.stages: list[tuple[int, Topology]] = [(0, run.topology), *((g.at_step, g.grown) for g in growths)]
@@ -106,9 +108,11 @@ class RunRecord:
         # An old checkpoint may vanish at any time.
         return [(path.name, path.stat().st_mtime_ns) for path in logs] + [(path.name, 0) for path in self.run.checkpoints()]
 
-    def rollouts(self) -> list[Recorded]:
-        """Return all rollouts in the order in which they were recorded; ValueError if the file is damaged or has none."""
-        records = self.run.rollouts()
+    def rollouts(self, *, training_only: bool = False) -> list[Recorded]:
+        """Return all rollouts in the order in which they were recorded, or those of training alone; ValueError if the file is
+        damaged or there are none.
+        """
+        records = [each for each in self.run.rollouts() if not training_only or each.get("split", TRAIN) == TRAIN]
         if not records:
             raise ValueError(f"{self.run.path} has no rollouts yet, so there is nothing to see; train it first")
         if not all(map(_is_whole, records)):

@@ -180,7 +180,9 @@ def test_what_cannot_be_shown_is_one_error(call: Call, tmp_path: Path) -> None:
     society = record_run(
         tmp_path / "society", [], widths=(3,), vote=True, group_size=1, centring="none", society=SocietyConfig(rounds=2)
     )
-    assert_refused(call("view", society), r"society is a society that debates, and view draws networks: leave it out$")
+    assert_refused(
+        call("view", society), r"society is a society that debates, and only networks have messages on edges: leave it out$"
+    )
     note = tmp_path / "note.html"
     note.write_text("mine")
     assert_refused(call("view", path, "--out", note), r"--out .*note.html exists already and is no page of neuromas view; name")
