@@ -12,6 +12,43 @@ SCORE = {
 }  # fmt: skip
 
 
+def effect(
+    name: str, kind: str, change: float, *, edge: tuple[int, int] | None = None, node: int | None = None
+) -> dict[str, Any]:
+    """Return one effect of a diagnosis."""
+    reading = "loss" if change < 0 else "no answer changes"
+    return {
+        "name": name, "kind": kind, "nodes": [node] if node else [], "edges": [list(edge)] if edge else [],
+        "accuracy": 0.5 + change, "change": change, "low": change - 0.1, "high": change + 0.05, "answers_changed": abs(change), "disturbed": 1.0,
+        "reading": reading,
+    }  # fmt: skip
+
+
+DIAGNOSIS = {
+    "step": 1, "split": "validation", "questions": 2, "temperature": 0.0, "seed": 0,
+    "network": {"widths": [1, 1], "layers": [[1, 1], [2, 2]], "edges": [[1, 2]]},
+    "undisturbed": SCORE,
+    "effects": [
+        effect("drop 1 to 2", "drop", -0.25, edge=(1, 2)), effect("shuffle 1 to 2", "shuffle", -0.5, edge=(1, 2)),
+        effect("bare node 1", "bare", 0.0, node=1), effect("bare node 2", "bare", -0.375, node=2),
+    ],
+    "adapters": {"norms": {"1": 1.0, "2": 2.0}, "pairs": [{"nodes": [1, 2], "cosine": None, "distance": 2.0}]},
+    "specialisation": {
+        "trained": {"accuracy": 0.9, "low": 0.5, "high": 1.0, "chance": 0.5, "questions": 2, "by_node": {"1": 1.0, "2": 0.8}},
+        "bare": None,
+    },
+    "faults": {"1": 0.25, "2": 0.0},
+    "training": {
+        "steps": [1, 2],
+        "nodes": {
+            node: {"distinct_2": [1.0, 0.5], "self_similarity": [None, 0.5], "entropy": [3.0, 2.0], "faults": [0.0, 0.5]}
+            for node in ("1", "2")
+        },
+    },
+}  # fmt: skip
+"""What `neuromas diagnose` writes of a run of two nodes."""
+
+
 def rollout(texts: dict[int, str], *, gold: str = "Yes", split: str = "train", step: int = 0, **other: Any) -> dict[str, Any]:
     """Return a record of rollouts.jsonl."""
     question = other.pop("question", "Is 2 even?")

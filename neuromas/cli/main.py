@@ -19,12 +19,13 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
   ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
   show RUN|CONFIG.toml  draw a network and its budget
   view RUN [RUN ...]    write one HTML page: every message before and after training, curves, budget; runs side by side
+  diagnose RUN          disturb a trained network: what each node, edge and adapter is worth
   compare CONFIG.toml   run methods x tasks x seeds at matched budgets; one report with intervals, floors and tests
   tasks                 list tasks with their splits, floors and verifiers; `tasks show NAME` prints an example
 
 neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
 
-COMMANDS = ("screen", "train", "finetune", "grow", "compare", "eval", "ask", "show", "view", "tasks")
+COMMANDS = ("screen", "train", "finetune", "grow", "compare", "eval", "ask", "show", "view", "diagnose", "tasks")
 """Modules of this package, each with a function `run` of arguments; only the one that is called is loaded."""
 
 

@@ -134,6 +134,30 @@ class AdapterBank:
                     )
                     tensor.add_(drawn * (noise * copied.square().mean().sqrt()))
 
+    def factors(self, node: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a node's A and B of each module, in one order for all nodes."""
+        for module in self.modules.values():
+            yield self._node_tensor(module, "lora_A", node), self._node_tensor(module, "lora_B", node)
+
+    @contextmanager
+    def replaced(self, sources: Mapping[int, int | None]) -> Iterator[None]:
+        """Let nodes act with other adapters inside: {1: 2, 2: 1} exchanges those of two nodes; None is no adapter."""
+        named = dict.fromkeys((*sources, *(source for source in sources.values() if source is not None)))
+        kept = {node: [(a.clone(), b.clone()) for a, b in self.factors(node)] for node in named}
+        for node, source in sources.items():
+            for (a, b), (from_a, from_b) in zip(self.factors(node), kept[node if source is None else source], strict=True):
+                a.copy_(from_a)
+                b.copy_(from_b if source is not None else torch.zeros_like(b))
+        self.version += 1  # an engine with copies of its own takes these over
+        try:
+            yield
+        finally:
+            for node in sources:
+                for (a, b), (own_a, own_b) in zip(self.factors(node), kept[node], strict=True):
+                    a.copy_(own_a)
+                    b.copy_(own_b)
+            self.version += 1
+
     @contextmanager
     def routed(self, nodes_T: Int[Tensor, " T"] | None) -> Iterator[None]:
         """Route each token of the forwards inside through the adapter at that index of `nodes`; None means the bare backbone.

@@ -125,6 +125,31 @@ class Network:
             for rollout, kept in zip(finished, before, strict=True)
         ]
 
+    def redeliver(
+        self, rollouts: Sequence[Rollout], delivered: Callable[[Rollout, Message], str], *, seed: Sequence[int | str],
+        temperature: float,
+    ) -> list[Rollout]:  # fmt: skip
+        """Continue rollouts from other messages: `delivered` returns the text that arrives in a message's place.
+
+        A node that reads another text than it did, and every node that follows from it, writes anew by the random numbers of
+        the rollout itself, which `seed` is of; all other texts are kept. A node whose messages are changed must follow from
+        none of them.
+        """
+        begun = []
+        neighbours = self._neighbours([rollout.example for rollout in rollouts], seed)
+        for rollout, each in zip(rollouts, neighbours, strict=True):
+            kept: dict[int, Completion] = {}
+            changed: set[tuple[int, int]] = set()
+            for completion in rollout.completions:
+                sent = tuple(replace(m, text=delivered(rollout, m)) for m in completion.messages)
+                changed |= {(m.sender, m.recipient) for m, new in zip(completion.messages, sent, strict=True) if m != new}
+                kept[completion.node] = replace(completion, messages=sent)
+            again = set[int]().union(*(each.following(recipient) for _, recipient in changed))
+            assert not again & {sender for sender, _ in changed}, "a changed message would be written anew"
+            kept = {node: completion for node, completion in kept.items() if node not in again}
+            begun.append(_RolloutInProgress(rollout.example, rollout.index, each, tuple(seed), kept))
+        return self._pass_messages(begun, temperature, branches=1)
+
     def _neighbours(self, examples: Sequence[Example], seed: Sequence[int | str]) -> "list[_Neighbours]":
         """Return the neighbours in the topology that each example's group runs through, one object for each topology."""
         topologies = [self.topology_of(example, seed) for example in examples]

@@ -55,9 +55,9 @@ def measure(society: Society, task: Task, debates: Sequence[Rollout], *, tokens_
     )
     return Diversity(
         first_accuracy=sum(map(len, right)) / sum(map(len, firsts)),
-        consensus=_mean_of_pairs(last, lambda a, b: float(a is not None and a == b)),
-        different_texts=_mean_of_pairs(right, lambda a, b: float(a.split() != b.split())),
-        distinct_bigrams=_mean_of_pairs(right, distinct_bigrams),
+        consensus=mean_of_pairs(last, lambda a, b: float(a is not None and a == b)),
+        different_texts=mean_of_pairs(right, lambda a, b: float(a.split() != b.split())),
+        distinct_bigrams=mean_of_pairs(right, distinct_bigrams),
         nll_own=own,
         nll_other=other,
     )
@@ -77,7 +77,7 @@ def _bigrams(text: str) -> list[tuple[str, str]]:
     return list(pairwise(["", *text.split(), ""]))
 
 
-def _mean_of_pairs(questions: Sequence[Sequence[T]], measured: Callable[[T, T], float]) -> float | None:
+def mean_of_pairs(questions: Sequence[Sequence[T]], measured: Callable[[T, T], float]) -> float | None:
     """Return the mean over questions of the mean over the pairs of a question; None where no question has a pair."""
     pairs = [[measured(a, b) for a, b in combinations(texts, 2)] for texts in questions]
     means = [fmean(of_question) for of_question in pairs if of_question]

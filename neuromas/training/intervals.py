@@ -25,3 +25,16 @@ def independent(counts: Sequence[int]) -> float:
     2.6666666666666665
     """
     return sum(counts) ** 2 / sum(count * count for count in counts)
+
+
+def paired(differences: Sequence[float], *, level: float = LEVEL) -> tuple[float, float]:
+    """Return the interval of a mean difference of rewards between 0 and 1 on the same questions (Agresti and Min 2005).
+
+    As if two more questions had been asked: one that half gains and half loses, and one that stays. So the interval has a width
+    where no reward has changed: among n questions, a few that would may be missing.
+    """
+    n, total = len(differences) + 2, math.fsum(differences)
+    mean = total / n
+    deviation = math.sqrt(max(0.0, (math.fsum(d * d for d in differences) + 1) / n - mean * mean) / n)
+    reach = float(stats.norm.ppf(0.5 + level / 2)) * deviation
+    return max(-1.0, mean - reach), min(1.0, mean + reach)

@@ -7,9 +7,14 @@ const PLOT_HEIGHT = 300;
 const WHOLE = Array.from({ length: 40 }, (_, number) => [1, 2, 5][number % 3] * 10 ** Math.floor(number / 3)); // no half steps
 let plots = [];
 
-function positions(run) {
+function clearPlots() {
+  for (const old of plots) old.destroy();
+  plots = [];
+}
+
+function positions(run, axis = chosen.axis) {
   const { steps, series } = run.curves;
-  if (chosen.axis === "steps") return steps;
+  if (axis === "steps") return steps;
   let sum = 0;
   return (series["sampled_tokens/sum"] ?? []).map((tokens) => (sum += tokens ?? 0));
 }
@@ -56,7 +61,7 @@ function drawMarks(plot, marks) {
 }
 
 // `lines` are {run, label, values, stroke, ...} in the order in which they are drawn; `runs` those whose growths are marked.
-function plot(where, lines, runs, { range, bands = [] } = {}) {
+function plot(where, lines, runs, { range, bands = [], axis: along = chosen.axis } = {}) {
   where.replaceChildren();
   const drawn = lines.filter(({ values }) => values.some((value) => value !== null));
   if (!drawn.length) {
@@ -73,13 +78,13 @@ function plot(where, lines, runs, { range, bands = [] } = {}) {
     scales: { x: { time: false }, y: range ? { range: () => range } : {} },
     axes: [{ ...axis, incrs: WHOLE, values: (_, ticks) => ticks.map((tick) => compact.format(tick)) }, { ...axis, size: 58 }],
     series: [
-      { label: chosen.axis === "steps" ? "step" : "sampled tokens", value: (_, value) => format(value) },
+      { label: along === "steps" ? "step" : "sampled tokens", value: (_, value) => format(value) },
       ...drawn.map(({ run, values, ...series }) => ({ spanGaps: true, points: { show: false }, value: (_, value) => format(value), ...series })),
     ],
     bands: drawn.length === lines.length ? bands : [],
     hooks: { draw: [(made) => drawMarks(made, marks)] },
   };
-  const data = uPlot.join(drawn.map(({ run, values }) => [positions(run), values]));
+  const data = uPlot.join(drawn.map(({ run, values }) => [positions(run, along), values]));
   plots.push(new uPlot(options, data, where));
 }
 
@@ -103,8 +108,7 @@ function metricNames(runs) {
 const nodeFamily = (name) => name.replace(/\/node\/\d+\//, "/node/");
 
 function showCurves(runs) {
-  for (const old of plots) old.destroy();
-  plots = [];
+  clearPlots();
   const names = metricNames(runs);
   const plain = names.filter((name) => !name.includes("/node/"));
   const families = [...new Set(names.filter((name) => name.includes("/node/")).map(nodeFamily))];

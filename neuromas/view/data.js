@@ -32,7 +32,7 @@ async function textsOf(rollout) {
 // What is chosen; the address holds it, so that a link leads to the same message.
 const chosen = {
   tab: "messages", set: "", filter: "all", search: "", example: "", step: -1, // -1: all messages
-  axis: "steps", metric: "", nodeMetric: "", nodeRun: 0, theme: "",
+  axis: "steps", metric: "", nodeMetric: "", nodeRun: 0, variety: "", theme: "",
 };
 const unchosen = { ...chosen };
 

@@ -7,16 +7,16 @@ const ANSWER = { width: 150, height: 30 };
 // The more edges lie side by side, the less room a message has; the transcript below has all of it.
 const LABELS = [[1, { width: 260, height: 46 }], [4, { width: 120, height: 46 }], [Infinity, { width: 104, height: 32 }]];
 
-function layOut(stage, answering) {
+function layOut(stage, answering, { node: size = NODE, ...ofEdge } = {}) {
   const graph = new dagre.graphlib.Graph();
   graph.setGraph({ rankdir: "TB", nodesep: 14, ranksep: 16, edgesep: 8, marginx: 4, marginy: 4 });
   const layers = new Map(stage.layers);
   const side = Math.max(...stage.widths.map((width, number) => width * (stage.widths[number + 1] ?? 1)));
   const [, label] = LABELS.find(([most]) => side <= most);
-  for (const node of layers.keys()) graph.setNode(String(node), { ...NODE });
+  for (const node of layers.keys()) graph.setNode(String(node), { ...size });
   graph.setNode("answer", { ...ANSWER });
   for (const [sender, recipient] of stage.edges) {
-    graph.setEdge(String(sender), String(recipient), { ...label, labelpos: "c", minlen: layers.get(recipient) - layers.get(sender) });
+    graph.setEdge(String(sender), String(recipient), { ...label, labelpos: "c", ...ofEdge, minlen: layers.get(recipient) - layers.get(sender) });
   }
   graph.setEdge(String(answering), "answer", { width: 0, height: 0 });
   dagre.layout(graph, { disableOptimalOrderHeuristic: true }); // nodes in the order of their ids
@@ -48,15 +48,20 @@ function place(made, { x, y, width, height }) {
   return made;
 }
 
-// `stateOf(sender, recipient)` is "waiting", "sent" or "current", `pick` is called with the edge that is clicked.
-function drawNetwork(stage, said, stateOf, answer, pick) {
-  const graph = layOut(stage, said.answer.node);
+function startDrawing(graph) {
   const { width, height } = graph.graph();
   const picture = svgElement("svg", { width, height, "aria-hidden": "true" });
   const drawing = element("div", { className: "network" });
   drawing.style.width = `${width}px`;
   drawing.style.height = `${height}px`;
   drawing.append(picture);
+  return { drawing, picture };
+}
+
+// `stateOf(sender, recipient)` is "waiting", "sent" or "current", `pick` is called with the edge that is clicked.
+function drawNetwork(stage, said, stateOf, answer, pick) {
+  const graph = layOut(stage, said.answer.node);
+  const { drawing, picture } = startDrawing(graph);
   const texts = new Map(said.messages.map(([sender, recipient, text, status]) => [`${sender}>${recipient}`, { text, status }]));
   for (const { v, w } of graph.edges()) {
     const edge = graph.edge({ v, w });

@@ -3,17 +3,19 @@
 // Starts the page, and reads keys and clicks.
 
 const QUIET_MILLISECONDS = 10_000;
-const TABS = ["messages", "curves", "scores"];
+const TABS = ["messages", "curves", "scores", "diagnosis"];
 
 function showTab(index) {
+  byId("diagnosisTab").hidden = !index.runs.some((run) => run.diagnosis);
   for (const tab of TABS) byId(tab).hidden = tab !== chosen.tab;
   for (const button of document.querySelectorAll("[data-tab]")) button.setAttribute("aria-selected", button.dataset.tab === chosen.tab);
   if (chosen.tab === "curves") showCurves(index.runs);
   if (chosen.tab === "scores") showTables(index.runs);
+  if (chosen.tab === "diagnosis") showDiagnosis(index);
 }
 
 async function show(index) {
-  if (!TABS.includes(chosen.tab)) chosen.tab = TABS[0];
+  if (!TABS.includes(chosen.tab) || (chosen.tab === "diagnosis" && !index.runs.some((run) => run.diagnosis))) chosen.tab = TABS[0];
   document.documentElement.dataset.theme = chosen.theme;
   showRuns(index.runs);
   showTab(index);
@@ -53,6 +55,7 @@ function listen(index) {
   on("axis", "change", (axis) => ({ axis }));
   on("metric", "change", (metric) => ({ metric }));
   on("nodeMetric", "change", (nodeMetric) => ({ nodeMetric }));
+  on("variety", "change", (variety) => ({ variety }));
   on("nodeRun", "change", (run) => ({ nodeRun: Number(run) }));
   on("set", "change", (set) => ({ set, filter: "all", example: "", step: -1 }));
   on("search", "input", (search) => ({ search }));
@@ -74,7 +77,7 @@ const KEYS = {
   j: () => MOVES.next(), k: () => MOVES.previous(), ArrowRight: () => MOVES.forward(), ArrowLeft: () => MOVES.back(),
   Home: () => MOVES.first(), End: () => MOVES.last(),
   a: () => ({ filter: "all" }), w: () => ({ filter: "wrong" }), r: () => ({ filter: "right" }), m: () => ({ filter: "malformed" }),
-  1: () => ({ tab: TABS[0] }), 2: () => ({ tab: TABS[1] }), 3: () => ({ tab: TABS[2] }),
+  1: () => ({ tab: TABS[0] }), 2: () => ({ tab: TABS[1] }), 3: () => ({ tab: TABS[2] }), 4: () => ({ tab: TABS[3] }),
   t: () => ({ theme: isDark() ? "light" : "dark" }),
 };
 

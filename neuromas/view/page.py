@@ -21,8 +21,8 @@ from neuromas.view.recorded import TRAIN, Json, Recorded, RunRecord
 
 FOLDER = Path(__file__).parent
 SCRIPTS = (
-    "vendor/uPlot.iife.min.js", "vendor/dagre.min.js", "data.js", "network.js", "curves.js", "tables.js", "examples.js",
-    "page.js",
+    "vendor/uPlot.iife.min.js", "vendor/dagre.min.js", "data.js", "network.js", "curves.js", "tables.js", "diagnosis.js",
+    "examples.js", "page.js",
 )  # fmt: skip
 STYLES = ("vendor/uPlot.min.css", "page.css")
 BEGINS = b"<!doctype html>\n<!-- made by neuromas view -->"

@@ -19,7 +19,7 @@ from neuromas.types import Example, Message
 Json = dict[str, Any]
 TRAIN = "train"
 """The split of rollouts that training learns from; all others are scored."""
-RECORDED = ("metrics.jsonl", "rollouts.jsonl", "evaluation.json")
+RECORDED = ("metrics.jsonl", "rollouts.jsonl", "evaluation.json", "diagnosis.json")
 SCORE_PARTS = {"accuracy", "low", "high", "n", "floor", "parse_rate", "calls_per_answer", "tokens_per_answer"}
 
 
@@ -44,7 +44,9 @@ class RunRecord:
 
     def __init__(self, run: RunDirectory, task: Task) -> None:
         if run.config.society.rounds:
-            raise ValueError(f"run {run.path} is a society that debates, and view draws networks: leave it out")
+            raise ValueError(
+                f"run {run.path} is a society that debates, and only networks have messages on edges: leave it out"
+            )
         self.run, self.task = run, task
         growths = run.config.growths()
         self.stages: list[tuple[int, Topology]] = [(0, run.topology), *((g.at_step, g.grown) for g in growths)]
@@ -73,6 +75,7 @@ class RunRecord:
             "scores": self._scores(),
             "ledger": self._ledger(),
             "curves": self._curves(),
+            "diagnosis": self._diagnosis(),
         }
 
     def _scores(self) -> list[Json]:
@@ -82,6 +85,13 @@ class RunRecord:
                 if not isinstance(score, dict) or not score.keys() >= SCORE_PARTS:
                     raise damaged(self.run.path / "evaluation.json", "a score lacks a part")
                 found.append({"when": when, "set": name, **{part: score[part] for part in sorted(SCORE_PARTS)}})
+        return found
+
+    def _diagnosis(self) -> Json | None:
+        """Return what `neuromas diagnose` has written, None if nothing."""
+        found = self.run.read_json("diagnosis.json", dict)
+        if found is not None and not _is_diagnosis(found):
+            raise damaged(self.run.path / "diagnosis.json", "a part is missing or no such part")
         return found
 
     def _ledger(self) -> Json | None:
@@ -106,9 +116,11 @@ class RunRecord:
         # An old checkpoint may vanish at any time.
         return [(path.name, path.stat().st_mtime_ns) for path in logs] + [(path.name, 0) for path in self.run.checkpoints()]
 
-    def rollouts(self) -> list[Recorded]:
-        """Return all rollouts in the order in which they were recorded; ValueError if the file is damaged or has none."""
-        records = self.run.rollouts()
+    def rollouts(self, *, training_only: bool = False) -> list[Recorded]:
+        """Return all rollouts in the order in which they were recorded, or those of training alone; ValueError if the file is
+        damaged or there are none.
+        """
+        records = [each for each in self.run.rollouts() if not training_only or each.get("split", TRAIN) == TRAIN]
         if not records:
             raise ValueError(f"{self.run.path} has no rollouts yet, so there is nothing to see; train it first")
         if not all(map(_is_whole, records)):
@@ -175,11 +187,32 @@ def _is_whole(record: Json) -> bool:
     """Say whether a record of rollouts.jsonl has all parts; that it has a step and perhaps a split has been checked."""
     parts = {"example": str, "question": str, "gold": str, "rollout": int, "texts": dict, "faults": list}
     return (
-        all(isinstance(record.get(name), kind) for name, kind in parts.items())
+        _has(record, parts)
         and isinstance(record.get("reward", 0.0), int | float)
         and all(node.isdecimal() and isinstance(text, str) for node, text in record["texts"].items())
         and all(isinstance(fault, list) and list(map(type, fault)) == [int, int, str] for fault in record["faults"])
     )
+
+
+def _is_diagnosis(found: Json) -> bool:
+    """Say whether a diagnosis has the parts that the page shows."""
+    parts = {"split": str, "step": int, "network": dict, "undisturbed": dict, "effects": list, "adapters": dict,
+             "specialisation": dict, "faults": dict, "training": dict}  # fmt: skip
+    effect = {"name": str, "kind": str, "nodes": list, "edges": list, "accuracy": float, "change": float, "low": float,
+              "high": float, "answers_changed": float, "disturbed": float, "reading": str}  # fmt: skip
+    return (
+        _has(found, parts)
+        and _has(found["network"], {"widths": list, "layers": list, "edges": list})
+        and found["undisturbed"].keys() >= SCORE_PARTS
+        and all(isinstance(each, dict) and _has(each, effect) for each in found["effects"])
+        and _has(found["adapters"], {"norms": dict, "pairs": list})
+        and _has(found["training"], {"steps": list, "nodes": dict})
+    )
+
+
+def _has(found: Json, parts: dict[str, type]) -> bool:
+    """Say whether a record has all of these parts, each of its kind; a whole number may be any."""
+    return all(isinstance(found.get(name), kind if kind is not float else int | float) for name, kind in parts.items())
 
 
 def _texts_after(text: str, headers: Sequence[str]) -> Iterator[str]:

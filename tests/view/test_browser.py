@@ -2,12 +2,18 @@
 
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import Page, browser, find_browser
-from recorded_runs import SCORE, record_run, rollout
+from commands import FLAGS
+from recorded_runs import DIAGNOSIS, SCORE, record_run, rollout
+from runs import wait_for_steps
 
 from neuromas.config import GrowthConfig
 from neuromas.training.questions import open_run
@@ -143,6 +149,67 @@ def test_two_runs_stand_side_by_side(page: Page, tmp_path: Path) -> None:
     light = page.ask(colours)
     page.press("t")
     assert page.ask(colours) != light
+
+
+def test_a_diagnosis_is_drawn_and_told(page: Page, tmp_path: Path) -> None:
+    run = run_that_learns(tmp_path / "r", says="start")
+    page.open(write_page(tmp_path / "none.html", run), "#tab=diagnosis")
+    assert page.ask("[byId('diagnosisTab').hidden, chosen.tab]") == [True, "messages"]
+    RunDirectory.open(run).write_json("diagnosis.json", DIAGNOSIS)
+    page.open(write_page(tmp_path / "one.html", run))
+    page.press("4")
+    assert page.texts("#diagnosed .node") == ["node 1\nbare 0.0", "node 2\nbare \u221237.5"]
+    assert page.texts("#diagnosed .label") == ["drop \u221225.0\nshuffle \u221250.0"]
+    assert page.ask("document.querySelector('.edge.worth.wrong path').style.strokeWidth") == "5.6"
+    assert "The interval reaches the floor: there is nothing to lose" in page.text("#diagnosed p")
+    rows = page.texts("#diagnosed tbody tr")
+    assert rows[1].split("\t")[:4] == ["shuffle 1 to 2", "0.0%", "\u221250.0", "\u221260.0 to \u221245.0"]
+    assert rows[4:] == ["1\t25.0%\t100.0%\t1.00", "2\t0.0%\t80.0%\t2.00", "1 and 2\t-\t2.00"]
+    for measure in ("distinct_2", "entropy"):
+        page.ask(f"byId('variety').value = '{measure}'; byId('variety').dispatchEvent(new Event('change'))")
+        assert page.ask("document.querySelectorAll('#varietyPlot canvas').length") == 1
+    two = write_page(tmp_path / "two.html", run, run_that_learns(tmp_path / "q", says="start"))
+    page.open(two, "#tab=diagnosis")
+    assert page.texts("#diagnosed h2") == ["r: what nodes and edges are worth", "Nodes", "Adapters"]
+
+
+def test_a_watched_page_follows_a_run_that_trains(page: Page, tiny_folder: Path, tmp_path: Path) -> None:
+    run, log, command = tmp_path / "run", tmp_path / "log", [sys.executable, "-m", "neuromas.cli"]
+    steps = ["--backbone", str(tiny_folder), "--run-dir", str(run), "--num-steps", "4", "--save-every", "1"]
+    words, started = [*command, "train", *FLAGS, *steps], list[subprocess.Popen[bytes]]()
+    try:
+        with log.open("wb") as errors:
+            started.append(subprocess.Popen(words, stdout=errors, stderr=errors))
+            wait_for_steps(started[0], run, 1, log)
+            started.append(subprocess.Popen([*command, "view", str(run), "--watch"], stdout=errors, stderr=errors))
+        while not (run / "view.html").exists():
+            assert started[1].poll() is None, log.read_text()
+            time.sleep(0.05)
+        page.open(run / "view.html", "#set=train")
+        assert page.ask("'watched' in document.documentElement.dataset")
+        assert started[0].wait(60) == 0, log.read_text()
+        # Nobody touches the page: it loads itself, and stays where it is.
+        until = time.monotonic() + 40
+        while not is_whole(page):
+            assert time.monotonic() < until, page.text("#runs")
+            time.sleep(0.3)
+        assert page.ask("chosen.set") == "train"
+        started[1].send_signal(signal.SIGINT)
+        assert started[1].wait(30) == 0, log.read_text()
+        assert b"data-watched>" not in (run / "view.html").read_bytes()
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def is_whole(page: Page) -> bool:
+    """Say whether the page that stands there now, if it is not just being loaded, has all steps and the score after them."""
+    try:
+        text = page.text("#runs")
+    except AssertionError:
+        return False
+    return "4 steps" in text and "→" in text
 
 
 def test_five_thousand_rollouts_open_at_once(page: Page, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from commands import Call, assert_refused
-from recorded_runs import SCORE, record_run, rollout
+from recorded_runs import DIAGNOSIS, SCORE, record_run, rollout
 
 from neuromas.config import GrowthConfig
 from neuromas.graph.society import SocietyConfig
@@ -119,6 +119,22 @@ def test_curves_scores_and_labels(tmp_path: Path) -> None:
         record_of(path).summary("a")
 
 
+def test_a_diagnosis_is_shown_if_it_is_whole(tmp_path: Path) -> None:
+    path = record_run(tmp_path / "r", [rollout(TWO, reward=1.0)])
+    run, record = RunDirectory.open(path), record_of(path)
+    assert record.summary("r")["diagnosis"] is None
+    before = record.state()
+    run.write_json("diagnosis.json", DIAGNOSIS)
+    assert record.state() != before
+    assert unpack(build_page([record]))[0]["runs"][0]["diagnosis"] == DIAGNOSIS
+    for part in ({"effects": [{}]}, {"network": {}}, {"undisturbed": {}}, {"adapters": {}}, {"training": []}, {"split": 3}):
+        run.write_json("diagnosis.json", DIAGNOSIS | part)
+        with pytest.raises(
+            ValueError, match=r"diagnosis.json is damaged \(a part is missing or no such part\); restore it, or"
+        ):
+            record.summary("r")
+
+
 def test_every_rollout_is_in_one_chunk_or_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "CHUNK_CHARACTERS", 600)
     texts = [{1: f"TO node 2: message {number}", 2: "Answer: Yes"} for number in range(20)]
@@ -160,7 +176,7 @@ def test_the_page_allows_its_own_script_and_style_and_nothing_else(tmp_path: Pat
 
 def test_the_command_writes_the_page_into_the_run(call: Call, tmp_path: Path) -> None:
     path = record_run(tmp_path / "r", [rollout(TWO, reward=1.0)])
-    assert call("view", path).out == f"{path}/view.html: 0.1 MB\n"
+    assert call("view", path).out == f"{path}/view.html: 0.2 MB\n"
     again = json.loads(call("view", path, "--json").out)
     assert again == {"page": f"{path}/view.html", "bytes": (path / "view.html").stat().st_size}
     assert call("view", path, "--out", tmp_path / "other.html").status == 0
@@ -180,7 +196,9 @@ def test_what_cannot_be_shown_is_one_error(call: Call, tmp_path: Path) -> None:
     society = record_run(
         tmp_path / "society", [], widths=(3,), vote=True, group_size=1, centring="none", society=SocietyConfig(rounds=2)
     )
-    assert_refused(call("view", society), r"society is a society that debates, and view draws networks: leave it out$")
+    assert_refused(
+        call("view", society), r"society is a society that debates, and only networks have messages on edges: leave it out$"
+    )
     note = tmp_path / "note.html"
     note.write_text("mine")
     assert_refused(call("view", path, "--out", note), r"--out .*note.html exists already and is no page of neuromas view; name")
@@ -210,5 +228,5 @@ def test_a_watched_page_is_as_new_as_the_run(call: Call, tmp_path: Path, monkeyp
     outcome = call("view", path, "--watch")
     assert found == [(1, True), (2, True), (2, True)]
     assert outcome.err.count("rewritten; Ctrl-C ends this") == 2
-    assert outcome.out == f"{path}/view.html: 0.1 MB\n"
+    assert outcome.out == f"{path}/view.html: 0.2 MB\n"
     assert b"data-watched>" not in (path / "view.html").read_bytes()

@@ -1,0 +1,95 @@
+"""`neuromas diagnose`: say what each node and edge of a trained run is worth."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from neuromas.cli.flags import parse_flags
+from neuromas.config import COLDEST, MOST_COUNTED, Split
+from neuromas.model.sources import find_backbone
+from neuromas.system.files import replace_file, require_writable
+from neuromas.system.schema import require
+from neuromas.system.terminal import printable
+from neuromas.training.questions import open_run
+from neuromas.view.recorded import RunRecord
+
+KINDS = ("silence", "drop", "shuffle", "swap", "bare", "exchange")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiagnoseArguments:
+    """Disturb a trained network and say what each node and edge is worth: messages emptied, shuffled among questions and
+    swapped, adapters left out and exchanged. Writes diagnosis.json and diagnosis.png into the run's folder; `neuromas view`
+    shows them.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    split: Split = "validation"
+    """Split of the task's questions."""
+    limit: int = 200
+    """Most questions to ask; every intervention asks all of them."""
+    interventions: tuple[str, ...] = KINDS
+    """Which kinds of interventions: silence, drop, shuffle, swap, bare, exchange."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy. All interventions use the same random numbers."""
+    seed: int = 0
+    """Decides which question's message a shuffled edge carries, and the samples where the temperature is above 0."""
+    data: Path | None = None
+    """File or folder of the benchmark's items. None: the run's."""
+    allow_code: bool = False
+    """Execute the Python file that holds the run's task (class:FILE.py:CLASS)."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command `diagnose`."""
+    parsed = parse_flags(DiagnoseArguments, args, "diagnose")
+    require(1 <= parsed.limit <= MOST_COUNTED, "--limit", f"1 to {MOST_COUNTED:,}", parsed.limit)
+    require(parsed.seed >= 0, "--seed", "at least 0", parsed.seed)
+    if parsed.temperature and not COLDEST <= parsed.temperature < math.inf:
+        raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {parsed.temperature}")
+    if unknown := [kind for kind in parsed.interventions if kind not in KINDS]:
+        raise ValueError(f"--interventions must be among {' '.join(KINDS)}, got {unknown[0]!r}")
+    opened, task = open_run(parsed.run, data=parsed.data, allow_code=parsed.allow_code)
+    recorded = RunRecord(opened, task)
+    for name in ("diagnosis.json", "diagnosis.png"):
+        require_writable(opened.path / name, "RUN")
+    task.check_ready()
+    examples = task.examples(parsed.split, parsed.limit)
+    find_backbone(opened.config.backbone)
+    # These load torch: mistakes are reported before.
+    from rich.console import Console
+
+    from neuromas.diagnose.diagnosis import diagnose
+    from neuromas.diagnose.history import history
+    from neuromas.diagnose.picture import draw
+    from neuromas.diagnose.report import report
+    from neuromas.training.load_run import load_network
+
+    network, step = load_network(opened)
+    console = Console(stderr=True, highlight=False, markup=False)
+    with console.status("") as status:
+
+        def tell(text: str) -> None:
+            # A terminal shows the last line alone, a log all.
+            if console.is_terminal:
+                status.update(printable(text))
+            else:
+                console.print(printable(text), soft_wrap=True)
+
+        found = diagnose(
+            network, task, examples, parsed.interventions, temperature=parsed.temperature, seed=parsed.seed, tell=tell
+        )
+        tell("texts of training")
+        in_training = recorded.rollouts(training_only=True)
+        diagnosis = {"step": step, "split": parsed.split, **found, "training": history(in_training, task)}
+        replace_file(opened.path / "diagnosis.json", json.dumps(diagnosis, indent=2, allow_nan=False).encode())
+        replace_file(opened.path / "diagnosis.png", draw(diagnosis))
+    where = f"{opened.path / 'diagnosis.json'} and diagnosis.png; `neuromas view {opened.path}` shows them with the messages"
+    print(json.dumps(diagnosis) if parsed.json else printable(f"{report(diagnosis)}\n\n{where}"))
