@@ -27,6 +27,7 @@ Credit = Literal[
     "sequential_critic", "turn_groups",
 ]  # fmt: skip
 Device = Literal["auto", "cpu", "cuda"]
+Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 Split = Literal["test", "validation", "train", "dev", "first200"]
 Verifier = Literal["exact", "choice", "number", "regex", "math", "python"]
 
@@ -294,6 +295,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     run_dir: Path | None = None
     """Folder of the run. None: runs/TASK-WIDTHS-seedSEED; another backbone than the bundled one is named before the seed."""
+    track: Tracker = "none"
+    """Mirror metrics.jsonl for this tracker, in the run's folder and offline; needs its package (extra `track`)."""
     seed: int = 0
     """Decides the adapters' start, the training problems and every sample."""
 

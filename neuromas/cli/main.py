@@ -21,11 +21,16 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
   view RUN [RUN ...]    write one HTML page: every message before and after training, curves, budget; runs side by side
   diagnose RUN          disturb a trained network: what each node, edge and adapter is worth
   compare CONFIG.toml   run methods x tasks x seeds at matched budgets; one report with intervals, floors and tests
+  export RUN --out DIR  write the adapters as PEFT folders with a model card; `import DIR` makes a run of them again
+  traces RUN --out DIR  write all rollouts as traces of Trackio
   tasks                 list tasks with their splits, floors and verifiers; `tasks show NAME` prints an example
 
 neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
 
-COMMANDS = ("screen", "train", "finetune", "grow", "compare", "eval", "ask", "show", "view", "diagnose", "tasks")
+COMMANDS = (
+    "screen", "train", "finetune", "grow", "compare", "eval", "ask", "show", "view", "diagnose", "export", "import", "traces",
+    "tasks",
+)  # fmt: skip
 """Modules of this package, each with a function `run` of arguments; only the one that is called is loaded."""
 
 

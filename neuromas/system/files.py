@@ -53,7 +53,7 @@ def sync(path: Path) -> None:
 
 def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder of files atomically: a crash or a loss of power leaves all files or no folder of that name."""
-    partial = final.with_suffix(".partial")
+    partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name, data in files.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)

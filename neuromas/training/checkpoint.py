@@ -29,6 +29,8 @@ class State:
     """Of the network whose adapters these are; None: that of the run."""
     validation_accuracy: float | None = None
     """Of the checkpoint that is kept as the best; None in all others."""
+    has_optimizer: bool = True
+    """False for a checkpoint that was imported: an export leaves out what learns, the optimizer and a critic."""
 
 
 def save(run: RunDirectory, bank: AdapterBank, learner: Learner, state: State, critic: Critic | None = None) -> None:
@@ -68,13 +70,15 @@ def load(run: RunDirectory, bank: AdapterBank, learner: Learner | None = None, c
     for node in bank.nodes:
         bank.load_peft(node, folder / "adapters" / str(node))
     bank.version = state["step"]
-    if learner is not None:
+    has_optimizer = "optimizer.safetensors" in state["files"]
+    if learner is not None and has_optimizer:
         learner.load_state(load_tensors((folder / "optimizer.safetensors").read_bytes()))
-    if critic is not None:
+    if critic is not None and has_optimizer:
         critic.load_state(load_tensors((folder / "critic.safetensors").read_bytes()))
     ledger = Ledger(**json.loads((folder / "ledger.json").read_text()))
     return State(
-        state["step"], state["running_mean"], state["backbone_checksum"], ledger, Pace(**state["pace"]), topology
+        state["step"], state["running_mean"], state["backbone_checksum"], ledger, Pace(**state["pace"]), topology,
+        has_optimizer=has_optimizer,
     )  # fmt: skip
 
 

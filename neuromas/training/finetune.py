@@ -32,6 +32,7 @@ from neuromas.training.run_directory import RunDirectory
 from neuromas.training.scores import Validation, as_metrics, score_sets
 from neuromas.training.setup import build_society, check_memory
 from neuromas.training.signals import Stop, stop_signals
+from neuromas.training.tracking import tracked
 from neuromas.training.watch import asked
 from neuromas.types import Completion, Example, Group, Rollout
 
@@ -92,7 +93,8 @@ def finetuner_of(plan: Plan, run: RunDirectory) -> Iterator[tuple["Finetuner", P
             finetuner = Finetuner(plan, society, run, progress, stop)
             if finetuner.task.remark:
                 progress.note(finetuner.task.remark)
-            yield finetuner, progress
+            with tracked(plan.config.track, run, progress.note):
+                yield finetuner, progress
 
 
 class Finetuner:

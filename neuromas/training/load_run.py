@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from neuromas.config import TrainConfig
 from neuromas.rollout.network import Network
 from neuromas.rollout.society import Society
 from neuromas.tasks import Task
@@ -37,11 +38,16 @@ def load_run(path: Path, *, untrained: bool = False, allow_code: bool = False) -
 
 def load_network(run: RunDirectory, *, untrained: bool = False, best: bool = False) -> tuple[Network, int]:
     """Return the network of a run's newest checkpoint, or of its `best`, and its step, or the one before training and 0."""
-    # A run trained on a GPU answers on a machine without one.
-    network = build_network(dataclasses.replace(run.config, device="auto"))
-    if not untrained:
-        GrowthSchedule(network, run.config.growths()).restore(run.step)
+    network = network_at(run.config, 0 if untrained else run.step)
     return network, _load(run, network, untrained, best)
+
+
+def network_at(config: TrainConfig, step: int) -> Network:
+    """Return the network that a config has after `step` steps, with the adapters that it starts with."""
+    # A run trained on a GPU answers on a machine without one.
+    network = build_network(dataclasses.replace(config, device="auto"))
+    GrowthSchedule(network, config.growths()).restore(step)
+    return network
 
 
 def load_society(run: RunDirectory, *, untrained: bool = False, best: bool = False) -> tuple[Society, int]:

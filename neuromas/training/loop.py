@@ -14,6 +14,7 @@ from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import set_up
 from neuromas.training.signals import Stop, stop_signals
+from neuromas.training.tracking import tracked
 from neuromas.training.trainer import Trainer
 from neuromas.training.watch import asked
 
@@ -91,4 +92,7 @@ def trainer_of(
             progress.note(describe_engine(config.engine.name))
             if task.remark:
                 progress.note(task.remark)
-            yield trainer, progress, stop
+            if trainer.learns_anew and not trainer.finished:
+                progress.note("these adapters were imported, and what learns them was not: optimizer and critic begin anew")
+            with tracked(config.track, run, progress.note):
+                yield trainer, progress, stop

@@ -6,6 +6,7 @@ from neuromas.config import TrainConfig
 from neuromas.graph.growth import Growth
 from neuromas.graph.topology import Topology
 from neuromas.training.questions import Questions
+from neuromas.training.tracking import require_tracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,4 +23,5 @@ class Plan:
 def resolve(config: TrainConfig) -> Plan:
     """Check a config and return what it describes; ValueError names the flag that is wrong."""
     config.check()
+    require_tracker(config.track)
     return Plan(config, config.topology.build(), config.growths(), Questions.of(config))

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from neuromas.config import TrainConfig
 from neuromas.graph.topology import Topology
 from neuromas.system.files import checksum_of, damaged, parse_json, read_file, read_or_damaged, replace_file, sync, write_folder
 from neuromas.training.config_file import differences, from_json, identity, to_json
+from neuromas.training.sealed import check_seal, seal
 
 KEPT_CHECKPOINTS = 2
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
@@ -44,6 +45,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: TrainConfig, topology: Topology) -> None:
         self.path, self.config, self.topology = path, config, topology
+        self.on_metrics: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+        """Is told each step's metrics once they are logged."""
 
     @classmethod
     def find(cls, config: TrainConfig, *, resume: bool) -> "RunDirectory":
@@ -249,8 +252,6 @@ class RunDirectory:
         `head` goes to state.json, with the checksums of the files. A `best` one is kept besides the others.
         """
         final = self.path / "checkpoints" / f"{'best' if best else 'step'}-{step:06d}"
-        listing = {name: [len(data), checksum_of(data)] for name, data in files.items()}
-        state = json.dumps({"step": step, **head, "files": listing}, indent=2, allow_nan=False).encode()
         try:
             # The log up to here is part of what a resumed run goes on from.
             for name in LOGS:
@@ -258,9 +259,9 @@ class RunDirectory:
                     sync(self.path / name)
             if best:
                 shutil.rmtree(final, ignore_errors=True)  # of a run that was killed after it, and goes on
-            write_folder(final, {**files, "state.json": state, "checksum": checksum_of(state).encode()})
+            write_folder(final, seal({"step": step, **head}, files))
         except OSError as error:
-            shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
+            shutil.rmtree(final.with_name(f"{final.name}.partial"), ignore_errors=True)
             last = self.checkpoints()
             kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
             raise ValueError(
@@ -272,7 +273,7 @@ class RunDirectory:
         # The best before this one is kept until the run can no longer fall back to before the newer one.
         for other in self._bests(step)[:-1]:
             shutil.rmtree(other, ignore_errors=True)
-        self._link_adapters(final)
+        self.link_adapters(final)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -281,12 +282,12 @@ class RunDirectory:
         shutil.rmtree(self.path / "checkpoints" / f"step-{step:06d}", ignore_errors=True)
         left = self.checkpoints()
         if left:
-            self._link_adapters(left[-1])
+            self.link_adapters(left[-1])
         else:
             (self.path / "adapters").unlink(missing_ok=True)
         return left
 
-    def _link_adapters(self, newest: Path) -> None:
+    def link_adapters(self, newest: Path) -> None:
         """Point RUN/adapters at the newest adapters: a convenience that a run does without where the disk knows no links."""
         link, fresh = self.path / "adapters", self.path / "adapters.new"
         try:
@@ -324,6 +325,7 @@ class RunDirectory:
 
         check_names(list(metrics))
         self._append("metrics.jsonl", {"step": step, **metrics})
+        self.on_metrics(step, metrics)
 
     def log_rollouts(self, step: int, records: list[dict[str, Any]]) -> None:
         self._append("rollouts.jsonl", *({"step": step, **record} for record in records))
@@ -382,19 +384,7 @@ def _step_of(checkpoint: Path) -> int:
 
 def _verified_state(folder: Path, remedy: str) -> dict[str, Any]:
     """Return state.json after checking every file of the checkpoint against it; ValueError names the file and the remedy."""
-    try:
-        raw = read_file(folder / "state.json")
-        is_whole = read_file(folder / "checksum") == checksum_of(raw).encode()
-        state = json.loads(raw) if is_whole else {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {folder}: state.json or checksum is missing or damaged; {remedy}") from error
-    if not is_whole or folder.name not in (f"step-{state['step']:06d}", f"best-{state['step']:06d}"):
+    state = check_seal(folder, "checkpoint", remedy)
+    if folder.name not in (f"step-{state['step']:06d}", f"best-{state['step']:06d}"):
         raise ValueError(f"checkpoint {folder}: state.json is damaged (its checksum or its step differs); {remedy}")
-    for name, (size, digest) in state["files"].items():
-        path = folder / name
-        data = path.read_bytes() if path.is_file() else b""
-        if len(data) != size:
-            raise ValueError(f"checkpoint {folder}: {name} is truncated ({len(data)} of {size} bytes); {remedy}")
-        if checksum_of(data) != digest:
-            raise ValueError(f"checkpoint {folder}: {name} is damaged (its checksum differs); {remedy}")
     return state

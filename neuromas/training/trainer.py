@@ -54,6 +54,8 @@ class Trainer:
         state = checkpoint.load(run, self.bank, self.learner, self.critic)
         if state:
             run.check_backbone(self.checksum, state.backbone_checksum)
+        self.learns_anew = state is not None and not state.has_optimizer
+        """Whether the run goes on from an import, with an optimizer (and a critic) that begins anew."""
         self.step = state.step if state else 0
         self.running_mean = state.running_mean if state else 0.0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)

@@ -230,7 +230,7 @@ def test_what_is_renamed_is_on_the_disk_and_so_is_its_name(
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "rename", note_rename)
     final = save(1)
-    partial = final.with_suffix(".partial")
+    partial = final.with_name(f"{final.name}.partial")
     at = done.index(f"{partial} -> {final}")
     written = {str(partial / path.relative_to(final)) for path in final.rglob("*")}
     assert written | {str(partial), str(run.path / "metrics.jsonl")} <= set(done[:at])
