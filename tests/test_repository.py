@@ -105,9 +105,10 @@ LAW: dict[str, set[str]] = {
     "rollout": {"types", "config", "graph", "model"},
     "training": {"types", "config", "graph", "system", "tasks", "model", "rollout"},
     "view": {"types", "graph", "rollout", "system", "tasks", "training"},
+    "serve": {"types", "config", "graph", "tasks", "rollout", "training"},
     "compare": {"types", "config", "graph", "system", "tasks", "model", "rollout", "training"},
     "recipes": {"types", "graph", "tasks", "model", "rollout", "training"},
-    "cli": {"types", "config", "graph", "system", "tasks", "model", "training", "view", "compare"},
+    "cli": {"types", "config", "graph", "system", "tasks", "model", "training", "view", "serve", "compare"},
     "__init__": {"graph", "model", "rollout"},
 }
 """What each room may import, rooms in the order of the straight line: CONTRIBUTING.md draws it."""
