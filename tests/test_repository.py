@@ -106,9 +106,10 @@ LAW: dict[str, set[str]] = {
     "training": {"types", "config", "graph", "system", "tasks", "model", "rollout"},
     "view": {"types", "graph", "rollout", "system", "tasks", "training"},
     "diagnose": {"types", "graph", "model", "rollout", "tasks", "training", "view"},
+    "serve": {"types", "config", "graph", "tasks", "rollout", "training"},
     "compare": {"types", "config", "graph", "system", "tasks", "model", "rollout", "training"},
     "recipes": {"types", "graph", "tasks", "model", "rollout", "training"},
-    "cli": {"types", "config", "graph", "system", "tasks", "model", "training", "view", "diagnose", "compare"},
+    "cli": {"types", "config", "graph", "system", "tasks", "model", "training", "view", "diagnose", "serve", "compare"},
     "__init__": {"graph", "model", "rollout"},
 }
 """What each room may import, rooms in the order of the straight line: CONTRIBUTING.md draws it."""

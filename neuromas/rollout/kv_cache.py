@@ -32,6 +32,7 @@ class Slots:
     values: list[Tensor]
     nodes: Tensor
     """Index of the adapter of the slot's row."""
+    temperature: Tensor
     prefix: Tensor
     """Index of the computed prefix that the row continues."""
     prefix_length: Tensor
@@ -51,8 +52,8 @@ class Slots:
     def tensors(self) -> list[Tensor]:
         """Return all tensors, those of the cache first."""
         return [
-            *self.keys, *self.values, self.nodes, self.prefix, self.prefix_length, self.length, self.last_token, self.count,
-            self.uniforms, self.tokens, self.logprobs, self.limit, self.given,
+            *self.keys, *self.values, self.nodes, self.temperature, self.prefix, self.prefix_length, self.length,
+            self.last_token, self.count, self.uniforms, self.tokens, self.logprobs, self.limit, self.given,
         ]  # fmt: skip
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:

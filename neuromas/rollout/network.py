@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from torch.nn import Parameter
 
@@ -150,6 +151,20 @@ class Network:
             begun.append(_RolloutInProgress(rollout.example, rollout.index, each, tuple(seed), kept))
         return self._pass_messages(begun, temperature, branches=1)
 
+    def begin(self, example: Example, index: int, *, seed: Sequence[int | str]) -> "MessagePassing":
+        """Return the passing of messages of one rollout, for a caller that runs its requests as they get ready; see `end`.
+
+        The rollout is the one that `rollout` would return at this index of the example's group.
+        """
+        self.check_lengths([example])
+        (neighbours,) = self._neighbours([example], seed)
+        return MessagePassing(self.policy, self.wording, [_RolloutInProgress(example, index, neighbours, tuple(seed))], 1)
+
+    def end(self, passing: "MessagePassing") -> list[Rollout]:
+        """Return the rollouts of which all nodes have written, with their winners, in order."""
+        self._check_finite(passing.rollouts)
+        return [self._vote(rollout) for rollout in passing.finished()]
+
     def _neighbours(self, examples: Sequence[Example], seed: Sequence[int | str]) -> "list[_Neighbours]":
         """Return the neighbours in the topology that each example's group runs through, one object for each topology."""
         topologies = [self.topology_of(example, seed) for example in examples]
@@ -158,10 +173,9 @@ class Network:
 
     def _pass_messages(self, rollouts: "list[_RolloutInProgress]", temperature: float, branches: int) -> list[Rollout]:
         """Sample all texts that rollouts lack, and return the rollouts with their winners, in order."""
-        passing = _MessagePassing(self.policy, self.wording, rollouts, branches)
+        passing = MessagePassing(self.policy, self.wording, rollouts, branches)
         self.engine.generate(passing.start(), passing.receive, temperature=temperature, max_new_tokens=self.max_new_tokens)
-        self._check_finite(rollouts)
-        return [self._vote(rollout) for rollout in passing.finished()]
+        return self.end(passing)
 
     def _vote(self, rollout: Rollout) -> Rollout:
         """Return the rollout with the winner of a majority vote as its answer, if several nodes answer."""
@@ -297,7 +311,7 @@ class _RolloutInProgress:
         return node not in self.completions and all(sender in self.completions for sender in self.neighbours.senders[node])
 
 
-class _MessagePassing:
+class MessagePassing:
     """Carries messages along the edges: a node's request is made as soon as its last sender has written."""
 
     def __init__(self, policy: Policy, wording: Wording, rollouts: "list[_RolloutInProgress]", branches: int) -> None:
@@ -343,6 +357,12 @@ class _MessagePassing:
         sent = messages.deliver(sample.texts, node, recipients) if begins else messages.parse(sample.text, node, recipients)
         rollout.completions[node] = Completion(node, rollout.requests[node].prompt, sample, sent, begins)
         return [self._request(number, recipient) for recipient in neighbours.recipients[node] if rollout.is_ready(recipient)]
+
+    def text_so_far(self, node: int, sample: Sample) -> str:
+        """Return what a node of the first rollout has written so far, each text with what it was begun by."""
+        (rollout, *_) = self.rollouts
+        begins = self.wording.begins(rollout.neighbours.recipients[node], rollout.example.answer_format)
+        return "\n".join(begin + text for begin, text in zip_longest(begins[: len(sample.texts)], sample.texts, fillvalue=""))
 
     def finished(self) -> list[Rollout]:
         """Return the rollouts, with completions in topological order."""

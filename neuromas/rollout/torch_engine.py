@@ -27,7 +27,7 @@ NOT_GIVEN = -1
 CACHE_BYTES = 2**29
 """On a CPU, rows decode at once whose KV cache takes about this much at most."""
 PREFIX_BYTES = 2**28
-"""Prefixes are kept to the end of a call of `generate` while all take no more than this: another row may continue them."""
+"""Prefixes are kept while all take no more than this: another row may continue them."""
 
 Keyed = tuple[int, Request]
 """A request with the caller's key for it."""
@@ -45,23 +45,24 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Keyed], on_sample: OnSample, *, temperature: float, max_new_tokens: int) -> None:
-        batch = _DecodingBatch(self.policy, self.max_rows, temperature, max_new_tokens)
+        batch = DecodingBatch(self.policy, self.max_rows, max_new_tokens, PREFIX_BYTES)
         waiting = deque(requests)
         with self.policy.sampling():
             while waiting or batch.live:
-                # New rows wait for each other: a prefill of a few rows costs nearly as much as one of many.
-                if waiting and batch.live <= 3 * len(waiting) and (room := batch.room(waiting)) > 0:
-                    batch.admit([waiting.popleft() for _ in range(min(len(waiting), room))])
+                if waiting and (room := batch.room(waiting)) > 0:
+                    batch.admit([waiting.popleft() for _ in range(min(len(waiting), room))], temperature)
                 for key, sample in batch.step():
                     waiting.extend(on_sample(key, sample))
 
 
-class _DecodingBatch:
-    """The rows that decode together in one call of `generate`."""
+class DecodingBatch:
+    """The rows that decode together, which may join and leave at any step; it needs `Policy.sampling` around it."""
 
-    def __init__(self, policy: Policy, max_rows: int, temperature: float, max_new_tokens: int) -> None:
+    def __init__(self, policy: Policy, max_rows: int, max_new_tokens: int, prefix_bytes: int) -> None:
         self.policy, self.backbone, self.max_rows = policy, policy.backbone, max_rows
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.max_new_tokens, self.prefix_bytes = max_new_tokens, prefix_bytes
+        self.temperatures: set[float] = set()
+        """Those of all rows so far."""
         self.stop_ids = torch.tensor(sorted(policy.frame.stop_ids), device=self.backbone.device)
         self.version, self.routing = policy.version, policy.routing
         self.rows: list[int] = []
@@ -83,7 +84,10 @@ class _DecodingBatch:
         return len(self.rows)
 
     def room(self, waiting: Collection[Keyed]) -> int:
-        """Return how many more rows may decode: on a CPU, as many as keep the cache at `CACHE_BYTES`, but one at least."""
+        """Return how many more rows may decode now: on a CPU, as many as keep the cache at `CACHE_BYTES`, but one at least."""
+        # New rows wait for each other: a prefill of a few rows costs nearly as much as one of many.
+        if self.live > 3 * len(waiting):
+            return 0
         backbone, most = self.backbone, self.max_rows
         if backbone.device.type == "cpu" and backbone.token_bytes:
             columns = max(len(request.prompt.suffix_ids) for _, request in waiting) + self.max_new_tokens
@@ -92,8 +96,8 @@ class _DecodingBatch:
             most = max(1, min(most, CACHE_BYTES // (columns * backbone.token_bytes)))
         return most - self.live
 
-    def admit(self, requests: Sequence[Keyed]) -> None:
-        """Prefill new rows into the slots after the live ones."""
+    def admit(self, requests: Sequence[Keyed], temperature: float) -> None:
+        """Prefill new rows, all of one temperature, into the slots after the live ones."""
         # Rows of one node are adjacent, so that their tokens are one product with its adapter.
         requests = sorted(requests, key=lambda keyed: keyed[1].node)
         prompts = [request.prompt for _, request in requests]
@@ -115,6 +119,8 @@ class _DecodingBatch:
         slots.prefix_length[new] = prefixes.lengths_Q[slots.prefix[new]]
         slots.length[new] = 0
         slots.nodes[new] = torch.tensor(nodes, device=device)
+        slots.temperature[new] = temperature
+        self.temperatures.add(temperature)
         slots.count[new] = 0
         self.headers |= {key: list(request.headers) for key, request in requests if request.headers}
         self.gives_tokens |= bool(self.headers)
@@ -154,7 +160,7 @@ class _DecodingBatch:
         assert slots is not None
         slots.length[slot_B] += written_B
         count_B = slots.count[slot_B]
-        tokens_B, logprobs_B = self.policy.ops.sample(logits_BV, slots.uniforms[slot_B, count_B], self.temperature)
+        tokens_B, logprobs_B = self._draw(logits_BV, slots.uniforms[slot_B, count_B], slot_B)
         if self.gives_tokens:
             given_B = slots.given[slot_B, count_B]
             tokens_B = torch.where(given_B == NOT_GIVEN, tokens_B, given_B)
@@ -162,6 +168,33 @@ class _DecodingBatch:
         slots.logprobs[slot_B, count_B] = logprobs_B
         slots.last_token[slot_B] = tokens_B
         slots.count[slot_B] = count_B + 1
+
+    def _draw(self, logits_BV: Tensor, uniform_B: Tensor, slot_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the token that each slot samples at its temperature, and its log-probability."""
+        if len(self.temperatures) == 1:
+            return self.policy.ops.sample(logits_BV, uniform_B, next(iter(self.temperatures)))
+        assert self.slots is not None
+        temperature_B = self.slots.temperature[slot_B]
+        tokens_B, logprobs_B = torch.empty_like(slot_B), logits_BV.new_empty(len(slot_B))
+        for temperature in temperature_B.unique().tolist():
+            rows = (temperature_B == temperature).nonzero()[:, 0]
+            tokens_B[rows], logprobs_B[rows] = self.policy.ops.sample(logits_BV[rows], uniform_B[rows], temperature)
+        return tokens_B, logprobs_B
+
+    def written(self, keys: Collection[int]) -> dict[int, Sample]:
+        """Return what these rows have written so far; those that are not live are left out."""
+        slots = self.slots
+        rows = [row for row, key in enumerate(self.rows) if key in keys]
+        if slots is None or not rows:
+            return {}
+        return dict(zip((self.rows[row] for row in rows), self._samples(rows), strict=True))
+
+    def cut(self, key: int, tokens: int) -> None:
+        """Let a live row end with so many tokens at most after its prompt, and with the text that it is at."""
+        if key in self.rows:
+            assert self.slots is not None
+            self.slots.limit[self.rows.index(key)].clamp_(max=tokens)
+            self.headers.pop(key, None)
 
     def _take_finished(self) -> list[tuple[int, Sample]]:
         """Remove the rows that have finished and return their samples; later rows move into their slots."""
@@ -180,11 +213,7 @@ class _DecodingBatch:
                 done.append(row)
         if not done:
             return []
-        finished = []
-        counts, tokens, logprobs = slots.count[done].tolist(), slots.tokens[done].tolist(), slots.logprobs[done].tolist()
-        is_given = (slots.given[done] != NOT_GIVEN).tolist()
-        for row, count, ids, sampled, given in zip(done, counts, tokens, logprobs, is_given, strict=True):
-            finished.append((self.rows[row], self._sample(ids[:count], sampled[:count], given[:count])))
+        finished = list(zip((self.rows[row] for row in done), self._samples(done), strict=True))
         gone = set(done)
         left = self.live - len(gone)
         holes = [row for row in gone if row < left]
@@ -211,8 +240,19 @@ class _DecodingBatch:
         if not self.headers[key]:
             del self.headers[key]
 
+    def _samples(self, rows: list[int]) -> list[Sample]:
+        """Return what live rows have written."""
+        slots = self.slots
+        assert slots is not None
+        counts, tokens, logprobs = slots.count[rows].tolist(), slots.tokens[rows].tolist(), slots.logprobs[rows].tolist()
+        is_given = (slots.given[rows] != NOT_GIVEN).tolist()
+        return [
+            self._sample(ids[:count], sampled[:count], given[:count])
+            for count, ids, sampled, given in zip(counts, tokens, logprobs, is_given, strict=True)
+        ]
+
     def _sample(self, ids: list[int], logprobs: list[float], is_given: list[bool]) -> Sample:
-        """Return what a finished row has written: its texts are what stands between the tokens that were given."""
+        """Return what a row has written: its texts are what stands between the tokens that were given."""
         texts, stopped = list[str](), True
         for given, text in groupby(range(len(ids)), key=lambda index: is_given[index]):
             if not given:
@@ -238,7 +278,7 @@ class _DecodingBatch:
     def _drop_prefixes(self, prefix_keys: Sequence[PrefixKey]) -> None:
         """Drop the prefixes that neither a live row nor a new one continues, if all take much and those are half of them."""
         slots, indices = self.slots, self.index_of_prefix
-        if slots is None or self.prefixes is None or self.prefixes.nbytes <= PREFIX_BYTES:
+        if slots is None or self.prefixes is None or self.prefixes.nbytes <= self.prefix_bytes:
             return
         kept = {*slots.prefix[: self.live].tolist(), *(indices[key] for key in prefix_keys if key in indices)}
         if 2 * len(kept) > len(indices):
@@ -280,6 +320,7 @@ class _DecodingBatch:
             keys=[cache_like(keys, old.keys if old else None) for keys, _ in layers],
             values=[cache_like(values, old.values if old else None) for _, values in layers],
             nodes=integers(rows),
+            temperature=torch.zeros(rows, dtype=torch.float64, device=device),
             prefix=integers(rows),
             prefix_length=integers(rows),
             length=integers(rows),

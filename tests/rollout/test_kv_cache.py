@@ -30,7 +30,8 @@ def make_slots(prefix_of_row: list[int], lengths_Q: Tensor) -> Slots:
     prefix = torch.tensor(prefix_of_row + [0] * (SLOTS - len(prefix_of_row)))
     integers = torch.arange(SLOTS)
     return Slots(
-        keys=[keys for keys, _ in caches], values=[values for _, values in caches], nodes=integers * 7 % 3, prefix=prefix,
+        keys=[keys for keys, _ in caches], values=[values for _, values in caches], nodes=integers * 7 % 3,
+        temperature=torch.zeros(SLOTS, dtype=torch.float64), prefix=prefix,
         prefix_length=lengths_Q[prefix], length=integers * 5 % (COLUMNS - 2), last_token=integers, count=integers,
         uniforms=torch.zeros(SLOTS, 1), tokens=integers[:, None], logprobs=torch.zeros(SLOTS, 1), limit=integers,
         given=integers[:, None],

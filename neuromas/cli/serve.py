@@ -1,0 +1,105 @@
+"""`neuromas serve`: answer requests of OpenAI's clients with a trained run."""
+
+import importlib.util
+import ipaddress
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from neuromas.cli.flags import parse_flags
+from neuromas.model.sources import find_backbone
+from neuromas.training.questions import open_run
+
+KEY_VARIABLE = "NEUROMAS_API_KEY"
+MOST = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeArguments:
+    """Serve a trained run at an OpenAI-compatible endpoint, with a page to talk to it, until Ctrl-C.
+
+    The environment variable NEUROMAS_API_KEY, or the file of --api-key-file, holds the key that clients must send; without
+    either no key is asked for.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    name: str | None = None
+    """Name of the model. None: the name of the run's folder."""
+    best: bool = False
+    """Serve the adapters of the run's best validation, not its last ones."""
+    api_key_file: Path | None = None
+    """File that holds the API key."""
+    max_running: int = 64
+    """Rollouts that run at once."""
+    max_waiting: int = 256
+    """Rollouts that wait; a request beyond that is answered with status 429."""
+    max_choices: int = 16
+    """Most answers to one request."""
+    max_body_bytes: int = 2**20
+    """Largest body of a request."""
+    timeout: float = 120.0
+    """Seconds in which a request must be answered."""
+    allow_code: bool = False
+    """Execute the Python file that holds the run's task (class:FILE.py:CLASS)."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command `serve`."""
+    parsed = parse_flags(ServeArguments, args, "serve")
+    for name in ("max_running", "max_waiting", "max_choices"):
+        if not 1 <= getattr(parsed, name) <= MOST:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 to {MOST:,}, got {getattr(parsed, name)}")
+    if parsed.max_body_bytes < 1 or not 0 < parsed.timeout <= MOST:
+        raise ValueError(f"--max-body-bytes must be at least 1 and --timeout above 0 and at most {MOST:,}")
+    if not 0 <= parsed.port <= 65535:
+        raise ValueError(f"--port must be 0 to 65535, got {parsed.port}")
+    if missing := [name for name in ("starlette", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]:
+        raise ValueError(f"serve needs {missing[0]}, which is not installed: pip install 'neuromas[serve]'")
+    key = _key(parsed.api_key_file)
+    opened, task = open_run(parsed.run, allow_code=parsed.allow_code)
+    if parsed.best and opened.best() is None:
+        raise ValueError(f"{parsed.run} holds no best checkpoint: no validation was its best yet; leave --best out")
+    find_backbone(opened.config.backbone)
+    from neuromas.serve.app import App, Limits, Served
+    from neuromas.serve.server import listen, serve
+    from neuromas.training.load_run import load_network
+
+    with listen(parsed.host, parsed.port) as listening:
+        network, _ = load_network(opened, best=parsed.best)
+        name = parsed.name or parsed.run.resolve().name
+        served = Served(network=network, name=name, answer_format=task.answer_format, key=key)
+        limits = Limits(
+            running=parsed.max_running, waiting=parsed.max_waiting, choices=parsed.max_choices,
+            body_bytes=parsed.max_body_bytes, seconds=parsed.timeout,
+        )  # fmt: skip
+        if key is None and not _is_loopback(parsed.host):
+            print(f"warning: everybody who reaches {parsed.host} may ask; {KEY_VARIABLE} sets an API key", file=sys.stderr)
+        where = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
+        address = f"http://{where}:{listening.getsockname()[1]}"
+        serve(App(served, limits), listening, lambda: print(f"{name} at {address}/v1, a page at {address}/", flush=True))
+
+
+def _key(path: Path | None) -> str | None:
+    """Return the API key of the environment or of a file; ValueError if it is empty."""
+    key = os.environ.get(KEY_VARIABLE)
+    if path is not None:
+        key = path.read_text().strip()
+    if key is not None and (not key.strip() or not key.isascii() or not key.isprintable()):
+        raise ValueError(f"the API key must be printable ASCII, got none; look at {path or KEY_VARIABLE}")
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
