@@ -19,7 +19,8 @@ def effect(
     reading = "loss" if change < 0 else "no answer changes"
     return {
         "name": name, "kind": kind, "nodes": [node] if node else [], "edges": [list(edge)] if edge else [],
-        "accuracy": 0.5 + change, "change": change, "low": change - 0.1, "high": change + 0.05, "answers_changed": abs(change), "disturbed": 1.0,
+        "accuracy": 0.5 + change, "change": change, "low": change - 0.1, "high": change + 0.05,
+        "answers_changed": abs(change), "disturbed": 1.0,
         "reading": reading,
     }  # fmt: skip
 

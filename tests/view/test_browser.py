@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from browser import Page, browser, find_browser
 from commands import FLAGS
+from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from recorded_runs import DIAGNOSIS, SCORE, record_run, rollout
 from runs import wait_for_steps
 
+from docs.make_pictures import SCALE, WIDTH, frames, write_gif
 from neuromas.config import GrowthConfig
 from neuromas.training.questions import open_run
 from neuromas.training.run_directory import RunDirectory
@@ -171,6 +174,26 @@ def test_a_diagnosis_is_drawn_and_told(page: Page, tmp_path: Path) -> None:
     two = write_page(tmp_path / "two.html", run, run_that_learns(tmp_path / "q", says="start"))
     page.open(two, "#tab=diagnosis")
     assert page.texts("#diagnosed h2") == ["r: what nodes and edges are worth", "Nodes", "Adapters"]
+
+
+def test_the_page_of_the_repository_opens(page: Page) -> None:
+    page.open(Path(__file__).parents[2] / "docs/pages/navigate-1-1-1.html", "#example=none")
+    assert page.text("#place") == "1 of 500"
+    page.press("4")
+    assert [text.split()[:3] for text in page.texts("#diagnosed .node")] == [["node", str(n), "bare"] for n in (1, 2, 3)]
+
+
+def test_pictures_show_an_example_message_by_message(page: Page, tmp_path: Path) -> None:
+    path = write_page(tmp_path / "one.html", run_that_learns(tmp_path / "r", says="start"))
+    found = frames(page, path, 0, "light")
+    write_gif(tmp_path / "one.gif", found)
+    page.call("Emulation.clearDeviceMetricsOverride")
+    with Image.open(tmp_path / "one.gif") as gif:
+        assert isinstance(gif, GifImageFile)
+        # Before the message, with it, and with the answer.
+        assert gif.n_frames == len(found) == 3
+        assert gif.size[0] == WIDTH * SCALE
+    assert len({picture.tobytes() for picture in found}) == 3
 
 
 def test_a_watched_page_follows_a_run_that_trains(page: Page, tiny_folder: Path, tmp_path: Path) -> None:
