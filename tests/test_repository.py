@@ -105,7 +105,7 @@ LAW: dict[str, set[str]] = {
     "rollout": {"types", "config", "graph", "model"},
     "training": {"types", "config", "graph", "system", "tasks", "model", "rollout"},
     "view": {"types", "graph", "rollout", "system", "tasks", "training"},
-    "serve": {"types", "config", "graph", "tasks", "rollout", "training"},
+    "serve": {"types", "config", "graph", "system", "tasks", "rollout", "training"},
     "compare": {"types", "config", "graph", "system", "tasks", "model", "rollout", "training"},
     "recipes": {"types", "graph", "tasks", "model", "rollout", "training"},
     "cli": {"types", "config", "graph", "system", "tasks", "model", "training", "view", "serve", "compare"},
