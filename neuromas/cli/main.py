@@ -17,6 +17,7 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
   grow RUN --to WIDTHS  add nodes or layers to a trained network and train on, in a new run
   eval RUN              score a trained run on held-out problems or on a file
   ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
+  chat RUN              talk to a trained run in the terminal, every message on its edge as it is written
   serve RUN             answer OpenAI's clients with a trained run, and host a page to talk to it
   show RUN|CONFIG.toml  draw a network and its budget
   view RUN [RUN ...]    write one HTML page: every message before and after training, curves, budget; runs side by side
@@ -29,8 +30,8 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
 neuromas COMMAND --help explains a command. Results go to standard output; with --json they are one JSON object."""
 
 COMMANDS = (
-    "screen", "train", "finetune", "grow", "compare", "eval", "ask", "serve", "show", "view", "diagnose", "export", "import",
-    "traces", "tasks",
+    "screen", "train", "finetune", "grow", "compare", "eval", "ask", "chat", "serve", "show", "view", "diagnose", "export",
+    "import", "traces", "tasks",
 )  # fmt: skip
 """Modules of this package, each with a function `run` of arguments; only the one that is called is loaded."""
 

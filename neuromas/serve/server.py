@@ -83,7 +83,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(app: App, listening: socket.socket, ready: Callable[[], None]) -> None:
     """Answer requests until a signal comes."""
     config = uvicorn.Config(
-        app.asgi, http=_Protocol, ws="none", log_level="warning", server_header=False,
+        app.asgi, http=_Protocol, ws="none", log_level="error", server_header=False,
         timeout_graceful_shutdown=int(app.limits.seconds) + 1,
     )  # fmt: skip
     server = _Server(config)
