@@ -24,10 +24,11 @@ class Parity(GeneratedTask):
     name = "parity"
     answers = ("even", "odd")
     form = words(*answers)
+    answer_format = form.answer_format
 
     def generate(self, rng: random.Random) -> Problem:
-        bits = [rng.randint(0, 1) for _ in range(12)]
-        return Problem(f"Is the number of ones in {' '.join(map(str, bits))} even or odd?", self.answers[sum(bits) % 2])
+        bits = "".join(rng.choices("01", k=12))
+        return Problem(f"Is the number of ones in {bits} even or odd?", "odd" if bits.count("1") % 2 else "even")
 
     def parse_answer(self, text: str) -> str | None:
         return self.form.read(text)

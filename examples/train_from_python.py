@@ -16,7 +16,8 @@ from neuromas.training.run_directory import RunDirectory
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
 config = TrainConfig(
-    topology=TopologyConfig(widths=(1, 1, 1)), num_steps=steps, eval_size=20 * steps, eval_every=0, run_dir=Path("runs/from-python")
+    topology=TopologyConfig(widths=(1, 1, 1)), num_steps=steps, eval_size=20 * steps, eval_every=0,
+    run_dir=Path("runs/from-python"),
 )  # fmt: skip
 scores = train(resolve(config), RunDirectory.find(config, resume=True))
 for when, by_set in scores.items():

@@ -207,7 +207,8 @@ def _check_methods(methods: Sequence[str], where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """Tables of settings, each overriding the last: defaults, `[train]`, `[task.NAME]`, `[method.NAME]`, `[quick.train]`, the flags."""
+    """Tables of settings, each overriding the last: defaults, `[train]`, `[task.NAME]`, `[method.NAME]`, `[quick.train]`,
+    the flags."""
 
     where: str
     tasks_from: str
