@@ -31,7 +31,7 @@ SMALL = [
 SHORTER: dict[str, list[str]] = {
     "train": SMALL,
     "finetune": [*SMALL, "--dry-run"],  # a debate is longer than all other commands together
-    "grow": ["--steps", "1"],
+    "grow": ["--steps", "1", "--open-steps", "1"],
     "eval": ["--size", "2"],
     "screen": ["--questions", "2", "--samples", "2", "--max-new-tokens", "4"],
     "compare": ["--dry-run"],  # cells take minutes at least
