@@ -18,6 +18,17 @@ SHOWN = {".html", ".svg", ".png", ".json", ".ipynb"}
 LINK = re.compile(r'(\]\(|(?:src|srcset|href)=")([^)\s"#]+)')
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Complete the navigation: the reference, and in the guide every page that is not named."""
+    assert config.nav is not None
+    named = re.findall(r"[\w/]+\.md", repr(config.nav))
+    (guide,) = (part["Guide"] for part in config.nav if "Guide" in part)
+    pages = sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
+    guide += [page for page in pages if page not in named]
+    config.nav.append({"Reference": [{room.replace("_", " "): f"reference/{room}.md"} for room in reference()]})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages beside docs/, the reference, and what pages link to."""
     for source, name in PAGES.items():
