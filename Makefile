@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
-.PHONY: help install install-dev train real test test-kernels test-real test-vllm clean
+.PHONY: help install install-dev train real test test-kernels test-real test-vllm docs clean
 
 help:
 	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-kernels  run the tests of what is promised bit for bit, with other processors' kernels"
 	@echo "make test-real  run the tests of what holds on SmolLM2-135M"
 	@echo "make test-vllm  set up vLLM's CPU build in $(VLLM_VENV) (4.3 GB) and run the tests that need it"
+	@echo "make docs     build the site of the docs in build/site, and run every command and program of the docs"
 	@echo "make install  set up only"
 
 install: $(VENV)/installed
@@ -49,6 +50,10 @@ test-real: install-dev $(VENV)/installed-real
 test-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/pytest -p no:xdist -m vllm
 
+docs: install-dev $(VENV)/installed-docs
+	$(BIN)/mkdocs build --quiet
+	$(BIN)/pytest -m docs
+
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
 
@@ -64,6 +69,10 @@ $(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tasks]'
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/installed-real: $(VENV)/installed

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MODULES = sorted((ROOT / "neuromas").rglob("*.py"))
 LARGEST_MODULE, LARGEST_FUNCTION = 400, 60
 LONGEST_README = 150

@@ -1,9 +1,11 @@
 """Reads a comparison file: methods x tasks x seeds, the settings of each cell, and the pairs to compare.
 
-methods = ["neuromas_3", "single_rl"]      tasks = ["navigate"]      seeds = [0, 1, 2]
-[train]  settings of all cells    [task.NAME]  of one task's    [method.NAME]  of one method's    [quick]  with --quick
-[tuning]  lr = [5e-4, 1.5e-3]  seeds = [11]      candidates of every trained method on every task, on seeds that are not scored
-[[pairs]]  compare = ["neuromas_3", "single_rl"]  matched = ["trainable_parameters"]  asks = "..."
+    methods = ["neuromas_3", "single_rl"]      tasks = ["navigate"]      seeds = [0, 1, 2]
+    [train]  settings of all cells    [task.NAME]  of one task's    [method.NAME]  of one method's    [quick]  with --quick
+    [tuning]  lr = [5e-4, 1.5e-3]  seeds = [11]  candidates of every trained method on every task, on seeds that are not scored
+    [[pairs]]  compare = ["neuromas_3", "single_rl"]  matched = ["trainable_parameters"]  asks = "..."
+
+What a table leaves out comes from the one before it.
 """
 
 import dataclasses
@@ -205,7 +207,8 @@ def _check_methods(methods: Sequence[str], where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """Tables of settings, each overriding the last: defaults, [train], [task.NAME], [method.NAME], [quick.train], the flags."""
+    """Tables of settings, each overriding the last: defaults, `[train]`, `[task.NAME]`, `[method.NAME]`, `[quick.train]`,
+    the flags."""
 
     where: str
     tasks_from: str

@@ -1,4 +1,4 @@
-"""Products with adapters in bfloat16 on a CPU: W x + scaling B A x as one product, [W, scaling B] [x, A x].
+"""Products with adapters in bfloat16 on a CPU: W x + scaling B A x as one product, `[W, scaling B] [x, A x]`.
 
 A product in bfloat16 takes so little time that those with narrow adapters beside it, which read and write its whole result,
 would take half as much again. And what a product returns is rounded to 8 bits: here once, after both parts are added.
@@ -38,7 +38,7 @@ class Widened:
             block[:, :, index] = b.transpose(0, 1)
 
     def with_ranks(self, x_TI: Tensor, a: Tensor, mask_TN: Tensor | None) -> Tensor:
-        """Return [x, A x], masked to each token's node; `a` is (N x modules x R, I)."""
+        """Return `[x, A x]`, masked to each token's node; `a` is (N x modules x R, I)."""
         both = x_TI.new_empty(x_TI.shape[0], self.features + a.shape[0])
         both[:, : self.features] = x_TI
         torch.mm(x_TI, a.T, out=both[:, self.features :])
@@ -46,11 +46,11 @@ class Widened:
         return both
 
     def product(self, both: Tensor) -> Tensor:
-        """Return W x + scaling B A x, given [x, A x]."""
+        """Return W x + scaling B A x, given `[x, A x]`."""
         return both @ self._matrix[:, : self._used].T
 
     def back(self, dy_TO: Tensor, *, ranks_only: bool) -> Tensor:
-        """Return the gradient at [x, A x], or at A x alone."""
+        """Return the gradient at `[x, A x]`, or at A x alone."""
         return dy_TO @ self._matrix[:, self.features if ranks_only else 0 : self._used]
 
 

@@ -86,8 +86,8 @@ def _draw(keeps: Sequence[Dialogue], corrections: int, share: float, seed: tuple
 def schedule(count: int, epochs: int, steps: int, seed: tuple[int | str, ...]) -> list[list[int]]:
     """Return which texts of a set are learned in each step: each one `epochs` times, evenly over the steps.
 
-    >>> [len(part) for part in schedule(3, 2, 4, ())]
-    [1, 2, 1, 2]
+    >>> tuple(len(part) for part in schedule(3, 2, 4, ()))
+    (1, 2, 1, 2)
     """
     order = [index for epoch in range(epochs) for index in random.Random(repr((*seed, epoch))).sample(range(count), count)]
     return [order[step * len(order) // steps : (step + 1) * len(order) // steps] for step in range(steps)]

@@ -1,0 +1,42 @@
+"""Export a team, load one node's adapter with plain PEFT, and compare the log-probabilities of what that node has said.
+
+    python examples/adapters_in_peft.py       # needs peft: pip install peft
+
+MINUTES_5
+RESULT_5
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from neuromas.bundled import BUNDLED
+from neuromas.cli import main as neuromas
+from neuromas.training.load_run import load_run
+
+steps = sys.argv[1] if len(sys.argv) > 1 else "3"
+
+
+def run(*arguments: str) -> None:
+    sys.argv = ["neuromas", *arguments]
+    neuromas.main()
+
+
+shutil.rmtree("runs/team", ignore_errors=True)
+run("train", "--resume", "--num-steps", steps, "--eval-size", "20", "--eval-every", "0", "--run-dir", "runs/to-export")
+run("export", "runs/to-export", "--out", "runs/team")
+loaded = load_run(Path("runs/to-export"))
+((rollout,),) = loaded.network.rollout(loaded.task.examples("test", 1), 1, seed=("peft",))
+for completion in rollout.completions:
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype="float32")
+    model = PeftModel.from_pretrained(model, f"runs/team/adapters/{completion.node}").eval()
+    prompt, written = [*completion.prompt.prefix_ids, *completion.prompt.suffix_ids], list(completion.sample.token_ids)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *written]])).logits[0, len(prompt) - 1 : -1]
+    plain = logits.log_softmax(-1)[range(len(written)), written]
+    gap = (plain - torch.tensor(completion.sample.logprobs)).abs().max().item()
+    print(f"node {completion.node}: {len(written)} tokens, log-probabilities at most {gap:.0e} apart")

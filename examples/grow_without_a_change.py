@@ -1,0 +1,38 @@
+"""Grow a trained network by a node and look: closed, it answers what its parent answers; open, it does not.
+
+    python examples/grow_without_a_change.py
+
+MINUTES_4
+RESULT_4
+"""
+
+import sys
+from pathlib import Path
+
+from neuromas.config import GrowthConfig, TopologyConfig, TrainConfig
+from neuromas.graph.topology import Topology
+from neuromas.training.load_run import load_run
+from neuromas.training.loop import train
+from neuromas.training.plan import resolve
+from neuromas.training.run_directory import RunDirectory
+
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+config = TrainConfig(
+    topology=TopologyConfig(widths=(1, 1)), num_steps=steps, eval_size=20, eval_every=0, run_dir=Path("runs/parent")
+)  # fmt: skip
+train(resolve(config), RunDirectory.find(config, resume=True))
+loaded = load_run(Path("runs/parent"))
+network, examples = loaded.network, loaded.task.examples("validation", 10 * steps)
+
+
+def answers() -> list[str | None]:
+    groups = network.rollout(examples, 1, seed=("grow",), temperature=0.0)
+    return [loaded.task.parse_answer(rollout.answer) for group in groups for rollout in group]
+
+
+before = answers()
+network.grow(GrowthConfig(widths=(2, 1), opening="annealed").build(Topology.layered([1, 1]), skip=False))
+for probability in (0.0, 0.5, 1.0):
+    network.open_probability = probability
+    changed = sum(new != old for new, old in zip(answers(), before, strict=True))
+    print(f"open for {probability:.0%} of the questions: {changed} of {len(before)} answers changed")

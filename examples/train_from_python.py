@@ -1,0 +1,25 @@
+"""Train three nodes from Python, and print scores as they should be read.
+
+    python examples/train_from_python.py
+
+MINUTES_2
+RESULT_2
+"""
+
+import sys
+from pathlib import Path
+
+from neuromas.config import TopologyConfig, TrainConfig
+from neuromas.training.loop import train
+from neuromas.training.plan import resolve
+from neuromas.training.run_directory import RunDirectory
+
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+config = TrainConfig(
+    topology=TopologyConfig(widths=(1, 1, 1)), num_steps=steps, eval_size=20 * steps, eval_every=0,
+    run_dir=Path("runs/from-python"),
+)  # fmt: skip
+scores = train(resolve(config), RunDirectory.find(config, resume=True))
+for when, by_set in scores.items():
+    for name, score in by_set.items():
+        print(f"{when} training, {name}: {score}")
