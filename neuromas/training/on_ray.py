@@ -17,6 +17,7 @@ from neuromas.system.cluster import RETRIES, enter, joined, load_ray
 from neuromas.system.files import checksum_of
 from neuromas.system.process import configure_process
 from neuromas.system.terminal import one_line
+from neuromas.training.board import Board
 from neuromas.training.config_file import from_json, to_json
 from neuromas.training.credit import SCHEMES
 from neuromas.training.evaluate import Evaluation
@@ -46,42 +47,6 @@ def check_workers(config: TrainConfig, workers: tuple[int, ...]) -> tuple[int, i
     return workers[0], workers[-1]
 
 
-class Board:
-    """What the workers and the user's process tell each other; an actor beside the latter."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.starts = 0
-        self.asked = False
-        self.ended: tuple[str, str] | None = None
-
-    def start(self) -> int:
-        """Count that workers have started, and return how often."""
-        self.starts += 1
-        return self.starts
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def take(self) -> list[str]:
-        """Return what has been noted since the last time."""
-        notes, self.notes = self.notes, []
-        return notes
-
-    def ask(self) -> None:
-        """Ask the workers to stop."""
-        self.asked = True
-
-    def is_asked(self) -> bool:
-        return self.asked
-
-    def end(self, how: str, text: str) -> None:
-        self.ended = how, text
-
-    def ending(self) -> tuple[str, str] | None:
-        return self.ended
-
-
 class Told(Progress):
     """Progress of a worker, shown where the user is."""
 
@@ -100,6 +65,7 @@ def train_on_ray(plan: Plan, run: RunDirectory, workers: tuple[int, int]) -> dic
     # Ray keeps nothing of a run but what it starts workers from, and that as long as this process lives.
     with joined("--workers"), tempfile.TemporaryDirectory() as kept:
         ray = load_ray()
+        _require_cores(ray.cluster_resources(), plan.config, workers[0])
         here = load_ray("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -132,6 +98,13 @@ def train_on_ray(plan: Plan, run: RunDirectory, workers: tuple[int, int]) -> dic
     }
 
 
+def _require_cores(resources: dict[str, float], config: TrainConfig, workers: int) -> None:
+    """Raise ValueError if a cluster is too small for so many workers: Ray would wait for more of it, and say nothing."""
+    kind = "GPU" if config.device == "cuda" else "CPU"
+    if (there := int(min(resources.get("CPU", 0), resources.get(kind, 0)))) < workers:
+        raise ValueError(f"--workers {workers} needs as many {kind}s, one for each worker, and the cluster has {there}")
+
+
 def _cause(failures: list[BaseException]) -> str:
     """Return the last line of what Ray says of its workers' end."""
     lines = [line for failure in failures for line in str(failure).splitlines() if line.strip()]
@@ -143,6 +116,8 @@ def _fit(config: TrainConfig, workers: tuple[int, int], board: Any, kept: str, f
     train, least, most = load_ray("ray.train"), *workers
     # What a node of another machine is told is what it would read itself: its working folder is this one.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # A busy machine takes its minutes to load torch; Ray would begin anew after one.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     trainer = load_ray("ray.train.torch").TorchTrainer(
         work,
         train_loop_config={"config": to_json(config), "folder": str(Path.cwd()), "board": board},

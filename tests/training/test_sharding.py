@@ -22,7 +22,7 @@ from neuromas.cli import main as cli
 from neuromas.config import TaskConfig, TopologyConfig, TrainConfig
 from neuromas.system import cluster
 from neuromas.training.loop import begin, train_and_score
-from neuromas.training.on_ray import _check_alike, check_workers
+from neuromas.training.on_ray import _check_alike, _require_cores, check_workers
 from neuromas.training.plan import resolve
 from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
@@ -120,8 +120,8 @@ CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
 
 def test_three_workers_train_what_one_trains(folder: Path, tmp_path: Path) -> None:
-    # All that sums over rows, and a scheme that samples beyond the rollouts.
-    config = replace(CONFIG, backbone=str(folder), credit="replay", entropy_coef=0.01)
+    # A scheme that samples beyond the rollouts.
+    config = replace(CONFIG, backbone=str(folder), credit="replay")
     alone, shared = replace(config, run_dir=tmp_path / "alone"), replace(config, run_dir=tmp_path / "shared")
     scores = train_run(alone)
     assert by_workers(3, lambda exchange: train_sharded(shared, exchange)) == [scores] * 3
@@ -229,6 +229,14 @@ def test_workers_that_differ_are_told(folder: Path, tmp_path: Path) -> None:
 def test_runs_that_cannot_be_shared_out(workers: tuple[int, ...], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_workers(replace(CONFIG, **changes), workers)
+
+
+def test_a_cluster_that_is_too_small_is_told() -> None:
+    _require_cores({"CPU": 4.0}, CONFIG, 4)
+    for device, found in (("cpu", {"CPU": 4.0}), ("cuda", {"CPU": 8.0, "GPU": 4.0})):
+        kind = "GPU" if device == "cuda" else "CPU"
+        with pytest.raises(ValueError, match=f"--workers 5 needs as many {kind}s, one for each worker, and the cluster has 4"):
+            _require_cores(found, replace(CONFIG, device=device), 5)
 
 
 def test_ray_is_an_extra_and_addresses_are_checked_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
