@@ -37,8 +37,8 @@ class Placed(Rival):
 
 
 @contextmanager
-def cluster(nodes: int) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield a cluster and its nodes, one processor each; the head has none."""
+def cluster(nodes: int, cpus: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield a cluster and its nodes, so many processors each; the head has none."""
     # Ray's workers have the lowest priority of all processes otherwise: on a busy machine they would start for minutes.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
@@ -46,13 +46,13 @@ def cluster(nodes: int) -> Iterator[tuple[Any, list[Any]]]:
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECTS}
     )
     try:
-        yield started, [add_node(started) for _ in range(nodes)]
+        yield started, [add_node(started, cpus) for _ in range(nodes)]
     finally:
         started.shutdown()
 
 
-def add_node(cluster: Any) -> Any:
-    return cluster.add_node(num_cpus=1, object_store_memory=OBJECTS)
+def add_node(cluster: Any, cpus: int = 1) -> Any:
+    return cluster.add_node(num_cpus=cpus, object_store_memory=OBJECTS)
 
 
 def kill_node(node: Any) -> None:

@@ -1,6 +1,8 @@
 """Runs by workers of a Ray cluster, as tests and `docs/scale.md` start them."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +30,15 @@ def farthest(first: Path, second: Path) -> float:
 
 def rollouts_of(run: Path) -> list[Any]:
     return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+
+
+def steps_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(process: "subprocess.Popen[str]", run: Path, steps: int) -> None:
+    """Wait until a run has done so many steps."""
+    while steps_of(run) < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
