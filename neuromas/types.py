@@ -99,6 +99,11 @@ class Request:
     headers: tuple[tuple[int, ...], ...] = ()
     """Token ids that begin each text after the first one: the row goes on with them where it has ended the text before."""
 
+    @property
+    def example(self) -> int | str:
+        """Return the id of its question: a seed ends in question, rollout and node."""
+        return self.seed[-3]
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -21,6 +21,8 @@ class CompareArguments:
     """Use the file's [quick] table: a smaller comparison, in minutes."""
     jobs: int = 1
     """Cells that run at a time, in processes that share the cores."""
+    workers: str = ""
+    """Make cells as tasks of a Ray cluster: `ray` (the one of RAY_ADDRESS, or this machine's cores) or `ray://HOST:PORT`."""
     out: Path | None = None
     """Folder of cells and report. None: runs/compare-NAME."""
     dry_run: bool = False
@@ -46,6 +48,8 @@ def run(args: Sequence[str]) -> None:
     parsed = parse_flags(CompareArguments, args, "compare")
     if parsed.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {parsed.jobs}")
+    if parsed.workers and parsed.jobs != 1:
+        raise ValueError("--jobs and --workers exclude each other: a cluster makes as many cells at a time as it has cores")
     from neuromas.compare.grid import load_grid
 
     grid = load_grid(
@@ -58,4 +62,7 @@ def run(args: Sequence[str]) -> None:
         print_plan(grid)
         return
     out = parsed.out or Path("runs") / f"compare-{grid.name}"
-    print_result(make_comparison(grid, out, jobs=parsed.jobs, keep_old=parsed.keep_old, report_only=parsed.report_only), out)
+    comparison = make_comparison(
+        grid, out, jobs=parsed.jobs, workers=parsed.workers, keep_old=parsed.keep_old, report_only=parsed.report_only
+    )
+    print_result(comparison, out)

@@ -31,6 +31,9 @@ class TrainArguments:
     """Execute the Python file that holds the task of a run to --resume; not needed for a task that the flags name."""
     dry_run: bool = False
     """Print the network, its trainable parameters and the resolved settings, and stop."""
+    workers: tuple[int, ...] = ()
+    """Train by so many workers of a Ray cluster (that of RAY_ADDRESS, or this machine's cores); two numbers are the fewest and
+    the most, and the run then takes what there is. Empty: in this process."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -52,10 +55,12 @@ def run_command(args: Sequence[str], command: str, arguments: type[TrainArgument
         raise ValueError("settings of a society ([society], --society.*) are for `neuromas finetune`; `train` trains a network")
     if command == "finetune" and not config.society.rounds:
         raise ValueError("--society.rounds must be at least 1 to finetune a society, got 0; `neuromas train` trains a network")
+    if command == "finetune" and parsed.workers:
+        raise ValueError("--workers is for `neuromas train`: agents that debate learn in one process")
     if parsed.dry_run:
         print_plan(config)
     else:
-        train_and_report(config, resume=parsed.resume)
+        train_and_report(config, resume=parsed.resume, workers=parsed.workers)
 
 
 def with_dtype(config: TrainConfig, *, resume: bool) -> TrainConfig:
@@ -82,7 +87,9 @@ def print_plan(config: TrainConfig) -> None:
     print(describe_plan(config, plan.questions.task.remark))
 
 
-def train_and_report(config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None) -> None:
+def train_and_report(
+    config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None, workers: tuple[int, ...] = ()
+) -> None:
     """Train a run, print its scores and draw its curve; exit with 130 if the user stops it."""
     run = RunDirectory.find(config, resume=resume)
     find_backbone(config.backbone)
@@ -95,7 +102,12 @@ def train_and_report(config: TrainConfig, *, resume: bool = False, parent: RunDi
     from neuromas.training.signals import Interrupted
 
     try:
-        scores = finetune(plan, run) if config.society.rounds else train(plan, run, parent=parent)
+        if workers:
+            from neuromas.training.on_ray import check_workers, train_on_ray
+
+            scores = train_on_ray(plan, run, check_workers(config, workers))
+        else:
+            scores = finetune(plan, run) if config.society.rounds else train(plan, run, parent=parent)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         if parent:

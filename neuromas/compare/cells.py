@@ -10,7 +10,6 @@ file holds the version of the code, so that a cell that other code made is recog
 import dataclasses
 import json
 import re
-import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -23,9 +22,6 @@ from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurveP
 from neuromas.system.files import replace_file
 from neuromas.training.config_file import MAY_DIFFER, to_json
 from neuromas.training.signals import Interrupted
-
-STOPPED = 130
-"""Exit status of a worker that the user has stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +116,8 @@ def _result_from_json(data: dict[str, Any]) -> CellResult:
     return CellResult(**{**data, **records})
 
 
-def make(cell: Cell) -> Stored:
-    """Run one cell in this process; store and return its result, or the error that it died of."""
+def attempt(cell: Cell) -> Stored:
+    """Run one cell in this process; return its result, or the error that it died of. Interrupted if the user stops it."""
     started = time.monotonic()
     cell.run.mkdir(parents=True, exist_ok=True)
     result, error = None, None
@@ -131,11 +127,9 @@ def make(cell: Cell) -> Stored:
         traceback.print_exc()
         # The user's Ctrl-C is no result: the cell resumes when the comparison does.
         if isinstance(raised, Interrupted):
-            sys.exit(STOPPED)
+            raise
         error = _one_line(raised)
-    stored = Stored(cell.code, result, error, time.monotonic() - started)
-    write(cell, stored)
-    return stored
+    return Stored(cell.code, result, error, time.monotonic() - started)
 
 
 def _one_line(error: BaseException) -> str:

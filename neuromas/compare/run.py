@@ -8,9 +8,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig
 from neuromas.compare.analysis import compare
 from neuromas.compare.budget_match import QUANTITIES, format_amount
 from neuromas.compare.cells import Cell, Stored, cell_of, read
+from neuromas.compare.cluster import make_on_cluster
 from neuromas.compare.findings import Comparison, format_difference, format_problem, to_json
 from neuromas.compare.grid import Grid, Pair, describe_cell, find_method, problem_of
 from neuromas.compare.methods.method import CellResult, CellSpec
@@ -29,6 +31,7 @@ from neuromas.compare.workers import make_all
 from neuromas.config import TrainConfig
 from neuromas.model.backbone import Backbone, config_of, resolve_dtype
 from neuromas.model.sizes import sizes
+from neuromas.system.cluster import joined
 from neuromas.system.terminal import one_line
 from neuromas.tasks import from_config
 from neuromas.training.plan import resolve
@@ -37,9 +40,18 @@ from neuromas.training.questions import data_checksum, evaluation_sets
 PAPER_BACKBONE = "Qwen/Qwen3-0.6B"
 
 
-def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = False, report_only: bool = False) -> Comparison:
+class MakeCells(Protocol):
+    """Makes cells, wherever, and calls `done` with each, once."""
+
+    def __call__(self, cells: Sequence[Cell], /, *, done: Callable[[Cell, Stored], None]) -> None: ...
+
+
+def make_comparison(
+    grid: Grid, out: Path, *, jobs: int = 1, workers: str = "", keep_old: bool = False, report_only: bool = False
+) -> Comparison:
     """Make the missing cells of a grid in `out`, write the report there, and return its results.
 
+    They are made in `jobs` processes at a time, or by the Ray cluster at the address `workers`.
     Cells of other code are made again, unless `keep_old`; cells that died are tried again. Raises ValueError if another process
     uses `out`.
     """
@@ -48,7 +60,8 @@ def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = Fa
     grid = with_dtypes(grid)
     checksums = {name: _checksum(name, grid) for name in grid.backbones}
     data = {task: data_checksum(task) for task in {spec.config.task for spec in grid.cells}}
-    with _locked(out) as lock:
+    with _locked(out) as lock, joined("--workers", workers) if workers and not report_only else nullcontext():
+        make_cells = make_on_cluster if workers else partial(make_all, jobs=jobs, keep=[lock])
         found: dict[Path, Stored] = {}
         notes: list[str] = []
 
@@ -73,10 +86,11 @@ def make_comparison(grid: Grid, out: Path, *, jobs: int = 1, keep_old: bool = Fa
             if left and not report_only:
                 waiting = len(specs) - len(seen)
                 _print_progress(
-                    f"{len(specs)} cells: {len(seen) - len(left)} are there, {len(left)} to make, {jobs} at a time, in {out}"
+                    f"{len(specs)} cells: {len(seen) - len(left)} are there, {len(left)} to make, "
+                    f"{'as tasks of Ray' if workers else f'{jobs} at a time'}, in {out}"
                     + (f"; {waiting} wait for the results of these" if waiting else "")
                 )
-                found |= _make(left, jobs, lock)
+                found |= _make(left, make_cells)
         resolved = [(spec, tuning.resolve(spec)) for spec in grid.cells]
         results = [
             (own, found.get(locate(own).path)) if own else (spec, Stored("", None, tuning.why_not(spec), 0.0))
@@ -142,7 +156,7 @@ def _read_cells(cells: Sequence[Cell], keep_old: bool, otherwise: str) -> tuple[
     return found, notes
 
 
-def _make(left: Sequence[Cell], jobs: int, lock: int) -> dict[Path, Stored]:
+def _make(left: Sequence[Cell], make_cells: MakeCells) -> dict[Path, Stored]:
     made: dict[Path, Stored] = {}
     started = time.monotonic()
 
@@ -157,7 +171,7 @@ def _make(left: Sequence[Cell], jobs: int, lock: int) -> dict[Path, Stored]:
     # On SIGTERM the comparison stops its processes, as on Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        make_all(left, jobs, done, keep=[lock])
+        make_cells(left, done=done)
     except KeyboardInterrupt:
         _print_progress("stopped; the same command goes on from here")
         raise

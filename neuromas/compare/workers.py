@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from neuromas.compare.cells import STOPPED, Cell, Stored, make, read, write
+from neuromas.compare.cells import Cell, Stored, attempt, read, write
 from neuromas.compare.grid import describe_cell
 from neuromas.compare.methods.method import CellSpec
 from neuromas.system.process import configure_process
 from neuromas.training.config_file import from_json, to_json
+from neuromas.training.signals import Interrupted
 
+STOPPED = 130
+"""Exit status of a worker that the user has stopped."""
 PATIENCE = 60.0
 """Seconds that a worker has to save its step before it is killed."""
 
@@ -27,10 +30,7 @@ def make_all(cells: Sequence[Cell], jobs: int, done: Callable[[Cell, Stored], No
 
     On Ctrl-C cells that train save their step before this function ends.
     """
-    # Two cells of one run cannot train at once: they are made one after the other.
-    chains: dict[Path, list[Cell]] = {}
-    for cell in cells:
-        chains.setdefault(cell.run, []).append(cell)
+    chains = chains_of(cells)
     left: SimpleQueue[list[Cell]] = SimpleQueue()
     for chain in chains.values():
         left.put(chain)
@@ -52,6 +52,27 @@ def make_all(cells: Sequence[Cell], jobs: int, done: Callable[[Cell, Stored], No
             thread.join()
         for worker in workers:
             worker.close()
+
+
+def chains_of(cells: Sequence[Cell]) -> dict[Path, list[Cell]]:
+    """Return cells by their run: two cells of one run cannot train at once, they are made one after the other."""
+    chains: dict[Path, list[Cell]] = {}
+    for cell in cells:
+        chains.setdefault(cell.run, []).append(cell)
+    return chains
+
+
+def to_order(cell: Cell) -> str:
+    """Return a cell as one line for the process that makes it."""
+    return json.dumps({"method": cell.spec.method, "trial": cell.spec.trial, "config": to_json(cell.spec.config),
+                       "path": str(cell.path), "run": str(cell.run), "code": cell.code})  # fmt: skip
+
+
+def from_order(line: str) -> Cell:
+    """Return the cell that `to_order` was given."""
+    order = json.loads(line)
+    spec = CellSpec(order["method"], from_json(order["config"], "order"), order["trial"])
+    return Cell(spec, Path(order["path"]), Path(order["run"]), order["code"])
 
 
 class Worker:
@@ -81,10 +102,8 @@ class Worker:
         process = self._process if self._process and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        order = {"method": cell.spec.method, "trial": cell.spec.trial, "config": to_json(cell.spec.config),
-                 "path": str(cell.path), "run": str(cell.run), "code": cell.code}  # fmt: skip
         try:
-            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.write(to_order(cell) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
         except (OSError, ValueError):  # a closed pipe: the process has ended
@@ -137,14 +156,15 @@ def _ending(code: int) -> str:
 
 
 @contextlib.contextmanager
-def _printing_to(log: Path) -> Iterator[None]:
-    """Redirect the output of this process and its children to a file."""
+def printing_to(log: Path, spec: CellSpec) -> Iterator[None]:
+    """Redirect the output of this process and its children, which make a cell, to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = os.dup(1), os.dup(2)
     with log.open("a") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         try:
+            print(f"--- {describe_cell(spec)}", flush=True)
             yield
         finally:
             sys.stdout.flush()
@@ -182,12 +202,9 @@ def serve() -> None:
     # The output of methods must not get between the lines that the parent reads.
     answers = os.fdopen(os.dup(1), "w")
     for line in _orders():
-        order = json.loads(line)
-        spec = CellSpec(order["method"], from_json(order["config"], "order"), order["trial"])
-        cell = Cell(spec, Path(order["path"]), Path(order["run"]), order["code"])
-        with _printing_to(cell.log):
-            print(f"--- {describe_cell(spec)}", flush=True)
-            make(cell)
+        cell = from_order(line)
+        with printing_to(cell.log, cell.spec):
+            write(cell, attempt(cell))
         print("made", file=answers, flush=True)
 
 
@@ -195,5 +212,5 @@ if __name__ == "__main__":
     configure_process()
     try:
         serve()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         sys.exit(STOPPED)

@@ -19,7 +19,7 @@ from neuromas.model.policy import Policy
 from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
 from neuromas.training import reinforce
-from neuromas.training.reinforce import Credits
+from neuromas.training.reinforce import Batch, Credits
 from neuromas.types import Completion
 
 FLOAT32_BOUND, BFLOAT16_BOUND = 0.01, 1.0
@@ -39,6 +39,25 @@ class Update:
     """Mean entropy at a sampled token; None without an entropy bonus."""
     largest_weight: float | None = None
     """Largest importance weight of a token; None where tokens are not weighed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What the gradient of a batch was, or of some of its rows."""
+
+    loss: float = 0.0
+    gap: float = 0.0
+    """Largest difference between a log-probability as sampled and as recomputed."""
+    entropy: float = 0.0
+    largest_weight: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Sequence["Sums"]) -> "Sums":
+        """Return those of a batch in parts."""
+        return cls(
+            sum(part.loss for part in parts), max(part.gap for part in parts), sum(part.entropy for part in parts),
+            max(part.largest_weight for part in parts),
+        )  # fmt: skip
 
 
 class Learner(Protocol):
@@ -97,8 +116,22 @@ class TorchLearner:
             credits, routing=policy.routing, adapter_version=policy.version, temperature=config.temperature,
             keep_all=config.entropy_coef > 0,
         )  # fmt: skip
+        sums = self.gradient(batch)
+        self._check_gap(sums.gap)
+        self.bank.drop_gradients(learning)
+        grad_norms = self._step(sums.loss, sums.gap, lr)
+        sampled = sum(len(c.sample.logprobs) for c, _ in batch.completions)
+        entropy = sums.entropy / sampled if config.entropy_coef else None
+        return Update(sums.loss, sums.gap, grad_norms, entropy, sums.largest_weight if self._weighs else None)
+
+    @property
+    def _weighs(self) -> bool:
+        return self.policy.backbone.model.dtype != torch.float32 or self.config.engine.mismatch == "weight"
+
+    def gradient(self, batch: Batch) -> Sums:
+        """Leave the gradient of a batch in the parameters."""
+        policy, config = self.policy, self.config
         loss_sum = gap = entropy_sum = largest = 0.0
-        weighs = policy.backbone.model.dtype != torch.float32 or config.engine.mismatch == "weight"
         tokens = config.tokens_per_micro_batch or policy.backbone.tokens_per_micro_batch
         for micro_batch in batch.split(tokens, policy.backbone.device):
             if config.entropy_coef:
@@ -106,7 +139,7 @@ class TorchLearner:
             else:
                 logprobs_K, entropies_K = policy.logprobs(micro_batch.rows), None
             advantages_K = micro_batch.advantages_K
-            if weighs:
+            if self._weighs:
                 weights_K = reinforce.importance_weights(logprobs_K, micro_batch.sampled_logprobs_K)
                 advantages_K, largest = advantages_K * weights_K, max(largest, weights_K.max().item())
             loss = reinforce.loss(logprobs_K, advantages_K, batch.num_rollouts)
@@ -116,11 +149,7 @@ class TorchLearner:
             loss.backward()
             loss_sum += loss.item()
             gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
-        self._check_gap(gap)
-        self.bank.drop_gradients(learning)
-        grad_norms = self._step(loss_sum, gap, lr)
-        entropy = entropy_sum / sum(len(c.sample.logprobs) for c, _ in batch.completions) if config.entropy_coef else None
-        return Update(loss_sum, gap, grad_norms, entropy, largest if weighs else None)
+        return Sums(loss_sum, gap, entropy_sum, largest)
 
     def _check_gap(self, gap: float) -> None:
         """Raise EngineFault if an engine with weights of its own has sampled from another policy than is learned."""
@@ -147,7 +176,7 @@ class TorchLearner:
         for adapter, text in own:
             tokens[adapter] += len(text.sample.logprobs)
         weighted = tuple((text, 1.0 / tokens[adapter]) for adapter, text in own)
-        batch = reinforce.Batch(weighted, 1, policy.routing, temperature=1.0)
+        batch = Batch(weighted, 1, policy.routing, temperature=1.0)
         found: dict[int, float] = defaultdict(float)
         at_once = config.tokens_per_micro_batch or policy.backbone.tokens_per_micro_batch
         for micro_batch in batch.split(at_once, policy.backbone.device):

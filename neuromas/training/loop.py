@@ -12,7 +12,7 @@ from neuromas.training.grown_run import check_descends
 from neuromas.training.plan import Plan
 from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
-from neuromas.training.setup import set_up
+from neuromas.training.setup import Setup, set_up
 from neuromas.training.signals import Stop, stop_signals
 from neuromas.training.tracking import tracked
 from neuromas.training.trainer import Trainer
@@ -60,10 +60,15 @@ def train(plan: Plan, run: RunDirectory, *, parent: RunDirectory | None = None) 
     mistake in the plan or the run directory before any long work, and `Interrupted` if the user stops it, after saving.
     """
     with trainer_of(plan, run, parent=parent) as (trainer, progress, stop):
-        progress.note(f"run {trainer.run.path}: {trainer.bank.trainable_parameters:,} trainable parameters")
-        scores = {"before": trainer.evaluate_once("before", progress, stop)}
-        train_to_end(trainer, progress, stop)
-        scores["after"] = trainer.evaluate_once("after", progress, stop)
+        return train_and_score(trainer, progress, stop)
+
+
+def train_and_score(trainer: Trainer, progress: Progress, stop: Stop) -> dict[str, dict[str, Evaluation]]:
+    """Do the steps that are left, and score the network before and after; return the scores and raise as `train`."""
+    progress.note(f"run {trainer.run.path}: {trainer.bank.trainable_parameters:,} trainable parameters")
+    scores = {"before": trainer.evaluate_once("before", progress, stop)}
+    train_to_end(trainer, progress, stop)
+    scores["after"] = trainer.evaluate_once("after", progress, stop)
     return scores
 
 
@@ -86,13 +91,19 @@ def trainer_of(
         if parent:
             run.adopt(parent, checksums)
         run.initialise(task.held_out, checksums)
-        trainer = Trainer(setup, run)
         with Progress(config.num_steps, config.train_tokens) as progress, stop_signals(progress.note) as stop:
-            trainer.tell = progress.note
+            trainer = begin(setup, run, progress)
             progress.note(describe_engine(config.engine.name))
-            if task.remark:
-                progress.note(task.remark)
-            if trainer.learns_anew and not trainer.finished:
-                progress.note("these adapters were imported, and what learns them was not: optimizer and critic begin anew")
             with tracked(config.track, run, progress.note):
                 yield trainer, progress, stop
+
+
+def begin(setup: Setup, run: RunDirectory, progress: Progress) -> Trainer:
+    """Return the trainer of a run, which is made and locked, at its newest checkpoint."""
+    trainer = Trainer(setup, run)
+    trainer.tell = progress.note
+    if remark := setup.plan.questions.task.remark:
+        progress.note(remark)
+    if trainer.learns_anew and not trainer.finished:
+        progress.note("these adapters were imported, and what learns them was not: optimizer and critic begin anew")
+    return trainer

@@ -22,10 +22,11 @@ from neuromas.cli import main as cli
 from neuromas.compare import code_version as sources
 from neuromas.compare import run as compare
 from neuromas.compare.cells import Cell, Stored, cell_of, read, write
+from neuromas.compare.cluster import make_remotely
 from neuromas.compare.code_version import code_version
 from neuromas.compare.grid import find_method
 from neuromas.compare.methods import METHODS, CellSpec
-from neuromas.compare.workers import make_all
+from neuromas.compare.workers import make_all, to_order
 from neuromas.config import TaskConfig, TrainConfig
 from neuromas.training.questions import data_checksum
 
@@ -276,6 +277,17 @@ def test_the_dry_run_counts_tokens_where_these_are_the_budget(
     out = capsys.readouterr().out
     assert len(re.findall(r"^neuromas_\w+ +yes +10 +[\d,]+ +of [\d,]+ tokens +\d+$", out, re.MULTILINE)) == 4
     assert "neuromas_7_grown - neuromas_7: matched in training steps, sampled tokens in training (to within" in out
+
+
+def test_a_node_of_a_cluster_with_other_code_makes_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cell = rival_cell("Fine", tmp_path)
+    stored = make_remotely(to_order(cell), str(tmp_path))
+    assert stored.result is not None
+    # The user's process stores it.
+    assert read(cell) is None
+    with pytest.raises(ValueError, match=rf"has other code \({cell.code}\) than this machine \(other\); install the same"):
+        make_remotely(to_order(replace(cell, code="other")), str(tmp_path))
 
 
 def test_jobs_must_be_some(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
