@@ -34,7 +34,7 @@ class Effect:
     """Lower end of the 95% interval of the change, paired by question."""
     high: float
     answers_changed: float
-    """Share of questions whose answer, as the task reads it, is another."""
+    """Share of questions whose answer, as the task reads it, is another; where it reads none, whose text is."""
     disturbed: float
     """Share of questions in which another text arrived somewhere; 1 where adapters were replaced."""
     reading: str
@@ -59,7 +59,7 @@ class Undisturbed:
         rewards = rewards_of(task, [(rollout.example, rollout.answer) for rollout in rollouts])
         low, high = paired([new - old for new, old in zip(rewards, self.rewards, strict=True)])
         pairs = list(zip(rollouts, self.rollouts, strict=True))
-        changed = fmean(task.parse_answer(new.answer) != task.parse_answer(old.answer) for new, old in pairs)
+        changed = fmean(_said(task, new) != _said(task, old) for new, old in pairs)
         disturbed = 1.0 if what.sources is not None else fmean(_received(new) != _received(old) for new, old in pairs)
         accuracy = fmean(rewards)
         reading = self._reading(low, high, changed, disturbed)
@@ -76,6 +76,12 @@ class Undisturbed:
         if high < 0 or low > 0:
             return "loss" if high < 0 else "gain"
         return "uninformative" if self.score.accuracy == 1 else "not shown"
+
+
+def _said(task: Task, rollout: Rollout) -> tuple[str | None, str]:
+    """Return the answer as the task reads it, or the text in which it reads none."""
+    read = task.parse_answer(rollout.answer)
+    return read, "" if read is not None else rollout.answer
 
 
 def _received(rollout: Rollout) -> list[str]:

@@ -174,6 +174,12 @@ def test_removing_what_harms_is_a_gain(plant: Plant) -> None:
     assert (gain["change"], gain["reading"]) == (pytest.approx(1 / 4), "gain")
 
 
+def test_an_answer_that_cannot_be_read_changes_with_its_text(plant: Plant) -> None:
+    network = plant(Topology.layered([1, 1]), lambda node, question, own: "TO node 2: x" if node == 1 else own)
+    found = effects(network, "drop")["drop 1─▶2"]
+    assert (found["answers_changed"], found["reading"]) == (1, "uninformative")
+
+
 def test_a_network_that_is_opening_has_new_edges_in_some_questions_only(plant: Plant) -> None:
     def script(node: int, question: str, own: str) -> str:
         return f"TO node 2: {GOLD[question]}" if node != 2 else f"Answer: {heard(own, 3) or heard(own, 1)}"
