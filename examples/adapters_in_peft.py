@@ -18,7 +18,7 @@ from neuromas.bundled import BUNDLED
 from neuromas.cli import main as neuromas
 from neuromas.training.load_run import load_run
 
-steps = sys.argv[1] if len(sys.argv) > 1 else "3"
+steps = sys.argv[1] if len(sys.argv) > 1 else "2"
 
 
 def run(*arguments: str) -> None:
@@ -27,7 +27,8 @@ def run(*arguments: str) -> None:
 
 
 shutil.rmtree("runs/team", ignore_errors=True)
-run("train", "--resume", "--num-steps", steps, "--eval-size", "20", "--eval-every", "0", "--run-dir", "runs/to-export")
+size = ("--examples-per-step", "4", "--group-size", "4", "--eval-size", "4", "--eval-every", "0")
+run("train", "--resume", "--num-steps", steps, *size, "--run-dir", "runs/to-export")
 run("export", "runs/to-export", "--out", "runs/team")
 loaded = load_run(Path("runs/to-export"))
 ((rollout,),) = loaded.network.rollout(loaded.task.examples("test", 1), 1, seed=("peft",))

@@ -3,8 +3,8 @@
     python examples/ask_untrained.py
 
 Takes 12 seconds of one CPU core.
-Prints nine questions that the untrained team gets wrong, and `11 of 20 right; a constant answer gets 50%`: each message is a correct
-step or two, but the last node guesses where the list of moves is longer than two messages hold.
+Prints nine questions that the untrained team gets wrong, and `11 of 20 right; a constant answer gets 50%`: the messages follow
+the moves, and the last node guesses instead of going on from what it reads.
 """
 
 from neuromas import Backbone, Network, Topology

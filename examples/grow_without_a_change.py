@@ -16,9 +16,10 @@ from neuromas.training.loop import train
 from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 config = TrainConfig(
-    topology=TopologyConfig(widths=(1, 1)), num_steps=steps, eval_size=20, eval_every=0, run_dir=Path("runs/parent")
+    topology=TopologyConfig(widths=(1, 1)), num_steps=steps, examples_per_step=4, eval_size=4, eval_every=0,
+    run_dir=Path("runs/parent")
 )  # fmt: skip
 train(resolve(config), RunDirectory.find(config, resume=True))
 loaded = load_run(Path("runs/parent"))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import browser, find_browser
 from commands import Call
 
 from neuromas.config import TrainConfig
@@ -149,3 +150,29 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.docs
+def test_the_site_is_whole_and_asks_nothing_of_a_network(tmp_path: Path) -> None:
+    """From disk: the first page, a reference page, a search, and the copy of a file that lies beside the docs."""
+    if importlib.util.find_spec("mkdocs") is None or find_browser() is None:
+        pytest.skip("mkdocs (extra docs) or a browser is not installed")
+    site = tmp_path / "site"
+    # Any warning of a link or a name that leads nowhere is an error.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "configs" in {path.name for path in (site / "repository").iterdir()}
+    for path in site.rglob("*.html"):
+        fetched = re.findall(r'<(?:script|link|img|iframe|source)[^>]*(?:src|href|srcset)="(https?:[^"]+)"', path.read_text())
+        assert fetched == [], path
+    with browser(tmp_path / "profile") as page:
+        for name, shown in (("index.html", "NeuroMAS"), ("reference/graph.html", "neuromas.graph.topology")):
+            page.call("Page.navigate", url=(site / name).as_uri())
+            page.wait_for(f"document.querySelector('article')?.innerText.includes({json.dumps(shown)})")
+        page.ask("document.querySelector('.md-search__input').focus()")
+        page.ask("""(() => { const input = document.querySelector('.md-search__input'); input.value = 'adapter';
+            input.dispatchEvent(new KeyboardEvent('keyup', {key: 'r', bubbles: true})) })()""")
+        page.wait_for("/matching documents/.test(document.querySelector('.md-search-result__meta').innerText)")
+        assert [request for request in page.requests if not request.startswith(("file:", "data:", "about:"))] == []
+        assert page.complaints == []
