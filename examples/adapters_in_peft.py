@@ -2,8 +2,9 @@
 
     python examples/adapters_in_peft.py       # needs peft: pip install peft
 
-MINUTES_5
-RESULT_5
+Takes 12 seconds of one CPU core.
+Prints that log-probabilities are at most 2e-06 apart, for each of three nodes. Two steps on four questions teach nothing: accuracy is
+50% before and after (n 4), at the floor.
 """
 
 import shutil
