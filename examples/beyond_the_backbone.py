@@ -3,8 +3,8 @@
     python examples/beyond_the_backbone.py
 
 Takes 17 seconds of one CPU core.
-Prints 0.0% (n 200, 95% interval 0.0% to 1.9%) before and after training, below the floor of 50%: the bundled backbone has never seen
-a question of this kind, not one answer can be read, and so no reward tells one text from another. `neuromas screen` says so before.
+Prints 0.0% (n 200, 95% interval 0.0% to 1.9%) before and after training, below the floor of 50%: the bundled backbone
+has never seen a question of this kind, not one answer can be read, and so no reward tells one text from another.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Grow a trained network by a node and look: closed, it answers what its parent answers; open, it does not.
+"""Grow a trained network by a node, and count what the output node writes otherwise: closed, nothing at all.
 
     python examples/grow_without_a_change.py
 
@@ -19,21 +19,24 @@ from neuromas.training.run_directory import RunDirectory
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 config = TrainConfig(
     topology=TopologyConfig(widths=(1, 1)), num_steps=steps, examples_per_step=4, eval_size=4, eval_every=0,
-    run_dir=Path("runs/parent")
+    run_dir=Path("runs/parent"),
 )  # fmt: skip
 train(resolve(config), RunDirectory.find(config, resume=True))
 loaded = load_run(Path("runs/parent"))
 network, examples = loaded.network, loaded.task.examples("validation", 10 * steps)
 
 
-def answers() -> list[str | None]:
+def texts() -> list[str]:
+    """What the output node writes, greedily."""
     groups = network.rollout(examples, 1, seed=("grow",), temperature=0.0)
-    return [loaded.task.parse_answer(rollout.answer) for group in groups for rollout in group]
+    return [rollout.answer for group in groups for rollout in group]
 
 
-before = answers()
+before = texts()
 network.grow(GrowthConfig(widths=(2, 1), opening="annealed").build(Topology.layered([1, 1]), skip=False))
 for probability in (0.0, 0.5, 1.0):
     network.open_probability = probability
-    changed = sum(new != old for new, old in zip(answers(), before, strict=True))
-    print(f"open for {probability:.0%} of the questions: {changed} of {len(before)} answers changed")
+    pairs = list(zip(texts(), before, strict=True))
+    changed = sum(new != old for new, old in pairs)
+    answers = sum(loaded.task.parse_answer(new) != loaded.task.parse_answer(old) for new, old in pairs)
+    print(f"open for {probability:.0%} of the questions: {changed} of {len(pairs)} texts changed, {answers} answers")

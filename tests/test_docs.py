@@ -34,14 +34,13 @@ SHORTER: dict[str, list[str]] = {
     "finetune": [*SMALL, "--dry-run"],  # a debate is longer than all other commands together
     "grow": ["--steps", "1", "--open-steps", "1"],
     "eval": ["--size", "2"],
+    "diagnose": ["--limit", "2"],
     "screen": ["--questions", "2", "--samples", "2", "--max-new-tokens", "4"],
     "compare": ["--dry-run"],  # cells take minutes at least
 }
 NOT_RUN = {
     "make ": "installs; the gate itself is made so",
     "python3 -m venv": "installs; the gate itself is made so",
-    "python -m benchmarks": "needs the machine for itself: docs/benchmarks.md",
-    "pip install": "installs",
     "vllm serve": "vLLM is not installed; tests/training/test_exported.py compares the command with what vLLM takes",
     "tensorboard --logdir": "serves until Ctrl-C",
     "TRACKIO_DIR=": "serves until Ctrl-C",
@@ -60,7 +59,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def commands(block: str) -> list[str]:
     """Return the commands of a block, without comments."""
     lines = block.replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [re.split(r"\s#\s", line)[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def shortened(command: str, number: int, backbone: Path) -> list[str]:
