@@ -2,8 +2,9 @@
 
     python examples/train_from_python.py
 
-MINUTES_2
-RESULT_2
+Takes 3 to 4 minutes of one CPU core.
+Prints 53.8% before and 98.6% after training (n 500, floor 50.0%): the run of the README's table with seed 0, whose settings these
+are. A number behind the command is another number of steps.
 """
 
 import sys
@@ -14,9 +15,9 @@ from neuromas.training.loop import train
 from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
 config = TrainConfig(
-    topology=TopologyConfig(widths=(1, 1, 1)), num_steps=steps, eval_size=20 * steps, eval_every=0,
+    topology=TopologyConfig(widths=(1, 1, 1)), num_steps=steps, eval_size=min(500, 20 * steps), eval_every=0,
     run_dir=Path("runs/from-python"),
 )  # fmt: skip
 scores = train(resolve(config), RunDirectory.find(config, resume=True))
