@@ -3,8 +3,8 @@
     python examples/grow_without_a_change.py
 
 Takes 16 seconds of one CPU core.
-Prints 0 of 30 texts changed while the growth is closed, which is certain, and 0 of 30 with the growth half and fully open, which
-is not: the new node says what node 1 says, and an output node of three training steps answers Yes to whatever it reads.
+Prints 0 of 30 texts changed while the growth is closed, which is certain, and 0 of 30 with the growth half and fully
+open, which is not: the new node says what node 1 says, and an output node of three training steps answers Yes to all.
 """
 
 import sys
