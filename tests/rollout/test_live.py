@@ -7,7 +7,7 @@ from neuromas import Backbone, Network, Topology
 from neuromas.rollout.live import LiveRollout, LiveRollouts, Terms, cut_at
 from neuromas.types import Example, Rollout
 
-EXAMPLES = [Example(str(number), f"What is {number} + {number}?" * (1 + number % 3), "", "Say it.") for number in range(4)]
+EXAMPLES = [Example(str(number), f"What is {number} + {number}?" * (1 + number % 3), "", "Say it.") for number in range(3)]
 SEED = ("evaluate", 1)
 
 

@@ -75,6 +75,15 @@ def test_a_step_that_fails_ends_what_runs_and_no_more(
     assert isinstance(last(heard), Rollout)
 
 
+def test_questions_of_strangers_are_forgotten(worker: Worker, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuromas.serve.worker.REMEMBERED", 3000)
+    for number in range(20):
+        asked, heard = job(f"{number}?")
+        worker.submit([asked])
+        assert isinstance(last(heard), Rollout)
+    assert network.backbone._encode_text.cache_info().currsize < 20
+
+
 def test_a_full_queue_takes_all_or_none(worker: Worker) -> None:
     with pytest.raises(QueueFull):
         worker.submit([job("a?")[0] for _ in range(4)])
