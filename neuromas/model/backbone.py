@@ -219,6 +219,10 @@ class Backbone:
         """Return the token ids of a part of a message."""
         return self._encode_text(text)
 
+    def forget_texts(self) -> None:
+        """Free the memory of texts whose token ids were kept."""
+        self._encode_text.cache_clear()
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""
         decoded = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

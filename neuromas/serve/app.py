@@ -32,6 +32,8 @@ Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 PAGE = Path(__file__).with_name("page.html")
 RETRY_SECONDS = 1
+CHARACTERS = 32
+"""No text has so many characters a token; a longer question is refused before the network's thread spends time on it."""
 DISCARDED = 64
 """Times the largest body that is read on of a larger one, so that its client hears why it is refused."""
 
@@ -204,6 +206,9 @@ class App:
         seed = ("evaluate", drawn if asked.seed is None else asked.seed)
         shows = asked.stream
         terms = Terms(asked.temperature, asked.max_tokens, asked.stop, shows, shows and asked.trace)
+        longest = self.served.network.backbone.max_tokens
+        if longest is not None and (most := longest * CHARACTERS) < max(map(len, asked.questions)):
+            raise ApiError(400, f"a question must have at most {most:,} characters", code="context_length_exceeded")
         jobs = []
         for number in range(len(asked.questions) * asked.choices):
             question, index = asked.questions[number // asked.choices], number % asked.choices

@@ -13,6 +13,11 @@ from neuromas.types import Example, Rollout
 
 Seed = tuple[int | str, ...]
 
+REMEMBERED = 2**22
+"""Characters of questions and messages after which the token ids of all are forgotten: strangers never ask the same again."""
+CHARACTERS_OF_MESSAGES = 2000
+"""What a rollout's messages have, roughly."""
+
 
 class QueueFull(Exception):
     """As many rollouts wait as may."""
@@ -64,6 +69,7 @@ class Worker(threading.Thread):
         self._dropped: set[Job] = set()
         self._running: dict[LiveRollout, Job] = {}
         self._closing = False
+        self._remembered = 0
 
     @property
     def waiting(self) -> int:
@@ -129,6 +135,10 @@ class Worker(threading.Thread):
     def _begin(self, jobs: Sequence[Job]) -> list[tuple[Job, Event]]:
         events: list[tuple[Job, Event]] = []
         for job in jobs:
+            self._remembered += len(job.example.question) + CHARACTERS_OF_MESSAGES
+            if self._remembered > REMEMBERED:
+                self._network.backbone.forget_texts()
+                self._remembered = 0
             try:
                 rollout = self._rollouts.begin(job.example, job.index, seed=job.seed, terms=job.terms)
             except ValueError as error:
