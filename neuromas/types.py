@@ -33,7 +33,7 @@ Glossary, in the order in which data flows:
     centring     what is subtracted from rewards to make advantages (*baseline* means a comparison method only)
     credit       how rewards become advantages, one for each text or one for each token; `shared` gives all nodes the same
     critic       value heads on states of the frozen backbone, which some credit schemes learn beside the adapters
-    engine       what samples completions; torch samples in process
+    engine       what samples completions; torch samples in process, vLLM in one of its own; a learner updates the adapters
     growth       nodes, layers or edges that a trained network gets; closed, it computes what its parent computes; open, it
                  takes part; a cohort is the nodes that joined together
     ledger       what training has spent: calls, tokens, rollouts, steps

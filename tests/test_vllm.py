@@ -100,36 +100,43 @@ def test_greedy_texts_are_those_of_torch(network: Network) -> None:
 
 
 def start_training(run: Path, *more: str) -> "subprocess.Popen[bytes]":
+    """Start a short run in a process group of its own, as a shell does."""
     command = [
-        sys.executable, "-m", "neuromas.cli", "train", "--engine", "vllm", "--run-dir", str(run), "--num-steps", "3",
+        sys.executable, "-m", "neuromas.cli", "train", "--engine", "vllm", "--run-dir", str(run), "--num-steps", "6",
         "--examples-per-step", "4", "--group-size", "4", "--eval-size", "4", "--eval-every", "0", "--save-every", "1",
         "--device", "cpu", *more,
     ]  # fmt: skip
     with run.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
+        return subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ), start_new_session=True)
 
 
-def test_a_run_trains_and_goes_on_after_its_engine_was_killed(tmp_path: Path) -> None:
+def test_a_run_goes_on_whatever_was_killed_or_interrupted(tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
     process = start_training(run)
     wait_for_steps(process, run, 1, log)
-    engine = next(
-        child for child in psutil.Process(process.pid).children(recursive=True) if "Worker" in " ".join(child.cmdline())
-    )
-    engine.kill()
+    (worker,) = [child for child in psutil.Process(process.pid).children(recursive=True) if "Worker" in child.cmdline()[0]]
+    worker.kill()
     assert process.wait(120) == 2
     assert "vLLM has stopped" in log.read_text()
     assert "with --resume goes on from step-00000" in log.read_text()
-    # A run that is killed itself leaves no process behind.
+    # Ctrl-C, which a terminal sends to all processes of the group, ends a step and saves.
     process = start_training(run, "--resume")
     wait_for_steps(process, run, 2, log)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == 130, log.read_text()
+    saved = json.loads((run / "adapters" / ".." / "state.json").read_text())["step"]
+    assert saved >= 2
+    assert log.read_text().count("vLLM has stopped") == 1
+    # A run that is killed itself leaves no process behind.
+    process = start_training(run, "--resume")
+    wait_for_steps(process, run, saved + 1, log)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
     assert start_training(run, "--resume").wait(300) == 0, log.read_text()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in metrics] == [0, 1, 2]
+    assert [step["step"] for step in metrics] == list(range(6))
     assert all(step["logprob_gap/max"] < BOUND for step in metrics)
     assert "after training, test: " in log.read_text()

@@ -7,15 +7,18 @@ Ctrl-C does not reach: the step in progress can end.
 """
 
 import hashlib
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,7 +78,7 @@ class VllmEngine:
         self._vllm = _import_vllm()
         self._llm = _start(self._vllm, policy.backbone, rank, 1 if self.bank.shared else most_nodes)
         self._folder = Path(tempfile.mkdtemp(prefix="neuromas-vllm-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        weakref.finalize(self, _release, self._folder, _guard(multiprocessing.active_children()))
         self._adapters: dict[int, Any] = {}
         """What requests of each node's adapter carry."""
         self._taken_at = -1
@@ -119,18 +122,14 @@ class VllmEngine:
         self._requests += 1
         name, routing = str(self._requests), self.policy.routing
         adapter = self._adapters[routing.nodes[routing.adapter_of(request.node)]]
-        try:
+        with _faults(f"vLLM refuses a prompt of {len(ids)} tokens"):
             self._llm.add_request(name, {"prompt_token_ids": ids}, params, lora_request=adapter)
-        except Exception as error:
-            raise EngineFault(f"vLLM refuses a prompt of {len(ids)} tokens: {_in_short(error)}") from error
         return name
 
     def _step(self) -> list[Any]:
         """Let every row write a token, and return what vLLM says of those that have ended."""
-        try:
+        with _faults("vLLM has stopped"):
             return [output for output in self._llm.step() if output.finished]
-        except Exception as error:  # whatever the device, its kernels or an adapter's files make it raise
-            raise EngineFault(f"vLLM has stopped: {_in_short(error)}") from error
 
     def _record(self, row: _Row, output: Any) -> bool:
         """Add a text that has ended to its row, and say whether it has ended itself."""
@@ -159,7 +158,8 @@ class VllmEngine:
         if self._taken_at == self.policy.version and self._adapters.keys() == set(self.bank.nodes):
             return
         for old in self._adapters.values():
-            self._llm.remove_lora(old.lora_int_id)
+            with _faults("vLLM has stopped"):
+                self._llm.remove_lora(old.lora_int_id)
             shutil.rmtree(old.lora_path)
         self._adapters, self._taken_at = {}, self.policy.version
         for node in self.bank.nodes:
@@ -181,6 +181,15 @@ class _Vllm:
     LoRARequest: Any
     RequestOutputKind: Any
     SamplingParams: Any
+
+
+@contextmanager
+def _faults(what: str) -> Iterator[None]:
+    """Turn what vLLM raises inside into an EngineFault that begins by `what`."""
+    try:
+        yield
+    except Exception as error:  # its process may be gone, and its kernels or an adapter's file make it raise anything
+        raise EngineFault(f"{what}: {_in_short(error)}") from error
 
 
 def _import_vllm() -> _Vllm:
@@ -238,6 +247,20 @@ def _own_process() -> Iterator[None]:
     finally:
         sys.modules["__main__"] = program
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _guard(processes: Sequence[BaseProcess]) -> "subprocess.Popen[bytes]":
+    """Return a process that kills vLLM's as soon as this one is gone without a word: they would wait for it for ever."""
+    pids = " ".join(str(process.pid) for process in processes)
+    # The number may have become another program's by then.
+    kill = f"for pid in {pids}; do ps -o args= -p $pid | grep -q VLLM && kill -9 $pid; done"
+    return subprocess.Popen(["sh", "-c", f"read word || {{ {kill}; }}"], stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _release(folder: Path, guard: "subprocess.Popen[bytes]") -> None:
+    """Delete the adapters' folders and let the guard go; vLLM ends its own processes."""
+    guard.communicate(b"word\n")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _seed_of(seed: tuple[int | str, ...]) -> int:

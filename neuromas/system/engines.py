@@ -90,6 +90,6 @@ class EngineConfig:
         if scope != "all":
             yield f"adapter.scope must be all with --engine {self.name}, which applies an adapter to every token, got {scope!r}"
         if temperature < COLDEST_OF_VLLM:
-            yield f"--temperature must be at least {COLDEST_OF_VLLM} with --engine vllm, the coldest that it is, got {temperature}"
+            yield f"--temperature must be at least {COLDEST_OF_VLLM} with --engine vllm, its coldest, got {temperature}"
         if rounds:
             yield f"--engine must be torch for a society (society.rounds {rounds}), got {self.name!r}"

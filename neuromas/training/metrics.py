@@ -34,8 +34,8 @@ METRICS = {
     "entropy/mean": "Mean entropy, in nats, of the distributions that tokens were sampled from; with --entropy-coef.",
     "grad_norm/node/<k>/max": "Norm of node k's gradient before clipping.",
     "logprob_gap/max": "Largest difference between a token's log-probability as sampled and as recomputed by the learner.",
-    "importance_weight/max": "Largest weight by which the update corrects that in bfloat16: the ratio of the token's "
-    "probabilities, at most 2.",
+    "importance_weight/max": "Largest weight by which the update corrects that, in bfloat16 or with --engine.mismatch weight: "
+    "the ratio of the token's probabilities, at most 2.",
     "loss/mean": "The surrogate loss; its value means little, its gradient is the estimator.",
     "lr/value": "Learning rate of the step.",
     "questions/sum": "Questions of the step; it varies with --step-tokens.",
