@@ -1,5 +1,6 @@
 """NeuroMAS with `--engine vllm`: log-probabilities, a seed for each row, no barrier between layers, new adapters each round."""
 
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.peers.ours import EngineWork
@@ -10,6 +11,8 @@ from neuromas.rollout.vllm_engine import VllmEngine
 class Rollout(EngineWork):
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
+        # As in ours, nothing stops a row but its length; vLLM refuses tokens that the vocabulary lacks.
+        self.network.policy.frame = replace(self.network.policy.frame, stop_ids=frozenset())
         self.network.engine = VllmEngine(self.network.policy, len(self.network.topology.nodes))
 
     def run(self) -> int:
