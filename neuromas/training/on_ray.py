@@ -28,6 +28,7 @@ from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import set_up
 from neuromas.training.sharding import Announced, Exchange, SharedRun, shard
 from neuromas.training.signals import Interrupted, stop_signals
+from neuromas.training.tracking import tracked
 
 RESIZE_SECONDS = 30.0
 """How often Ray looks whether there is room for more workers, where their number may change."""
@@ -42,6 +43,8 @@ def check_workers(config: TrainConfig, workers: tuple[int, ...]) -> tuple[int, i
             f"--workers must be at most --examples-per-step {config.examples_per_step}, for a question is one worker's, "
             f"got {workers[-1]}"
         )
+    if config.engine.name != "torch":
+        raise ValueError(f"--workers goes with --engine torch, which every worker has for itself, got {config.engine.name}")
     if SCHEMES[config.credit].heads != "none":
         raise ValueError(f"--workers goes with no --credit that learns a critic, got {config.credit}")
     return workers[0], workers[-1]
@@ -83,8 +86,8 @@ def train_on_ray(plan: Plan, run: RunDirectory, workers: tuple[int, int]) -> dic
         ended = ray.get(board.ending.remote())
     if ended is None:
         raise ValueError(
-            f"--workers: the run has lost workers {RETRIES + 1} times and ended ({_cause(failures)}); its newest checkpoint "
-            f"is that of step {run.step}, from which the same command with --resume goes on"
+            f"--workers: Ray has given the run up ({_cause(failures)}); its newest checkpoint is that of step {run.step}, from "
+            "which the same command with --resume goes on"
         )
     how, text = ended
     if how == "interrupted":
@@ -175,7 +178,9 @@ def _train(order: dict[str, Any], exchange: Exchange, board: Any) -> None:
         if board is not None:
             _note_start(run, progress, board, exchange.workers)
         exchange.gather(None)
-        train_and_score(begin(setup, run, progress), progress, exchange.stop)
+        trainer = begin(setup, run, progress)
+        with tracked(config.track if exchange.rank == 0 else "none", run, progress.note):
+            train_and_score(trainer, progress, exchange.stop)
 
 
 def _note_start(run: RunDirectory, progress: Progress, board: Any, workers: int) -> None:

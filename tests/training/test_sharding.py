@@ -21,6 +21,7 @@ from torch import Tensor
 from neuromas.cli import main as cli
 from neuromas.config import TaskConfig, TopologyConfig, TrainConfig
 from neuromas.system import cluster
+from neuromas.system.engines import EngineConfig
 from neuromas.training.loop import begin, train_and_score
 from neuromas.training.on_ray import _check_alike, _require_cores, check_workers
 from neuromas.training.plan import resolve
@@ -223,6 +224,7 @@ def test_workers_that_differ_are_told(folder: Path, tmp_path: Path) -> None:
         ((3, 2), {}, r"got \[3, 2\]"),
         ((1, 2, 3), {}, r"got \[1, 2, 3\]"),
         ((2, 5), {}, "--workers must be at most --examples-per-step 4, for a question is one worker's, got 5"),
+        ((2,), {"engine": EngineConfig(name="vllm")}, "--workers goes with --engine torch, .* got vllm"),
         ((2,), {"credit": "value"}, "--workers goes with no --credit that learns a critic, got value"),
     ],
 )
