@@ -3,8 +3,7 @@
 A shared prefix is not copied to its rows: their queries are concatenated as the queries of one row, so that the prefix's keys
 and values are loaded once. A token's attention over its prefix and its attention over its own row are merged by their sums of
 exponentials, which gives attention over both (the online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867). So a row
-costs its own tokens only. On a GPU this holds while decoding token by token; there, prefills and the learner give every row a
-copy of its prefix.
+costs its own tokens only. In prefills and the learner of other devices than a CPU, `flex.py` computes this.
 """
 
 from collections.abc import Sequence
@@ -159,10 +158,6 @@ def _window_mask(width: int, window: int, like: Tensor) -> Tensor:
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Return torch's scaled dot product attention, which has gradients; without a mask it is causal."""
     shared = query.shape[1] // keys.shape[1]
-    if query.is_cuda and shared > 1 and mask is not None:
-        # On a GPU, with a mask and key heads that are shared, torch falls back to a kernel that keeps every score.
-        keys, values = (tensor.repeat_interleave(shared, 1) for tensor in (keys, values))
-        shared = 1
     return scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared > 1
     )

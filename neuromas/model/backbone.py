@@ -24,8 +24,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from neuromas.bundled import BUNDLED
 from neuromas.config import PROMPT_DATE
 from neuromas.model.adapters import AdapterBank, require_memory
-from neuromas.model.attention import PrefixAttention, SuffixAttention
 from neuromas.model.decoder import Decoder, slides
+from neuromas.model.flex import prefix_attention, suffix_attention
 from neuromas.model.gguf_file import converted
 from neuromas.model.layers import Layers, TransformersLayers
 from neuromas.model.number_format import faster_dtype
@@ -133,9 +133,9 @@ class Backbone:
         whole = self.model(input_ids=ids, use_cache=False).logits[0, -1:].float()
         cut = ids.shape[1] // 2
         head, tail = (Packed.of([part], self.device) for part in (ids[0, :cut].tolist(), ids[0, cut:].tolist()))
-        first, layers = PrefixAttention(head), self.layers(self.model, None)
+        first, layers = prefix_attention(head), self.layers(self.model, None)
         layers.prefill(head.ids_T, head.column_T, None, first)
-        attention = SuffixAttention(tail, first.prefixes, tail.row_T[:1])
+        attention = suffix_attention(tail, first.prefixes, tail.row_T[:1])
         parts = layers.logits(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
         if slides(self.model) and attention.windows == {None}:
             # The text could be shorter than the window, and comparing logits would then not test it.

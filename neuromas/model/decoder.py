@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.attention import PrefixAttention
+from neuromas.model.flex import prefix_attention
 from neuromas.model.logprobs import chosen_logprobs, logits_of
 from neuromas.model.lora import LinearGroup
 from neuromas.model.ops import GATES, TorchOps, ops_for
@@ -126,7 +127,7 @@ class Decoder:
         ids = torch.randint(0, decoder._embedding.num_embeddings, (32 + min(window, 128),), generator=generator)
         packed = Packed.of([ids.tolist()], model.device)
         theirs = model(input_ids=packed.ids_T[None], use_cache=False).logits[0].float()
-        ours = decoder.logits(packed.ids_T, packed.column_T, None, PrefixAttention(packed), packed.column_T)
+        ours = decoder.logits(packed.ids_T, packed.column_T, None, prefix_attention(packed), packed.column_T)
         # The mean is compared: in bfloat16 single logits may differ a lot, but with a wrong forward most logits do.
         tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.1
         return bool((ours - theirs).abs().mean() <= tolerance * theirs.std())

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from neuromas.config import AdapterConfig, Scope
 from neuromas.model.adapters import AdapterBank
-from neuromas.model.attention import PrefixAttention, Prefixes, SuffixAttention
+from neuromas.model.attention import Prefixes
 from neuromas.model.backbone import Backbone
+from neuromas.model.flex import prefix_attention, suffix_attention
 from neuromas.model.packing import Attention, Packed
 from neuromas.model.turns import Frame
 from neuromas.types import Prompt
@@ -124,7 +125,7 @@ class Policy:
 
     def prefill(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> Prefixes:
         """Return keys and values of shared prefixes, with the given adapters (scope `all`) or without any (`suffix`)."""
-        attention = PrefixAttention(prefixes)
+        attention = prefix_attention(prefixes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
             nodes_T = node_Q[prefixes.row_T] if self.scope == "all" else None
             self._layers.prefill(prefixes.ids_T, prefixes.column_T, nodes_T, attention)
@@ -162,13 +163,13 @@ class Policy:
     def states(self, rows: Rows) -> Float[Tensor, "K C"]:
         """Return the final hidden state from which each sampled token was drawn, without gradients."""
         suffixes = rows.suffixes
-        attention = SuffixAttention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
+        attention = suffix_attention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
         nodes_T = rows.node_of_row_B[suffixes.row_T]
         return self._layers.hidden(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
 
     def _logprobs(self, rows: Rows, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         suffixes = rows.suffixes
-        attention = SuffixAttention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
+        attention = suffix_attention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
         nodes_T, chosen_K = rows.node_of_row_B[suffixes.row_T], suffixes.ids_T[rows.sampled_K]
         return self._layers.logprobs(
             suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1, chosen_K, rows.temperature,

@@ -9,13 +9,13 @@ from torch import Tensor
 from neuromas.model import kernels
 from neuromas.model.attention import (
     Prefixes,
-    SuffixAttention,
     additive_mask,
     columns_in_groups,
     effective_window,
     merge_parts,
     partial_attention,
 )
+from neuromas.model.flex import suffix_attention
 from neuromas.model.ops import TorchOps
 from neuromas.model.packing import Packed
 
@@ -84,11 +84,12 @@ class _CacheWriter:
             cache.view(-1, size).index_copy_(0, self._indices[heads], new.flatten(0, 1))
 
 
-class PrefillAttention(SuffixAttention):
+class PrefillAttention:
     """Attention of the suffixes of new rows, whose keys and values go into the slots from `first` on."""
 
     def __init__(self, slots: Slots, packed: Packed, prefixes: Prefixes, prefix_of_row_B: Tensor, first: int) -> None:
-        super().__init__(packed, prefixes, prefix_of_row_B)
+        self._attention = suffix_attention(packed, prefixes, prefix_of_row_B)
+        self.positions_T = self._attention.positions_T
         self._writer = _CacheWriter(slots, packed.row_T + first, packed.column_T)
 
     def attend(
@@ -96,7 +97,7 @@ class PrefillAttention(SuffixAttention):
         keep_K: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         self._writer.write(layer, keys_TJD, values_TJD)
-        return super().attend(layer, query_KHD, keys_TJD, values_TJD, scale=scale, window=window, keep_K=keep_K)
+        return self._attention.attend(layer, query_KHD, keys_TJD, values_TJD, scale=scale, window=window, keep_K=keep_K)
 
 
 class LiveRows:

@@ -285,7 +285,7 @@ def test_a_model_whose_logits_differ_for_a_text_in_two_parts_is_refused(
             super().__init__(packed, Prefixes(prefixes.past, torch.ones_like(prefixes.lengths_Q)), prefix_of_row_B)
 
     Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
-    monkeypatch.setattr("neuromas.model.backbone.SuffixAttention", Forgets)
+    monkeypatch.setattr("neuromas.model.backbone.suffix_attention", Forgets)
     with pytest.raises(ValueError, match=r"its kind of attention \(qwen3\) is not supported"):
         Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
 
