@@ -69,6 +69,7 @@ class AdapterBank:
         self.alpha = config.alpha if config.alpha is not None else 2.0 * self.rank
         self.state = BankState(self.alpha / self.rank, cohorts=self.cohorts)
         self._last_route: tuple[Tensor, Route] | None = None
+        self._for_any_nodes = False
         self._dtype = next(iter(targets.values())).weight.dtype
         # Modules without an adapter count too: merged weights cover all modules of a product.
         linears = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name)
@@ -149,7 +150,18 @@ class AdapterBank:
         finally:
             state.route = before
 
+    @contextmanager
+    def for_any_nodes(self) -> Iterator[None]:
+        """Route the tokens of the forwards inside over the adapters of all nodes, whichever they are of."""
+        before, self._for_any_nodes = self._for_any_nodes, True
+        try:
+            yield
+        finally:
+            self._for_any_nodes = before
+
     def _route(self, nodes_T: Tensor) -> Route:
+        if self._for_any_nodes:
+            return Route.over(nodes_T, range(len(self.nodes)), self._dtype)
         # The engine asks for the route of the same tokens at every step until a row starts or finishes.
         if self._last_route is not None and self._last_route[0] is nodes_T:
             return self._last_route[1]

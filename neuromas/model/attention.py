@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from neuromas.model.ops import wide_product
 from neuromas.model.packing import Packed, scatter_queries
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -53,7 +54,7 @@ def plain_attention(
     query: Tensor, keys_BHLD: Tensor, values_BHLD: Tensor, mask: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return what `partial_attention` does, on any device: with all scores at once and a key head for each query head."""
-    scores = query.float() @ keys_BHLD.float().mT * scale
+    scores = wide_product(query.flatten(0, 1), keys_BHLD.flatten(0, 1).mT).unflatten(0, query.shape[:2]) * scale
     if mask is not None:
         scores += mask
     return scores.softmax(-1).to(values_BHLD.dtype) @ values_BHLD, scores.logsumexp(-1)

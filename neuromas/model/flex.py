@@ -101,7 +101,7 @@ def _attend(query_KHD: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, sc
     compute = _compiled() if query_KHD.is_cuda else flex.flex_attention
     gqa = query_KHD.shape[1] > keys.shape[0]
     # The kernel for a few queries is another one, and has limits of its own.
-    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    options: flex.FlexKernelOptions = {"FORCE_USE_FLEX_ATTENTION": True}
     query = query_KHD.transpose(0, 1)[None]
     out = compute(query, keys[None], values[None], block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options)
     assert isinstance(out, Tensor)

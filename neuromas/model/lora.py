@@ -59,7 +59,11 @@ class Route:
             ends = counts.cumsum(0)
             return cls(tuple(zip(segment_nodes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
         present = segment_nodes.tolist()
-        nodes = range(min(present), max(present) + 1)
+        return cls.over(nodes_T, range(min(present), max(present) + 1), dtype)
+
+    @classmethod
+    def over(cls, nodes_T: Tensor, nodes: range, dtype: torch.dtype) -> "Route":
+        """Return the route of tokens that are of any of some nodes."""
         if len(nodes) == 1:
             return cls((), nodes)
         return cls((), nodes, (nodes_T[:, None] == torch.arange(nodes.start, nodes.stop, device=nodes_T.device)).to(dtype))

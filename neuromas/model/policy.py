@@ -145,6 +145,14 @@ class Policy:
         """
         return self._layers.logits(ids_T, positions_T, nodes_T, attention, keep_K)
 
+    def decode_anywhere(
+        self, ids_B: Int[Tensor, " B"], positions_B: Int[Tensor, " B"], nodes_B: Int[Tensor, " B"], attention: Attention
+    ) -> Float[Tensor, "B V"]:
+        """Return what `decode` does for rows of one token each, without a look at the nodes: what is computed depends on shapes
+        alone."""
+        with self.adapters.for_any_nodes() if self.adapters else nullcontext():
+            return self.decode(ids_B, positions_B, nodes_B, attention, torch.arange(len(ids_B), device=ids_B.device))
+
     def logprobs(self, rows: Rows) -> Float[Tensor, " K"]:
         """Return the log-probability of every sampled token under its row's node.
 
