@@ -134,7 +134,7 @@ class PrefixAttention:
         keep_K: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         query_THD = query_KHD if keep_K is None else scatter_queries(query_KHD, keep_K, len(keys_TJD))
-        keys, values = self.store(keys_TJD, values_TJD)
+        keys, values = self.store(layer, keys_TJD, values_TJD)
         query = self.packed.pad(query_THD).transpose(1, 2)
         window = effective_window(window, self.packed.width)
         if window not in self._masks:
@@ -142,10 +142,14 @@ class PrefixAttention:
         out_THD = self.packed.unpad(_sdpa(query, keys, values, self._masks[window], scale).transpose(1, 2))
         return out_THD if keep_K is None else out_THD[keep_K]
 
-    def store(self, keys_TJD: Tensor, values_TJD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values in `prefixes`, and return them as a padded batch."""
+    def store(self, layer: int, keys_TJD: Tensor, values_TJD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values in `prefixes`, and return them as a padded batch.
+
+        A layer that is computed again for its gradient has stored them before.
+        """
         keys, values = (self.packed.pad(tensor).transpose(1, 2) for tensor in (keys_TJD, values_TJD))
-        self.prefixes.past.append((keys, values))
+        if layer == len(self.prefixes.past):
+            self.prefixes.past.append((keys, values))
         return keys, values
 
 

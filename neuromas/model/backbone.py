@@ -97,14 +97,14 @@ class Backbone:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=False, device_map=None if device == "cpu" else torch.device(device),
             )  # fmt: skip
             model, report = loaded
             # Otherwise transformers would fill missing weights with random numbers and go on.
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"its files lack {len(missing)} weights, e.g. {missing[0]}")
             _require_numbers(model)
-            backbone = cls(model.to(device), tokenizer, name, prompt_date)
+            backbone = cls(model, tokenizer, name, prompt_date)
             backbone._probe()
         except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
             reason = " ".join(str(error).split())[:300]
@@ -272,9 +272,7 @@ def _require_room(folder: Path, dtype: str, device: str) -> None:
         with safe_open(file, "pt") as weights:
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118  # no dict
     size = count * getattr(torch, dtype).itemsize
-    # They are read into the memory of the CPU first.
-    for where in dict.fromkeys(("cpu", device)):
-        require_memory(f"its {count:,} weights in {dtype}", size, torch.device(where))
+    require_memory(f"its {count:,} weights in {dtype}", size, torch.device(device))
 
 
 def _require_numbers(model: PreTrainedModel) -> None:

@@ -126,7 +126,7 @@ class FlexPrefixAttention(PrefixAttention):
         self, layer: int, query_KHD: Tensor, keys_TJD: Tensor, values_TJD: Tensor, *, scale: float, window: int | None,
         keep_K: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        self.store(keys_TJD, values_TJD)
+        self.store(layer, keys_TJD, values_TJD)
         window = effective_window(window, self.packed.width)
         case = window, keep_K is not None
         if case not in self._block_masks:

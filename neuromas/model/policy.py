@@ -17,6 +17,7 @@ from neuromas.config import AdapterConfig, Scope
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.attention import Prefixes
 from neuromas.model.backbone import Backbone
+from neuromas.model.decoder import Decoder
 from neuromas.model.flex import prefix_attention, suffix_attention
 from neuromas.model.packing import Attention, Packed
 from neuromas.model.turns import Frame
@@ -86,6 +87,18 @@ class Policy:
         self.scope: Scope = adapter.scope
         self.ops = backbone.ops
         self._layers = backbone.layers(self.model, self.adapters)
+
+    def recompute_layers(self) -> None:
+        """Keep of a forward pass only what enters each layer: the backward pass computes the rest again, and gives the same.
+
+        Raises ValueError if the layers are those of transformers.
+        """
+        if not isinstance(self._layers, Decoder):
+            raise ValueError(
+                f"--grad-checkpoint: {self.backbone.name} ({self.model.config.model_type}) is computed by its own layers in "
+                "transformers, which it does not reach; leave it out and lower --tokens-per-micro-batch"
+            )
+        self._layers.recomputes = True
 
     @property
     def version(self) -> int:

@@ -38,15 +38,18 @@ class TorchEngine:
     """Samples from a policy.
 
     `max_rows` bounds how many rows decode at once, and so the memory of the cache; distinct prefixes need memory of their own.
+    With `graphs`, a GPU runs tokens as recorded graphs; without, it is asked for each operation, and gives the same.
     """
 
-    def __init__(self, policy: Policy, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, policy: Policy, max_rows: int = MAX_ROWS, *, graphs: bool = True) -> None:
         self.policy = policy
         self.max_rows = max_rows
+        # Other layers than ours may read something back from a GPU, which cannot be recorded.
+        self.records = graphs and policy.backbone.device.type == "cuda" and policy.backbone.has_own_decoder
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Keyed], on_sample: OnSample, *, temperature: float, max_new_tokens: int) -> None:
-        batch = _DecodingBatch(self.policy, self.max_rows, temperature, max_new_tokens)
+        batch = _DecodingBatch(self.policy, self.max_rows, temperature, max_new_tokens, records=self.records)
         waiting = deque(requests)
         with self.policy.sampling():
             while waiting or batch.live:
@@ -60,7 +63,10 @@ class TorchEngine:
 class _DecodingBatch:
     """The rows that decode together in one call of `generate`."""
 
-    def __init__(self, policy: Policy, max_rows: int, temperature: float, max_new_tokens: int) -> None:
+    def __init__(
+        self, policy: Policy, max_rows: int, temperature: float, max_new_tokens: int, *, records: bool = False
+    ) -> None:  # fmt: skip
+        self.records = records
         self.policy, self.backbone, self.max_rows = policy, policy.backbone, max_rows
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.stop_ids = torch.tensor(sorted(policy.frame.stop_ids), device=self.backbone.device)
@@ -79,7 +85,7 @@ class _DecodingBatch:
         self.slots: Slots | None = None
         self.fixed: FixedSharing | None = None
         """The buffers that rows decode over where their shapes are fixed."""
-        self.graphs = self._no_graphs()
+        self.graphs = Graphs(records=records)
 
     @property
     def live(self) -> int:
@@ -162,14 +168,10 @@ class _DecodingBatch:
         left = int((slots.limit[: self.live] - slots.count[: self.live]).max())
         tokens = min(TOKENS_AT_ONCE, left)
         if self.fixed is None or not self.fixed.fits(prefixes, self.live):
-            self.fixed, self.graphs = FixedSharing(slots, prefixes, self.live, tokens), self._no_graphs()
+            self.fixed, self.graphs = FixedSharing(slots, prefixes, self.live, tokens), Graphs(records=self.records)
         else:
             self.fixed.fill(prefixes, self.live, tokens)
         self.graphs.run(self._fixed_step, self.fixed.shape, tokens)
-
-    def _no_graphs(self) -> Graphs:
-        # Other layers than ours may read something back from a GPU, which cannot be recorded.
-        return Graphs(records=self.backbone.device.type == "cuda" and self.backbone.has_own_decoder)
 
     def _fixed_step(self) -> None:
         slots, fixed = self.slots, self.fixed

@@ -568,6 +568,20 @@ def test_a_model_without_a_stop_token_is_refused(bare: Backbone) -> None:
         Backbone(bare.model, bare.tokenizer, "endless")
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", torch.device("cuda")), ("cpu", None)])
+def test_weights_are_read_straight_to_another_device(
+    tiny_folder: Path, device: str, expected: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(source: str, **settings: object) -> object:
+        raise RuntimeError(f"read to {settings['device_map']}")
+
+    monkeypatch.setattr("neuromas.model.backbone.AutoModelForCausalLM.from_pretrained", found)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("neuromas.model.backbone.require_memory", lambda what, size, where: None)
+    with pytest.raises(ValueError, match=f"read to {expected}$"):
+        Backbone.load(str(tiny_folder), device=device)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_missing_gpu_is_named() -> None:
     assert resolve_device("auto") == "cpu"
