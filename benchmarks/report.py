@@ -53,7 +53,7 @@ def table(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for record in records:
         for peer, result in record["results"].items():
-            title = PEERS[peer].title + (", bfloat16" if result.get("dtype") == "bfloat16" else "")
+            title = (PEERS[peer].title if peer in PEERS else peer) + (", bfloat16" if result.get("dtype") == "bfloat16" else "")
             if result.get("error") or not result["rounds"]:
                 lines.append(f"| {record['name']} | {title} | | **did not run**: {result.get('error') or 'no round'} | | |")
                 continue

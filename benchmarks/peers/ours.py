@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from neuromas.training.learner import TorchLearner
 from neuromas.training.loop import train_step
 from neuromas.training.plan import Plan
 from neuromas.training.questions import Questions
+from neuromas.training.reinforce import Batch, Credits
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import Setup
 from neuromas.training.trainer import Trainer
@@ -142,27 +144,49 @@ class UpdateWork:
             self.by_rollout.setdefault(row.rollout, []).append(row)
         advantages_PG = torch.tensor([rows[0].advantage for rows in self.by_rollout.values()]).view(-1, self.group)
         self.advantages = dict.fromkeys(self.trainer.bank.nodes, advantages_PG)
+        self.sampled = self._logprobs()
+
+    def _logprobs(self) -> dict[int, tuple[float, ...]]:
+        """Return the log-probabilities of every row's tokens as if this policy had sampled them, by place.
+
+        In bfloat16 an update weighs each token by how much less likely it was to its sampler.
+        """
+        policy, rows = self.trainer.network.policy, sorted(self.rows, key=lambda row: row.node)
+        texts = tuple((_completion(row, 0, (0.0,) * len(row.written)), 1.0) for row in rows)
+        batch = Batch(texts, len(texts), policy.routing, 1.0)
+        found: list[float] = []
+        with torch.no_grad():
+            for part in batch.split(policy.backbone.tokens_per_micro_batch, policy.backbone.device):
+                found += policy.logprobs(part.rows).tolist()
+        each = iter(found)
+        return {row.place: tuple(islice(each, len(row.written))) for row in rows}
 
     def _groups(self) -> list[Group]:
         version = self.trainer.bank.version
         rollouts = [
-            Rollout(Example(str(rows[0].question), "", "", ""), i % self.group, tuple(_completion(r, version) for r in rows))
+            Rollout(
+                Example(str(rows[0].question), "", "", ""),
+                i % self.group,
+                tuple(_completion(r, version, self.sampled[r.place]) for r in rows),
+            )
             for i, rows in enumerate(self.by_rollout.values())
         ]
         return [tuple(rollouts[i : i + self.group]) for i in range(0, len(rollouts), self.group)]
 
     def run(self) -> int:
-        self.trainer.update(self._groups(), self.advantages)
+        groups = self._groups()
+        self.trainer.update(groups, Credits.of(groups, self.advantages))
         return sum(len(row.written) for row in self.rows)
 
     def check(self) -> dict[str, Any]:
-        metrics = self.trainer.update(self._groups(), self.advantages)
+        groups = self._groups()
+        metrics = self.trainer.update(groups, Credits.of(groups, self.advantages))
         norms = [metrics[f"grad_norm/node/{node}/max"] for node in self.trainer.bank.nodes]
         return {"loss": metrics["loss/mean"], "grad_norms": norms}
 
 
-def _completion(row: Row, version: int) -> Completion:
-    sample = Sample(row.written, (0.0,) * len(row.written), ("",), True, version)
+def _completion(row: Row, version: int, logprobs: tuple[float, ...]) -> Completion:
+    sample = Sample(row.written, logprobs, ("",), True, version)
     return Completion(row.node, Prompt(row.prefix, row.prompt), sample, ())
 
 

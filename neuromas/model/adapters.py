@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from neuromas.config import AdapterConfig
+from neuromas.model.grouped import has_grouped_products
 from neuromas.model.lora import (
     LORA_MATRICES,
     MERGED_AT_MOST,
@@ -69,12 +70,15 @@ class AdapterBank:
         self.alpha = config.alpha if config.alpha is not None else 2.0 * self.rank
         self.state = BankState(self.alpha / self.rank, cohorts=self.cohorts)
         self._last_route: tuple[Tensor, Route] | None = None
+        self._for_any_nodes = False
         self._dtype = next(iter(targets.values())).weight.dtype
         # Modules without an adapter count too: merged weights cover all modules of a product.
         linears = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name)
         self._linear_bytes = sum(linear.weight.nbytes for linear in linears)
         if self._dtype == torch.bfloat16 and device.type == "cpu" and self._linear_bytes <= WIDENED_AT_MOST:
             self.state.widened = {}
+        features = [count for linear in targets.values() for count in (linear.in_features, linear.out_features)]
+        self.state.groups = has_grouped_products(device, self._dtype, features)
         self.modules: dict[str, AdaptedLinear] = {}
         for name, linear in targets.items():
             parent, _, child = name.rpartition(".")
@@ -173,11 +177,24 @@ class AdapterBank:
         finally:
             state.route = before
 
+    @contextmanager
+    def for_any_nodes(self) -> Iterator[None]:
+        """Route the tokens of the forwards inside over the adapters of all nodes, whichever they are of."""
+        before, self._for_any_nodes = self._for_any_nodes, True
+        try:
+            yield
+        finally:
+            self._for_any_nodes = before
+
     def _route(self, nodes_T: Tensor) -> Route:
+        if self._for_any_nodes:
+            return Route.over(nodes_T, range(len(self.nodes)), self._dtype)
         # The engine asks for the route of the same tokens at every step until a row starts or finishes.
         if self._last_route is not None and self._last_route[0] is nodes_T:
             return self._last_route[1]
         state = self.state
+        if state.groups:
+            return Route.of_groups(nodes_T)
         route = Route.of(nodes_T, self._dtype, has_merged=state.merged is not None, in_segments=state.widened is None)
         if self.state.stacked is not None:
             self._last_route = nodes_T, route
@@ -186,14 +203,14 @@ class AdapterBank:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Keep stacked adapters and merged weights for all forwards inside, which have no gradients and change no adapter."""
-        self.state.stacked = {}
+        self.state.stacked, self.state.blocks = {}, {}
         # The bound is on one node's bytes, so that a node's tokens are computed alike whatever the number of other nodes.
         small = self._linear_bytes <= MERGED_AT_MOST
         self.state.merged = {} if small and self._dtype.itemsize >= 4 else None
         try:
             yield
         finally:
-            self.state.stacked = self.state.merged = self._last_route = None
+            self.state.stacked = self.state.merged = self.state.blocks = self._last_route = None
             for wide in (self.state.widened or {}).values():
                 wide.holds = None
 

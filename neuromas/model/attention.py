@@ -3,8 +3,7 @@
 A shared prefix is not copied to its rows: their queries are concatenated as the queries of one row, so that the prefix's keys
 and values are loaded once. A token's attention over its prefix and its attention over its own row are merged by their sums of
 exponentials, which gives attention over both (the online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867). So a row
-costs its own tokens only. On a GPU this holds while decoding token by token; there, prefills and the learner give every row a
-copy of its prefix.
+costs its own tokens only. In prefills and the learner of other devices than a CPU, `flex.py` computes this.
 """
 
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from neuromas.model.ops import wide_product
 from neuromas.model.packing import Packed, scatter_queries
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -54,7 +54,7 @@ def plain_attention(
     query: Tensor, keys_BHLD: Tensor, values_BHLD: Tensor, mask: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return what `partial_attention` does, on any device: with all scores at once and a key head for each query head."""
-    scores = query.float() @ keys_BHLD.float().mT * scale
+    scores = wide_product(query.flatten(0, 1), keys_BHLD.flatten(0, 1).mT).unflatten(0, query.shape[:2]) * scale
     if mask is not None:
         scores += mask
     return scores.softmax(-1).to(values_BHLD.dtype) @ values_BHLD, scores.logsumexp(-1)
@@ -134,7 +134,7 @@ class PrefixAttention:
         keep_K: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         query_THD = query_KHD if keep_K is None else scatter_queries(query_KHD, keep_K, len(keys_TJD))
-        keys, values = self.store(keys_TJD, values_TJD)
+        keys, values = self.store(layer, keys_TJD, values_TJD)
         query = self.packed.pad(query_THD).transpose(1, 2)
         window = effective_window(window, self.packed.width)
         if window not in self._masks:
@@ -142,10 +142,14 @@ class PrefixAttention:
         out_THD = self.packed.unpad(_sdpa(query, keys, values, self._masks[window], scale).transpose(1, 2))
         return out_THD if keep_K is None else out_THD[keep_K]
 
-    def store(self, keys_TJD: Tensor, values_TJD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values in `prefixes`, and return them as a padded batch."""
+    def store(self, layer: int, keys_TJD: Tensor, values_TJD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values in `prefixes`, and return them as a padded batch.
+
+        A layer that is computed again for its gradient has stored them before.
+        """
         keys, values = (self.packed.pad(tensor).transpose(1, 2) for tensor in (keys_TJD, values_TJD))
-        self.prefixes.past.append((keys, values))
+        if layer == len(self.prefixes.past):
+            self.prefixes.past.append((keys, values))
         return keys, values
 
 
@@ -159,10 +163,6 @@ def _window_mask(width: int, window: int, like: Tensor) -> Tensor:
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Return torch's scaled dot product attention, which has gradients; without a mask it is causal."""
     shared = query.shape[1] // keys.shape[1]
-    if query.is_cuda and shared > 1 and mask is not None:
-        # On a GPU, with a mask and key heads that are shared, torch falls back to a kernel that keeps every score.
-        keys, values = (tensor.repeat_interleave(shared, 1) for tensor in (keys, values))
-        shared = 1
     return scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared > 1
     )

@@ -24,8 +24,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from neuromas.bundled import BUNDLED
 from neuromas.config import PROMPT_DATE
 from neuromas.model.adapters import AdapterBank, require_memory
-from neuromas.model.attention import PrefixAttention, SuffixAttention
 from neuromas.model.decoder import Decoder, slides
+from neuromas.model.flex import prefix_attention, suffix_attention
 from neuromas.model.gguf_file import converted
 from neuromas.model.layers import Layers, TransformersLayers
 from neuromas.model.number_format import faster_dtype
@@ -97,14 +97,14 @@ class Backbone:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=False, device_map=None if device == "cpu" else torch.device(device),
             )  # fmt: skip
             model, report = loaded
             # Otherwise transformers would fill missing weights with random numbers and go on.
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"its files lack {len(missing)} weights, e.g. {missing[0]}")
             _require_numbers(model)
-            backbone = cls(model.to(device), tokenizer, name, prompt_date)
+            backbone = cls(model, tokenizer, name, prompt_date)
             backbone._probe()
         except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
             reason = " ".join(str(error).split())[:300]
@@ -133,9 +133,9 @@ class Backbone:
         whole = self.model(input_ids=ids, use_cache=False).logits[0, -1:].float()
         cut = ids.shape[1] // 2
         head, tail = (Packed.of([part], self.device) for part in (ids[0, :cut].tolist(), ids[0, cut:].tolist()))
-        first, layers = PrefixAttention(head), self.layers(self.model, None)
+        first, layers = prefix_attention(head), self.layers(self.model, None)
         layers.prefill(head.ids_T, head.column_T, None, first)
-        attention = SuffixAttention(tail, first.prefixes, tail.row_T[:1])
+        attention = suffix_attention(tail, first.prefixes, tail.row_T[:1])
         parts = layers.logits(tail.ids_T, attention.positions_T, None, attention, tail.column_T[-1:])
         if slides(self.model) and attention.windows == {None}:
             # The text could be shorter than the window, and comparing logits would then not test it.
@@ -281,9 +281,7 @@ def _require_room(folder: Path, dtype: str, device: str) -> None:
         with safe_open(file, "pt") as weights:
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118  # no dict
     size = count * getattr(torch, dtype).itemsize
-    # They are read into the memory of the CPU first.
-    for where in dict.fromkeys(("cpu", device)):
-        require_memory(f"its {count:,} weights in {dtype}", size, torch.device(where))
+    require_memory(f"its {count:,} weights in {dtype}", size, torch.device(device))
 
 
 def _require_numbers(model: PreTrainedModel) -> None:

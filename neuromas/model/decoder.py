@@ -7,18 +7,21 @@ whose logits are needed, and operations have their own backward where autograd w
 model keeps its own forward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.attention import PrefixAttention
+from neuromas.model.flex import prefix_attention
 from neuromas.model.logprobs import chosen_logprobs, logits_of
 from neuromas.model.lora import LinearGroup
 from neuromas.model.ops import GATES, TorchOps, ops_for
@@ -106,6 +109,8 @@ class Decoder:
         assert isinstance(head, nn.Linear)
         self.head = head
         self._adapters = adapters
+        self.recomputes = False
+        """Whether a backward pass computes the layers again, and a forward pass keeps only what enters them."""
         ops, config = ops_for(model.dtype, model.device), model.config.get_text_config()
         self._wide_residual = ops.wide_residual
         self._layers = [_layer(layer, config, ops) for layer in base.layers]
@@ -126,7 +131,7 @@ class Decoder:
         ids = torch.randint(0, decoder._embedding.num_embeddings, (32 + min(window, 128),), generator=generator)
         packed = Packed.of([ids.tolist()], model.device)
         theirs = model(input_ids=packed.ids_T[None], use_cache=False).logits[0].float()
-        ours = decoder.logits(packed.ids_T, packed.column_T, None, PrefixAttention(packed), packed.column_T)
+        ours = decoder.logits(packed.ids_T, packed.column_T, None, prefix_attention(packed), packed.column_T)
         # The mean is compared: in bfloat16 single logits may differ a lot, but with a wrong forward most logits do.
         tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.1
         return bool((ours - theirs).abs().mean() <= tolerance * theirs.std())
@@ -142,7 +147,7 @@ class Decoder:
         """Return the final hidden states, which the head takes, of the tokens at the given indices of the stream, in order."""
         last, keep = self._layers[-1], None if keep_K.shape[0] == ids_T.shape[0] else keep_K
         with self._routed(nodes_T):
-            hidden_TC, normed_TC, angles = self._to_last_layer(ids_T, positions_T, attention)
+            hidden_TC, normed_TC, angles = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
             if keep is None:
                 query, keys, values = last.query_keys_values(normed_TC, angles)
                 return self._finish(hidden_TC, query, keys, values, attention, None)
@@ -176,11 +181,11 @@ class Decoder:
     def prefill(self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: PrefixAttention) -> None:
         """Compute the keys and values of these tokens in all layers, and no more."""
         with self._routed(nodes_T):
-            _, normed_TC, angles = self._to_last_layer(ids_T, positions_T, attention)
-            attention.store(*self._layers[-1].keys_values(normed_TC, angles))
+            _, normed_TC, angles = self._to_last_layer(ids_T, positions_T, nodes_T, attention)
+            attention.store(len(self._layers) - 1, *self._layers[-1].keys_values(normed_TC, angles))
 
     def _to_last_layer(
-        self, ids_T: Tensor, positions_T: Tensor, attention: Attention
+        self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Return the last layer's input, the same after its first norm, and the cosines and sines of its rotary positions."""
         hidden_TC = self._embedding(ids_T)
@@ -189,14 +194,33 @@ class Decoder:
             hidden_TC = hidden_TC.to(dtype)
         angles = {kind: _angles(positions_T, *frequencies, dtype) for kind, frequencies in self._frequencies.items()}
         for number, layer in enumerate(self._layers[:-1]):
-            streams = layer.query_keys_values(layer.before_attention(hidden_TC), angles[layer.kind])
-            attended_THD = attention.attend(number, *streams, scale=layer.scale, window=layer.window)
-            hidden_TC = layer.rest(hidden_TC, attended_THD)
+            through = partial(_through, number, layer, angles=angles[layer.kind], attention=attention)
+            if self.recomputes and torch.is_grad_enabled():
+                routed = partial(self._routed, nodes_T)
+                hidden_TC = checkpoint(
+                    partial(_inside, routed, through), hidden_TC, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden_TC = through(hidden_TC)
         last = self._layers[-1]
         return hidden_TC, last.before_attention(hidden_TC), angles[last.kind]
 
     def _routed(self, nodes_T: Tensor | None) -> AbstractContextManager[None]:
         return self._adapters.routed(nodes_T) if self._adapters else nullcontext()
+
+
+def _through(
+    number: int, layer: _Layer, hidden_TC: Tensor, *, angles: tuple[Tensor, Tensor], attention: Attention
+) -> Tensor:  # fmt: skip
+    """Return a layer's output."""
+    streams = layer.query_keys_values(layer.before_attention(hidden_TC), angles)
+    return layer.rest(hidden_TC, attention.attend(number, *streams, scale=layer.scale, window=layer.window))
+
+
+def _inside(context: Callable[[], AbstractContextManager[None]], compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute inside a context of its own: again in a backward pass, it is not in that of its forward pass."""
+    with context():
+        return compute(x)
 
 
 def _angles(positions_T: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from neuromas.model import kernels
+from neuromas.model.ops import wide_product
 
 LOGITS_AT_ONCE = 2**24
 """Number of logits in a chunk; they take 64 MiB in float32."""
+LOGITS_AT_ONCE_ON_A_GPU = 2**27
+"""The same on a GPU, where products of a hundred tokens would leave most of it idle."""
 
 
 def logits_of(hidden_KC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
     """Return float32 logits."""
     if _in_two_parts(hidden_KC, bias_V):
         return kernels.logits(hidden_KC, weight_VC)
+    if hidden_KC.is_cuda and bias_V is None:
+        return wide_product(hidden_KC, weight_VC.T)
     return functional.linear(hidden_KC, weight_VC, bias_V).float()
 
 
@@ -40,7 +45,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         logprobs_K = torch.empty(len(ids_K), dtype=torch.float32, device=hidden_KC.device)
         entropies_K = torch.empty_like(logprobs_K) if entropy else None
         gradients = [torch.empty_like(hidden_KC) for _ in range(1 + entropy)] if ctx.needs_input_grad[0] else []
-        chunk = max(1, LOGITS_AT_ONCE // len(weight_VC))
+        chunk = max(1, (LOGITS_AT_ONCE_ON_A_GPU if hidden_KC.is_cuda else LOGITS_AT_ONCE) // len(weight_VC))
         for start in range(0, len(ids_K), chunk):
             part, ids = slice(start, start + chunk), ids_K[start : start + chunk, None]
             if _in_two_parts(hidden_KC, bias_V) and entropies_K is None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
+from neuromas.model.grouped import adapters_in_blocks, grouped_update
+from neuromas.model.products import concatenated, frozen_product, write_product
 from neuromas.model.widened import Widened, WidenedLinear
 
 LORA_MATRICES = ("lora_A", "lora_B")
@@ -46,6 +47,8 @@ class Route:
     would add 0, but processors sum a product of another width in another order."""
     mask_TN: Tensor | None = None
     """1 at a token's node, else 0, for the nodes of `nodes`; None if the tokens are of a single node."""
+    groups: tuple[Tensor, Tensor] | None = None
+    """The node of each segment, and one past its last token, where all of them together are a grouped product."""
 
     @classmethod
     def of(cls, nodes_T: Tensor, dtype: torch.dtype, *, has_merged: bool, in_segments: bool) -> "Route":
@@ -59,7 +62,17 @@ class Route:
             ends = counts.cumsum(0)
             return cls(tuple(zip(segment_nodes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)))
         present = segment_nodes.tolist()
-        nodes = range(min(present), max(present) + 1)
+        return cls.over(nodes_T, range(min(present), max(present) + 1), dtype)
+
+    @classmethod
+    def of_groups(cls, nodes_T: Tensor) -> "Route":
+        """Return the route of tokens whose segments together are a grouped product."""
+        segment_nodes, counts = torch.unique_consecutive(nodes_T, return_counts=True)
+        return cls((), groups=(segment_nodes, counts.cumsum(0).to(torch.int32)))
+
+    @classmethod
+    def over(cls, nodes_T: Tensor, nodes: range, dtype: torch.dtype) -> "Route":
+        """Return the route of tokens that are of any of some nodes."""
         if len(nodes) == 1:
             return cls((), nodes)
         return cls((), nodes, (nodes_T[:, None] == torch.arange(nodes.start, nodes.stop, device=nodes_T.device)).to(dtype))
@@ -80,6 +93,10 @@ class BankState:
     to hold B A."""
     widened: "dict[tuple[tuple[AdaptedLinear, ...], int], Widened] | None" = None
     """Widened weights by modules and output features of W, each made once; None where products are not widened."""
+    groups: bool = False
+    """Whether the adapters of all nodes are grouped products."""
+    blocks: "dict[tuple[tuple[AdaptedLinear, ...], int], tuple[Tensor, Tensor]] | None" = None
+    """What grouped products multiply by, kept like `stacked`, by modules and output features of W."""
     cohorts: list[tuple[int, ...]] = field(default_factory=list)
     """Nodes that joined together: those of the start, then those of each growth."""
 
@@ -142,7 +159,7 @@ class LinearGroup:
         self._modules = tuple(modules)
         linears = [_base_linear(module) for module in modules]
         self._ends = list(itertools.accumulate(linear.out_features for linear in linears))
-        self.weight, self.bias = _concatenated([linear.weight.data for linear in linears]), linears[0].bias
+        self.weight, self.bias = concatenated([linear.weight.data for linear in linears]), linears[0].bias
         if self.bias is not None:
             self.bias = torch.cat([linear.bias.data for linear in linears])
         for linear, columns in zip(linears, self._columns(), strict=True):
@@ -172,16 +189,6 @@ class LinearGroup:
         return product(x_TI, self.weight, self.bias, self._adapted, self._adapted_columns, residual_TO)
 
 
-def _concatenated(weights: Sequence[Tensor]) -> Tensor:
-    """Return weights concatenated along the output features: a view if they already lie so in one storage, else a copy."""
-    first = weights[0]
-    ends = itertools.accumulate((weight.nbytes for weight in weights[:-1]), initial=first.data_ptr())
-    one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if one_storage and all(weight.data_ptr() == end for weight, end in zip(weights, ends, strict=True)):
-        return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
-    return torch.cat(list(weights))
-
-
 def _base_linear(module: nn.Module) -> nn.Linear:
     linear = module.base if isinstance(module, AdaptedLinear) else module
     assert isinstance(linear, nn.Linear)
@@ -195,11 +202,13 @@ def product(
     """Return W x plus the bias, the residual and, in each adapted module's columns, the update of the token's node."""
     state = adapted[0].state if adapted else None
     if state is None or state.route is None:
-        return _linear(x_TI, weight, bias, residual_TO)
+        return frozen_product(x_TI, weight, bias, residual_TO)
     route = state.route
     if state.widened is not None:
         assert residual_TO is None, "the residual stream is wider than a product"
         return _widened_product(x_TI, weight, bias, adapted, columns)
+    if route.groups is not None:
+        return _grouped_product(x_TI, weight, bias, adapted, columns, residual_TO)
     if route.segments and state.merged is not None:
         return _by_merged_weights(x_TI, weight, bias, adapted, columns, residual_TO)
     if route.segments:
@@ -207,7 +216,7 @@ def product(
         y = _RoutedLinear.apply(x_TI, weight, bias, residual_TO, state.scaling, route.segments, columns, *halves)
         assert isinstance(y, Tensor)
         return y
-    y_TO = _linear(x_TI, weight, bias, residual_TO)
+    y_TO = frozen_product(x_TI, weight, bias, residual_TO)
     # One product with the stacked ranks of several nodes, masked to those of the token's node: the number of products does not
     # depend on the number of nodes.
     a, bs = _stacked_adapters(state, adapted, route.nodes, x_TI.dtype)
@@ -247,11 +256,20 @@ def _widened_product(
     return y if bias is None else y + bias
 
 
-def _linear(x_TI: Tensor, weight: Tensor, bias: Tensor | None, residual_TO: Tensor | None) -> Tensor:
-    if residual_TO is None:
-        return functional.linear(x_TI, weight, bias)
-    y_TO = torch.addmm(residual_TO, x_TI, weight.T)
-    return y_TO if bias is None else y_TO + bias
+def _grouped_product(
+    x_TI: Tensor, weight: Tensor, bias: Tensor | None, adapted: tuple[AdaptedLinear, ...], columns: tuple[slice, ...],
+    residual_TO: Tensor | None,
+) -> Tensor:  # fmt: skip
+    state, key = adapted[0].state, (adapted, weight.shape[0])
+    assert state.route is not None
+    assert state.route.groups is not None
+    kept = None if state.blocks is None else state.blocks.get(key)
+    if kept is None:
+        every_a, every_b = ([module.all_nodes(half) for module in adapted] for half in LORA_MATRICES)
+        kept = adapters_in_blocks(state.scaling, every_a, every_b, columns, weight.shape[0], x_TI.dtype)
+        if state.blocks is not None:
+            state.blocks[key] = kept
+    return frozen_product(x_TI, weight, bias, residual_TO) + grouped_update(x_TI, *kept, state.route.groups)
 
 
 def _by_merged_weights(
@@ -273,16 +291,8 @@ def _by_merged_weights(
     else:
         y_TO = x_TI.new_empty(x_TI.shape[0], weight.shape[0])
         for (_, first, end), merged in zip(state.route.segments, weights, strict=True):
-            _write(y_TO, x_TI, merged, residual_TO, slice(first, end))
+            write_product(y_TO, x_TI, merged, residual_TO, slice(first, end))
     return y_TO if bias is None else y_TO.add_(bias)
-
-
-def _write(y_TO: Tensor, x_TI: Tensor, weight_IO: Tensor, residual_TO: Tensor | None, segment: slice) -> None:
-    """Write one segment of W x plus the residual into `y_TO`."""
-    if residual_TO is None:
-        torch.mm(x_TI[segment], weight_IO, out=y_TO[segment])
-    else:
-        torch.addmm(residual_TO[segment], x_TI[segment], weight_IO, out=y_TO[segment])
 
 
 def _merged_weight(
@@ -333,7 +343,7 @@ class _RoutedLinear(torch.autograd.Function):
             pairs = [(a[node], b[node]) for a, b in zip(every_a, every_b, strict=True)]
             long = _is_long(end - first, weight)
             used = _merged_weight(weight, columns, pairs, scaling) if long else weight
-            _write(y_TO, x_TI, used.T, residual_TO, slice(first, end))
+            write_product(y_TO, x_TI, used.T, residual_TO, slice(first, end))
             if not long:
                 for where, (a, b) in zip(columns, pairs, strict=True):
                     y[:, where].addmm_(x @ a.T, b.T, alpha=scaling)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, pad, silu
 
 from neuromas.model import kernels
 
@@ -19,6 +19,8 @@ GATES = {"silu": None, "gelu": "none", "gelu_pytorch_tanh": "tanh"}
 class TorchOps:
     """Torch's operations, for any device and any dtype."""
 
+    has_fixed_buffers = True
+    """Whether rows decode over buffers of fixed shapes, a chunk of tokens at a time, which a GPU does as one graph."""
     has_cache_attention = False
     """Whether a decoding step computes attention over the KV cache by the compiled loops."""
     wide_residual = False
@@ -49,19 +51,15 @@ class TorchOps:
         """
         if temperature not in (0, 1):
             logits_BV = logits_BV / temperature
-        logprobs_BV = logits_BV.log_softmax(-1)
-        if temperature == 0:
-            tokens_B = logits_BV.argmax(-1)
-        else:
-            # In float64: a sum over a large vocabulary in float32 would shift the tail.
-            cumulative = logprobs_BV.exp().double().cumsum(-1)
-            target_B = uniform_B * cumulative[:, -1]
-            tokens_B = torch.searchsorted(cumulative, target_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
-        return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+        total_B = logits_BV.logsumexp(-1)
+        tokens_B = logits_BV.argmax(-1) if temperature == 0 else _inverted(logits_BV, total_B, uniform_B)
+        return tokens_B, logits_BV.gather(1, tokens_B[:, None])[:, 0] - total_B
 
 
 class CpuOps(TorchOps):
     """Torch's operations with compiled sampling, which needs float32 logits; logits are float32 whatever the model's dtype."""
+
+    has_fixed_buffers = False
 
     def sample(self, logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return kernels.sample(logits_BV, uniform_B, temperature)
@@ -105,11 +103,47 @@ class CompiledOps(CpuOps):
         return _tensor(_CompiledGate.apply(gate_up_TO, activation))
 
 
+_PART = 512
+"""Tokens of the vocabulary whose probabilities are added up in float32."""
+
+
+def _inverted(logits_BV: Tensor, total_B: Tensor, uniform_B: Tensor) -> Tensor:
+    """Return the tokens at which the distribution function passes a uniform draw.
+
+    A sum over a large vocabulary in float32 would shift the tail. So the part of the vocabulary is found first, among the sums
+    of all parts, and then the token in it: both in float64, of which there is little.
+    """
+    padded = pad(logits_BV, (0, -logits_BV.shape[1] % _PART), value=-torch.inf)
+    probabilities = (padded - total_B[:, None]).exp_().unflatten(1, (-1, _PART))
+    sums = probabilities.sum(2).double()
+    cumulative = sums.cumsum(1)
+    target_B = uniform_B * cumulative[:, -1]
+    part_B = _passed(cumulative, target_B)[:, None]
+    rest_B = target_B - (cumulative - sums).gather(1, part_B)[:, 0]
+    inside = probabilities.gather(1, part_B[:, :, None].expand(-1, -1, _PART))[:, 0]
+    return part_B[:, 0] * _PART + _passed(inside.double().cumsum(1), rest_B)
+
+
+def _passed(cumulative: Tensor, target_B: Tensor) -> Tensor:
+    """Return the index at which each distribution function passes its target: the last one that adds to it, if none does."""
+    last_B = (cumulative < cumulative[:, -1:]).sum(1)
+    return torch.minimum(torch.searchsorted(cumulative, target_B[:, None], right=True)[:, 0], last_B)
+
+
 def ops_for(dtype: torch.dtype, device: torch.device) -> TorchOps:
     """Return the fastest operations for models of this dtype on this device."""
     if device.type != "cpu":
         return TorchOps()
     return CompiledOps(dtype) if dtype in (torch.float32, torch.bfloat16) else CpuOps()
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of two matrices, or of two batches of them, in float32 or wider."""
+    if a.is_cuda and a.dtype.itemsize < 4:
+        # A GPU adds up in float32, and need not round the sum.
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def _tensor(found: Any) -> Tensor:

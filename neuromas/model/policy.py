@@ -15,8 +15,10 @@ from torch import Tensor
 
 from neuromas.config import AdapterConfig, Scope
 from neuromas.model.adapters import AdapterBank
-from neuromas.model.attention import PrefixAttention, Prefixes, SuffixAttention
+from neuromas.model.attention import Prefixes
 from neuromas.model.backbone import Backbone
+from neuromas.model.decoder import Decoder
+from neuromas.model.flex import prefix_attention, suffix_attention
 from neuromas.model.packing import Attention, Packed
 from neuromas.model.turns import Frame
 from neuromas.types import Prompt
@@ -86,6 +88,18 @@ class Policy:
         self.ops = backbone.ops
         self._layers = backbone.layers(self.model, self.adapters)
 
+    def recompute_layers(self) -> None:
+        """Keep of a forward pass only what enters each layer: the backward pass computes the rest again, and gives the same.
+
+        Raises ValueError if the layers are those of transformers.
+        """
+        if not isinstance(self._layers, Decoder):
+            raise ValueError(
+                f"--grad-checkpoint: {self.backbone.name} ({self.model.config.model_type}) is computed by its own layers in "
+                "transformers, which it does not reach; leave it out and lower --tokens-per-micro-batch"
+            )
+        self._layers.recomputes = True
+
     @property
     def version(self) -> int:
         """Return the number of updates of the adapters; a completion carries the version that wrote it."""
@@ -124,7 +138,7 @@ class Policy:
 
     def prefill(self, prefixes: Packed, node_Q: Int[Tensor, " Q"]) -> Prefixes:
         """Return keys and values of shared prefixes, with the given adapters (scope `all`) or without any (`suffix`)."""
-        attention = PrefixAttention(prefixes)
+        attention = prefix_attention(prefixes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.scope == "all"):
             nodes_T = node_Q[prefixes.row_T] if self.scope == "all" else None
             self._layers.prefill(prefixes.ids_T, prefixes.column_T, nodes_T, attention)
@@ -144,6 +158,14 @@ class Policy:
         """
         return self._layers.logits(ids_T, positions_T, nodes_T, attention, keep_K)
 
+    def decode_anywhere(
+        self, ids_B: Int[Tensor, " B"], positions_B: Int[Tensor, " B"], nodes_B: Int[Tensor, " B"], attention: Attention
+    ) -> Float[Tensor, "B V"]:
+        """Return what `decode` does for rows of one token each, without a look at the nodes: what is computed depends on shapes
+        alone."""
+        with self.adapters.for_any_nodes() if self.adapters else nullcontext():
+            return self.decode(ids_B, positions_B, nodes_B, attention, torch.arange(len(ids_B), device=ids_B.device))
+
     def logprobs(self, rows: Rows) -> Float[Tensor, " K"]:
         """Return the log-probability of every sampled token under its row's node.
 
@@ -162,13 +184,13 @@ class Policy:
     def states(self, rows: Rows) -> Float[Tensor, "K C"]:
         """Return the final hidden state from which each sampled token was drawn, without gradients."""
         suffixes = rows.suffixes
-        attention = SuffixAttention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
+        attention = suffix_attention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
         nodes_T = rows.node_of_row_B[suffixes.row_T]
         return self._layers.hidden(suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
 
     def _logprobs(self, rows: Rows, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         suffixes = rows.suffixes
-        attention = SuffixAttention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
+        attention = suffix_attention(suffixes, self.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
         nodes_T, chosen_K = rows.node_of_row_B[suffixes.row_T], suffixes.ids_T[rows.sampled_K]
         return self._layers.logprobs(
             suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1, chosen_K, rows.temperature,

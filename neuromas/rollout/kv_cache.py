@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,13 +10,13 @@ from torch import Tensor
 from neuromas.model import kernels
 from neuromas.model.attention import (
     Prefixes,
-    SuffixAttention,
     additive_mask,
     columns_in_groups,
     effective_window,
     merge_parts,
     partial_attention,
 )
+from neuromas.model.flex import suffix_attention
 from neuromas.model.ops import TorchOps
 from neuromas.model.packing import Packed
 
@@ -85,11 +86,12 @@ class _CacheWriter:
             cache.view(-1, size).index_copy_(0, self._indices[heads], new.flatten(0, 1))
 
 
-class PrefillAttention(SuffixAttention):
+class PrefillAttention:
     """Attention of the suffixes of new rows, whose keys and values go into the slots from `first` on."""
 
     def __init__(self, slots: Slots, packed: Packed, prefixes: Prefixes, prefix_of_row_B: Tensor, first: int) -> None:
-        super().__init__(packed, prefixes, prefix_of_row_B)
+        self._attention = suffix_attention(packed, prefixes, prefix_of_row_B)
+        self.positions_T = self._attention.positions_T
         self._writer = _CacheWriter(slots, packed.row_T + first, packed.column_T)
 
     def attend(
@@ -97,7 +99,7 @@ class PrefillAttention(SuffixAttention):
         keep_K: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         self._writer.write(layer, keys_TJD, values_TJD)
-        return super().attend(layer, query_KHD, keys_TJD, values_TJD, scale=scale, window=window, keep_K=keep_K)
+        return self._attention.attend(layer, query_KHD, keys_TJD, values_TJD, scale=scale, window=window, keep_K=keep_K)
 
 
 class LiveRows:
@@ -134,6 +136,11 @@ class PrefixSharing:
         """Whether queries padded by prefix have little padding, so that all their scores may be computed at once."""
         self._compiled: dict[tuple[int, int, int], kernels.CacheAttention] = {}
 
+    @property
+    def slot_B(self) -> Tensor:
+        """Return the slot of each live row."""
+        return self.live_rows.slot_B
+
     def compiled_attention(self, queries: int, heads: int, size: int) -> kernels.CacheAttention:
         """Return the compiled attention for layers with these numbers of heads and this head size, which may differ."""
         key = queries, heads, size
@@ -153,17 +160,38 @@ class PrefixSharing:
         return of_slots if self._index_of_slot_B is None else of_slots.index_select(0, self.live_rows.slot_B)
 
 
-class DecodeAttention:
-    """Attention of one new token of each live row over its slot, to which its key and value are added, and its prefix."""
+class Sharing(Protocol):
+    """Says which prefix each row reads, and the place of its query among those of the prefix's rows."""
 
-    def __init__(self, slots: Slots, sharing: PrefixSharing, ops: TorchOps) -> None:
-        self._slots, self._sharing, live_rows = slots, sharing, sharing.live_rows
-        self._uses_loops = ops.has_cache_attention and sharing.is_dense
-        self.column_B = slots.length[live_rows.slot_B]
-        self.positions_B = slots.prefix_length[live_rows.slot_B] + self.column_B
-        self._writer = _CacheWriter(slots, live_rows.slot_B, self.column_B)
-        self._width = int(self.column_B.max()) + 1
-        self._longest = int(self.positions_B.max()) + 1
+    @property
+    def prefixes(self) -> Prefixes: ...
+    @property
+    def prefix_indices(self) -> Tensor: ...
+    @property
+    def used_prefix_B(self) -> Tensor: ...
+    @property
+    def index_in_prefix_B(self) -> Tensor: ...
+    @property
+    def rows_per_prefix(self) -> int: ...
+    @property
+    def slot_B(self) -> Tensor: ...
+    def in_slot_order(self, stream: Tensor) -> Tensor: ...
+    def in_row_order(self, of_slots: Tensor) -> Tensor: ...
+
+
+class DecodeAttention:
+    """Attention of one new token of each live row over its slot, to which its key and value are added, and its prefix.
+
+    `longest` bounds the columns of the cache and the length of a text; None looks at the rows, which waits for a GPU.
+    """
+
+    def __init__(self, slots: Slots, sharing: Sharing, ops: TorchOps, longest: tuple[int, int] | None = None) -> None:
+        self._slots, self._sharing = slots, sharing
+        self._loops = sharing if isinstance(sharing, PrefixSharing) and ops.has_cache_attention and sharing.is_dense else None
+        self.column_B = slots.length[sharing.slot_B]
+        self.positions_B = slots.prefix_length[sharing.slot_B] + self.column_B
+        self._writer = _CacheWriter(slots, sharing.slot_B, self.column_B)
+        self._width, self._longest = longest or (int(self.column_B.max()) + 1, int(self.positions_B.max()) + 1)
         self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -189,8 +217,8 @@ class DecodeAttention:
         assert keep_K is None, "every row has one token, and it is kept"
         slots, sharing = self._slots, self._sharing
         window = effective_window(window, self._longest)
-        if self._uses_loops and keys_TJD.shape == values_TJD.shape and query_KHD.dtype == torch.float32:
-            attention = sharing.compiled_attention(query_KHD.shape[1], *keys_TJD.shape[1:])
+        if self._loops and keys_TJD.shape == values_TJD.shape and query_KHD.dtype == torch.float32:
+            attention = self._loops.compiled_attention(query_KHD.shape[1], *keys_TJD.shape[1:])
             cache = slots.keys[layer], slots.values[layer]
             return attention.attend(
                 query_KHD, keys_TJD, values_TJD, self.column_B, self._width, cache, sharing.prefixes.past[layer],

@@ -19,6 +19,7 @@ from neuromas.model.attention import Prefixes
 from neuromas.model.packing import Packed
 from neuromas.model.policy import Policy, PrefixKey
 from neuromas.rollout.engine import OnSample, uniforms
+from neuromas.rollout.fixed_decoding import TOKENS_AT_ONCE, FixedSharing, Graphs
 from neuromas.rollout.kv_cache import DecodeAttention, LiveRows, PrefillAttention, PrefixSharing, Slots
 from neuromas.types import Request, Sample
 
@@ -37,15 +38,18 @@ class TorchEngine:
     """Samples from a policy.
 
     `max_rows` bounds how many rows decode at once, and so the memory of the cache; distinct prefixes need memory of their own.
+    With `graphs`, a GPU runs tokens as recorded graphs; without, it is asked for each operation, and gives the same.
     """
 
-    def __init__(self, policy: Policy, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, policy: Policy, max_rows: int = MAX_ROWS, *, graphs: bool = True) -> None:
         self.policy = policy
         self.max_rows = max_rows
+        # Other layers than ours may read something back from a GPU, which cannot be recorded.
+        self.records = graphs and policy.backbone.device.type == "cuda" and policy.backbone.has_own_decoder
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Keyed], on_sample: OnSample, *, temperature: float, max_new_tokens: int) -> None:
-        batch = DecodingBatch(self.policy, self.max_rows, max_new_tokens, PREFIX_BYTES)
+        batch = DecodingBatch(self.policy, self.max_rows, max_new_tokens, PREFIX_BYTES, records=self.records)
         waiting = deque(requests)
         with self.policy.sampling():
             while waiting or batch.live:
@@ -58,7 +62,10 @@ class TorchEngine:
 class DecodingBatch:
     """The rows that decode together, which may join and leave at any step; it needs `Policy.sampling` around it."""
 
-    def __init__(self, policy: Policy, max_rows: int, max_new_tokens: int, prefix_bytes: int) -> None:
+    def __init__(
+        self, policy: Policy, max_rows: int, max_new_tokens: int, prefix_bytes: int, *, records: bool = False
+    ) -> None:  # fmt: skip
+        self.records = records
         self.policy, self.backbone, self.max_rows = policy, policy.backbone, max_rows
         self.max_new_tokens, self.prefix_bytes = max_new_tokens, prefix_bytes
         self.temperatures: set[float] = set()
@@ -77,6 +84,9 @@ class DecodingBatch:
         """None after a row has started or finished, until the next step."""
         self.sharing: PrefixSharing | None = None
         self.slots: Slots | None = None
+        self.fixed: FixedSharing | None = None
+        """The buffers that rows decode over where their shapes are fixed."""
+        self.graphs = Graphs(records=records)
 
     @property
     def live(self) -> int:
@@ -120,7 +130,10 @@ class DecodingBatch:
         slots.length[new] = 0
         slots.nodes[new] = torch.tensor(nodes, device=device)
         slots.temperature[new] = temperature
-        self.temperatures.add(temperature)
+        if temperature not in self.temperatures:
+            # A graph holds the temperature that it was recorded at.
+            self.temperatures.add(temperature)
+            self.fixed = None
         slots.count[new] = 0
         self.headers |= {key: list(request.headers) for key, request in requests if request.headers}
         self.gives_tokens |= bool(self.headers)
@@ -138,9 +151,11 @@ class DecodingBatch:
         self._advance(logits_BV, suffixes.lengths_B, torch.arange(new.start, new.stop, device=device))
 
     def step(self) -> list[tuple[int, Sample]]:
-        """Return the samples of finished rows with their requests' keys, and sample the next token of every other row."""
+        """Return the samples of finished rows with their requests' keys, and sample the next token or a few of every other."""
         finished = self._take_finished()
-        if self.live:
+        if self.live and self.policy.ops.has_fixed_buffers:
+            self._decode_chunk()
+        elif self.live:
             slots, prefixes = self.slots, self.prefixes
             assert slots is not None
             assert prefixes is not None
@@ -153,6 +168,54 @@ class DecodingBatch:
             logits_BV = self.policy.decode(ids_B, attention.positions_B, live_rows.node_B, attention, live_rows.row_B)
             self._advance(logits_BV, torch.ones_like(ids_B), live_rows.slot_B)
         return finished
+
+    def _decode_chunk(self) -> None:
+        """Sample the next few tokens of every row, over buffers of fixed shapes; a row that ends waits for the others."""
+        slots, prefixes = self.slots, self.prefixes
+        assert slots is not None
+        assert prefixes is not None
+        left = int((slots.limit[: self.live] - slots.count[: self.live]).max())
+        tokens = min(TOKENS_AT_ONCE, left)
+        if self.fixed is None or not self.fixed.fits(prefixes, self.live):
+            self.fixed, self.graphs = (
+                FixedSharing(slots, prefixes, self.live, tokens),
+                Graphs(records=self.records and len(self.temperatures) == 1),
+            )
+        else:
+            self.fixed.fill(prefixes, self.live, tokens)
+        self.graphs.run(self._fixed_step, self.fixed.shape, tokens)
+
+    def _fixed_step(self) -> None:
+        slots, fixed = self.slots, self.fixed
+        assert slots is not None
+        assert fixed is not None
+        rows, attention = fixed.slot_B, fixed.attention(self.policy.ops)
+        first = slice(0, len(rows))
+        # A row that has ended computes something, which is not kept.
+        count_B = slots.count[first].clamp(max=slots.tokens.shape[1] - 1)
+        given_B = slots.given[rows, count_B]
+        # A row that has ended a text goes on where the next one's header has been given.
+        goes_on_B = fixed.is_live[first] & (~self._ended(len(rows))[0] | (given_B != NOT_GIVEN))
+        logits_BV = self.policy.decode_anywhere(slots.last_token[first], attention.positions_B, slots.nodes[first], attention)
+        tokens_B, logprobs_B = self._draw(logits_BV, slots.uniforms[rows, count_B], rows)
+        tokens_B = torch.where(given_B == NOT_GIVEN, tokens_B, given_B)
+        slots.tokens[rows, count_B] = torch.where(goes_on_B, tokens_B, slots.tokens[rows, count_B])
+        slots.logprobs[rows, count_B] = torch.where(goes_on_B, logprobs_B, slots.logprobs[rows, count_B])
+        slots.last_token[first] = torch.where(goes_on_B, tokens_B, slots.last_token[first])
+        slots.count[first] += goes_on_B
+        slots.length[first] += goes_on_B
+
+    def _ended(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return which of the first rows have ended a text, and which of those by a stop token."""
+        slots = self.slots
+        assert slots is not None
+        stopped = (slots.last_token[:rows, None] == self.stop_ids).any(1)
+        ended = stopped | (slots.count[:rows] >= slots.limit[:rows])
+        if self.gives_tokens or self.fixed is not None:
+            # A header's own tokens, such as the end of a text that was cut off, end nothing.
+            last = (slots.count[:rows, None] - 1).clamp(min=0)
+            ended &= slots.given[:rows].gather(1, last)[:, 0] == NOT_GIVEN
+        return ended, stopped
 
     def _advance(self, logits_BV: Tensor, written_B: Tensor, slot_B: Tensor) -> None:
         """Count the written tokens, and sample each slot's next one: invert the distribution function at its uniform draw."""
@@ -200,11 +263,7 @@ class DecodingBatch:
         """Remove the rows that have finished and return their samples; later rows move into their slots."""
         slots = self.slots
         assert slots is not None
-        stopped = torch.isin(slots.last_token[: self.live], self.stop_ids)
-        ended = stopped | (slots.count[: self.live] >= slots.limit[: self.live])
-        if self.gives_tokens:
-            # A header's own tokens, such as the end of a text that was cut off, end nothing.
-            ended &= slots.given[: self.live].gather(1, slots.count[: self.live, None] - 1)[:, 0] == NOT_GIVEN
+        ended, stopped = self._ended(self.live)
         done = []
         for row in ended.nonzero()[:, 0].tolist():
             if self.rows[row] in self.headers:
@@ -283,8 +342,8 @@ class DecodingBatch:
         kept = {*slots.prefix[: self.live].tolist(), *(indices[key] for key in prefix_keys if key in indices)}
         if 2 * len(kept) > len(indices):
             return
-        # It numbers prefixes as they were.
-        self.live_rows = self.sharing = None
+        # They number prefixes as they were.
+        self.live_rows = self.sharing = self.fixed = None
         if not kept:
             self.prefixes, self.index_of_prefix = None, {}
             return
@@ -335,7 +394,7 @@ class DecodingBatch:
         if old is not None:
             for target, source in zip(slots.tensors()[2 * len(layers) :], old.tensors(), strict=True):
                 _copied(source, target)
-        self.slots = slots
+        self.slots, self.fixed = slots, None
 
 
 def _copied(source: Tensor, target: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ class TorchLearner:
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         assert policy.adapters is not None
         self.policy, self.config, self.bank = policy, config, policy.adapters
+        if config.grad_checkpoint:
+            policy.recompute_layers()
         self.optimizer = torch.optim.AdamW(self.bank.parameters().values(), lr=config.lr, weight_decay=0.0)
 
     def add_nodes(self, parameters: Sequence[Parameter]) -> None:

@@ -121,14 +121,12 @@ class Batch:
     def split(self, tokens_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
         """Yield rows whose own tokens and prefixes are at most so many together, one row at least.
 
-        Rows that share a prefix stay together where they can: it is then read once. Other devices than a CPU copy it to its
-        rows (`SuffixAttention`), where it counts for each.
+        Rows that share a prefix stay together where they can: it is then read once.
         """
         part: list[tuple[Completion, Advantage]] = []
         tokens = 0
         for (prefix_ids, _), sharing in groupby(self.completions, lambda item: self._key(item[0])):
-            copied = 0 if device.type == "cpu" else len(prefix_ids)
-            rows = [(item, copied + len(item[0].prompt.suffix_ids) + len(item[0].sample.token_ids)) for item in sharing]
+            rows = [(item, len(item[0].prompt.suffix_ids) + len(item[0].sample.token_ids)) for item in sharing]
             whole = len(prefix_ids) + sum(own for _, own in rows)
             if part and tokens + whole > tokens_per_micro_batch:
                 yield self._tensors(part, device)

@@ -285,7 +285,7 @@ def test_a_model_whose_logits_differ_for_a_text_in_two_parts_is_refused(
             super().__init__(packed, Prefixes(prefixes.past, torch.ones_like(prefixes.lengths_Q)), prefix_of_row_B)
 
     Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
-    monkeypatch.setattr("neuromas.model.backbone.SuffixAttention", Forgets)
+    monkeypatch.setattr("neuromas.model.backbone.suffix_attention", Forgets)
     with pytest.raises(ValueError, match=r"its kind of attention \(qwen3\) is not supported"):
         Backbone.load(str(tiny_folder), dtype=dtype, device="cpu")
 
@@ -566,6 +566,20 @@ def test_a_model_without_a_stop_token_is_refused(bare: Backbone) -> None:
     bare.model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="neither the model nor the tokenizer names a stop token"):
         Backbone(bare.model, bare.tokenizer, "endless")
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", torch.device("cuda")), ("cpu", None)])
+def test_weights_are_read_straight_to_another_device(
+    tiny_folder: Path, device: str, expected: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(source: str, **settings: object) -> object:
+        raise RuntimeError(f"read to {settings['device_map']}")
+
+    monkeypatch.setattr("neuromas.model.backbone.AutoModelForCausalLM.from_pretrained", found)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("neuromas.model.backbone.require_memory", lambda what, size, where: None)
+    with pytest.raises(ValueError, match=f"read to {expected}$"):
+        Backbone.load(str(tiny_folder), device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

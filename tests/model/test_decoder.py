@@ -189,6 +189,35 @@ def test_the_operations_for_other_devices_give_the_same(kind: str, scope: Scope,
     assert_close(ours, learned(other, batch), 2e-5)
 
 
+@pytest.mark.exact
+@pytest.mark.parametrize("scope", ["all", "suffix"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_layers_that_are_computed_again_give_the_same_and_keep_less(kind: str, scope: Scope) -> None:
+    policy = policy_on(load(kind), scope=scope)
+    batch = batch_of(policy)
+    kept, found = [], []
+    for again in (False, True):
+        if again:
+            policy.recompute_layers()
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(learned(policy, batch))
+        kept.append(sum(sizes))
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_layers_of_transformers_are_not_computed_again() -> None:
+    policy = with_transformers_layers(policy_on(load("qwen3")))
+    with pytest.raises(ValueError, match=r"--grad-checkpoint: qwen3 \(qwen3\) is computed by its own layers in transformers"):
+        policy.recompute_layers()
+
+
 @pytest.mark.parametrize("plain_head", [False, True])
 def test_a_models_own_forward_needs_no_logits_where_its_head_is_plain(plain_head: bool) -> None:
     policy = policy_on(load("qwen3"))

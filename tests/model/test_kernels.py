@@ -169,13 +169,18 @@ def test_one_token_of_each_row_attends_to_its_prefix_and_its_own_tokens(queries:
         assert torch.equal(tensor, old)
 
 
+Sampler = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+SAMPLERS = [kernels.sample, TorchOps().sample]
+
+
+@pytest.mark.parametrize("sample", SAMPLERS)
 @pytest.mark.parametrize("vocabulary", [2, 255, 256, 257, 1000])
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
-def test_samples_invert_the_distribution_function(vocabulary: int, temperature: float) -> None:
+def test_samples_invert_the_distribution_function(sample: Sampler, vocabulary: int, temperature: float) -> None:
     logits = 3 * normal(200, vocabulary)
     uniform = torch.from_numpy(np.random.default_rng(0).random(200))
     uniform[:3] = torch.tensor([0.0, 1e-12, 1 - 1e-12])
-    tokens, logprobs = kernels.sample(logits, uniform, temperature)
+    tokens, logprobs = sample(logits, uniform, temperature)
     expected = (logits.double() / (temperature or 1)).log_softmax(1)
     torch.testing.assert_close(logprobs.double(), expected.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=2e-6)
     if temperature == 0:
@@ -189,17 +194,19 @@ def test_samples_invert_the_distribution_function(vocabulary: int, temperature: 
     assert len(tokens.unique()) > min(vocabulary, 40) // 2
 
 
-def test_the_first_of_equally_likely_tokens_is_the_likeliest() -> None:
-    tokens, logprobs = kernels.sample(torch.zeros(2, 300), torch.zeros(2, dtype=torch.float64), 0.0)
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_the_first_of_equally_likely_tokens_is_the_likeliest(sample: Sampler) -> None:
+    tokens, logprobs = sample(torch.zeros(2, 300), torch.zeros(2, dtype=torch.float64), 0.0)
     assert tokens.tolist() == [0, 0]
     assert logprobs.tolist() == pytest.approx([-math.log(300)] * 2, rel=1e-6)
 
 
-def test_logits_that_are_not_finite_still_give_a_token() -> None:
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_logits_that_are_not_finite_still_give_a_token(sample: Sampler) -> None:
     """A model that has diverged is reported by `Network.rollout`, not by the sampler."""
     logits = torch.full((3, 300), math.nan)
     for temperature in (0.0, 1.0):
-        tokens, _ = kernels.sample(logits, torch.full((3,), 0.5, dtype=torch.float64), temperature)
+        tokens, _ = sample(logits, torch.full((3,), 0.5, dtype=torch.float64), temperature)
         assert ((tokens >= 0) & (tokens < 300)).all()
 
 
@@ -225,14 +232,15 @@ def test_loops_use_torchs_number_of_threads_and_do_not_change_it() -> None:
     assert done.stdout.split() == ["1", "1"] * 3
 
 
+@pytest.mark.parametrize("sample", SAMPLERS)
 @pytest.mark.parametrize("vocabulary", [200, 512, 700])
-def test_a_token_without_weight_is_never_sampled(vocabulary: int) -> None:
+def test_a_token_without_weight_is_never_sampled(sample: Sampler, vocabulary: int) -> None:
     """A uniform draw near one ends at the last token that has weight, however sums are rounded."""
     logits = normal(64, vocabulary)
     logits[:, 100:] = -60
     logits[1::2, 5:] = -math.inf
     for below_one in (1e-7, 3e-8, 1e-8, 1e-9, 1e-12, 2**-53):
-        tokens, logprobs = kernels.sample(logits, torch.full((64,), 1 - below_one, dtype=torch.float64), 1.0)
+        tokens, logprobs = sample(logits, torch.full((64,), 1 - below_one, dtype=torch.float64), 1.0)
         assert (tokens < 100).all()
         assert (logprobs > -20).all()
 
