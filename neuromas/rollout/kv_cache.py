@@ -20,6 +20,7 @@ from neuromas.model.flex import suffix_attention
 from neuromas.model.ops import TorchOps
 from neuromas.model.packing import Packed
 
+NOT_GIVEN = -1
 _DENSE_UP_TO = 4
 """Queries padded by prefix are dense enough to compute all at once up to this many times as many entries as rows."""
 
@@ -50,6 +51,42 @@ class Slots:
     given: Tensor
     """Tokens that take the place of sampled ones, by their index after the prompt, or -1."""
 
+    @classmethod
+    def of(
+        cls, layers: Sequence[tuple[Tensor, Tensor]], rows: int, columns: int, texts: int, old: "Slots | None"
+    ) -> "Slots":  # fmt: skip
+        """Return slots with a cache like these keys and values, for so many tokens after a prompt; they keep those of `old`."""
+        device = layers[0][0].device
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        def cache_like(tensor: Tensor, before: list[Tensor] | None) -> Tensor:
+            cache = tensor.new_zeros(rows, tensor.shape[1], columns, tensor.shape[3])
+            # Each layer's old cache goes before the next layer's new one is made.
+            return _copied(before.pop(0), cache) if before else cache
+
+        slots = cls(
+            keys=[cache_like(keys, old.keys if old else None) for keys, _ in layers],
+            values=[cache_like(values, old.values if old else None) for _, values in layers],
+            nodes=integers(rows),
+            temperature=torch.zeros(rows, dtype=torch.float64, device=device),
+            prefix=integers(rows),
+            prefix_length=integers(rows),
+            length=integers(rows),
+            last_token=integers(rows),
+            count=integers(rows),
+            uniforms=torch.zeros((rows, texts), dtype=torch.float64, device=device),
+            tokens=integers(rows, texts),
+            logprobs=torch.zeros((rows, texts), device=device),
+            limit=integers(rows),
+            given=integers(rows, texts) + NOT_GIVEN,
+        )
+        if old is not None:
+            for target, source in zip(slots.tensors()[2 * len(layers) :], old.tensors(), strict=True):
+                _copied(source, target)
+        return slots
+
     def tensors(self) -> list[Tensor]:
         """Return all tensors, those of the cache first."""
         return [
@@ -65,6 +102,12 @@ class Slots:
             tensor[indices[1], :, :columns] = tensor[indices[0], :, :columns]
         for tensor in self.tensors()[len(self.keys) + len(self.values) :]:
             tensor[indices[1]] = tensor[indices[0]]
+
+
+def _copied(source: Tensor, target: Tensor) -> Tensor:
+    """Copy a tensor into the first corner of one that is at least as large, and return that."""
+    target[tuple(slice(0, size) for size in source.shape)] = source
+    return target
 
 
 class _CacheWriter:

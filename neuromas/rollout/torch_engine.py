@@ -20,11 +20,10 @@ from neuromas.model.packing import Packed
 from neuromas.model.policy import Policy, PrefixKey
 from neuromas.rollout.engine import OnSample, uniforms
 from neuromas.rollout.fixed_decoding import TOKENS_AT_ONCE, FixedSharing, Graphs
-from neuromas.rollout.kv_cache import DecodeAttention, LiveRows, PrefillAttention, PrefixSharing, Slots
+from neuromas.rollout.kv_cache import NOT_GIVEN, DecodeAttention, LiveRows, PrefillAttention, PrefixSharing, Slots
 from neuromas.types import Request, Sample
 
 MAX_ROWS = 256
-NOT_GIVEN = -1
 CACHE_BYTES = 2**29
 """On a CPU, rows decode at once whose KV cache takes about this much at most."""
 PREFIX_BYTES = 2**28
@@ -177,10 +176,8 @@ class DecodingBatch:
         left = int((slots.limit[: self.live] - slots.count[: self.live]).max())
         tokens = min(TOKENS_AT_ONCE, left)
         if self.fixed is None or not self.fixed.fits(prefixes, self.live):
-            self.fixed, self.graphs = (
-                FixedSharing(slots, prefixes, self.live, tokens),
-                Graphs(records=self.records and len(self.temperatures) == 1),
-            )
+            self.fixed = FixedSharing(slots, prefixes, self.live, tokens)
+            self.graphs = Graphs(records=self.records and len(self.temperatures) == 1)
         else:
             self.fixed.fill(prefixes, self.live, tokens)
         self.graphs.run(self._fixed_step, self.fixed.shape, tokens)
@@ -364,40 +361,4 @@ class DecodingBatch:
             # The cache grows by more than is needed, because it is copied every time.
             rows, columns, texts = max(rows, had_rows), max(columns + 32, had_columns), max(texts, had_texts)
         assert self.prefixes is not None
-        layers = self.prefixes.past
-        device = self.backbone.device
-
-        def integers(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.long, device=device)
-
-        def cache_like(tensor: Tensor, before: list[Tensor] | None) -> Tensor:
-            cache = tensor.new_zeros(rows, tensor.shape[1], columns, tensor.shape[3])
-            # Each layer's old cache goes before the next layer's new one is made.
-            return _copied(before.pop(0), cache) if before else cache
-
-        slots = Slots(
-            keys=[cache_like(keys, old.keys if old else None) for keys, _ in layers],
-            values=[cache_like(values, old.values if old else None) for _, values in layers],
-            nodes=integers(rows),
-            temperature=torch.zeros(rows, dtype=torch.float64, device=device),
-            prefix=integers(rows),
-            prefix_length=integers(rows),
-            length=integers(rows),
-            last_token=integers(rows),
-            count=integers(rows),
-            uniforms=torch.zeros((rows, texts), dtype=torch.float64, device=device),
-            tokens=integers(rows, texts),
-            logprobs=torch.zeros((rows, texts), device=device),
-            limit=integers(rows),
-            given=integers(rows, texts) + NOT_GIVEN,
-        )
-        if old is not None:
-            for target, source in zip(slots.tensors()[2 * len(layers) :], old.tensors(), strict=True):
-                _copied(source, target)
-        self.slots, self.fixed = slots, None
-
-
-def _copied(source: Tensor, target: Tensor) -> Tensor:
-    """Copy a tensor into the first corner of one that is at least as large, and return that."""
-    target[tuple(slice(0, size) for size in source.shape)] = source
-    return target
+        self.slots, self.fixed = Slots.of(self.prefixes.past, rows, columns, texts, old), None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from clusters import add_node, cluster, kill_node, start
-from training import FLAGS, farthest, rollouts_of, steps_of, wait_for
+from workers_of import FLAGS, farthest, rollouts_of, steps_of, wait_for
 
 pytestmark = [
     pytest.mark.ray,

@@ -13,7 +13,7 @@ from neuromas.config import AdapterConfig
 from neuromas.model.ops import TorchOps
 from neuromas.model.policy import Policy
 from neuromas.rollout import fixed_decoding
-from neuromas.rollout.torch_engine import TorchEngine, _DecodingBatch
+from neuromas.rollout.torch_engine import DecodingBatch, TorchEngine
 from neuromas.types import Request, Sample
 
 pytestmark = pytest.mark.processes
@@ -94,8 +94,8 @@ def test_a_step_can_be_recorded(folders: dict[str, Path], monkeypatch: pytest.Mo
     with other_operations(), torch.inference_mode():
         policy = policy_of(folders["stops"])
         with policy.sampling():
-            batch = _DecodingBatch(policy, 64, 1.0, 21)
-            batch.admit(list(enumerate(requests_of(policy))))
+            batch = DecodingBatch(policy, 64, 21, 2**28)
+            batch.admit(list(enumerate(requests_of(policy))), 1.0)
             batch.step()
             before = batch.live
             batch.step()

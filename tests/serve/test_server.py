@@ -110,7 +110,7 @@ def test_choices_limits_stops_and_traces_of_a_stream(server: Server) -> None:
     chunks = list(stream)
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.text.partition(stop)[0]
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
-    traces = [chunk.model_extra["trace"] for chunk in chunks if "trace" in (chunk.model_extra or {})]
+    traces = [extra["trace"] for chunk in chunks if (extra := chunk.model_extra) and "trace" in extra]
     ended = [trace for trace in traces if "messages" in trace]
     assert [trace["node"] for trace in ended] == [1, 2]
     assert "".join(trace["new"] for trace in traces if trace["node"] == 1) == ended[0]["text"]

@@ -117,7 +117,6 @@ def ledger_of(run: RunDirectory) -> dict[str, Any]:
 
 
 # What follows from the other batches that rows meet in.
-CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
 
 def test_three_workers_train_what_one_trains(folder: Path, tmp_path: Path) -> None:
@@ -140,7 +139,7 @@ def test_three_workers_train_what_one_trains(folder: Path, tmp_path: Path) -> No
     found, expected = adapters_of(three), adapters_of(one)
     assert any(tensor.abs().max() > 0.01 for name, tensor in expected.items() if "lora_B" in name)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, **CLOSE, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=1e-5, msg=name)
     assert three.best() is not None
 
 
