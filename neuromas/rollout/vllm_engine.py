@@ -269,4 +269,4 @@ def _seed_of(seed: tuple[int | str, ...]) -> int:
 
 
 def _in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

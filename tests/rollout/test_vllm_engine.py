@@ -274,7 +274,7 @@ def test_a_run_whose_engine_dies_names_its_last_checkpoint(
         nonlocal steps
         steps += 1
         if steps > 12:  # three of the score before, six of the first step
-            raise RuntimeError("the device\nis gone")
+            raise RuntimeError("the device\nis gone.")
         return whole()
 
     monkeypatch.setattr(vllm, "step", step)
