@@ -309,9 +309,7 @@ class TrainConfig:
         depth = self.topology.build().depth
         for fault in self.society.faults({each.name: getattr(self, each.name) for each in dataclasses.fields(self)}):
             raise ValueError(fault)
-        rounds = self.society.rounds
-        for fault in self.engine.faults(scope=self.adapter.scope, temperature=self.temperature, rounds=rounds):
-            raise ValueError(fault)
+        self.engine.check(self.adapter.scope, self.temperature, self.society.rounds)
         self.adapter.check()
         self.prompt.build()
         counted = ("num_steps", "examples_per_step", "max_new_tokens", "eval_size", "validation_size")

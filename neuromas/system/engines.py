@@ -78,6 +78,11 @@ class EngineConfig:
     """What becomes of a step beyond that bound: `stop` ends the run. `weight` has no bound, and weighs each token of every step
     by the ratio of its two probabilities, at most 2; so do all runs in bfloat16."""
 
+    def check(self, scope: str, temperature: float, rounds: int) -> None:
+        """Raise ValueError for the first of the faults."""
+        for fault in self.faults(scope=scope, temperature=temperature, rounds=rounds):
+            raise ValueError(fault)
+
     def faults(self, *, scope: str, temperature: float, rounds: int) -> Iterator[str]:
         """Yield what is wrong with these settings in a run with this adapter scope, temperature and rounds of a society."""
         if self.logprob_bound is not None and self.logprob_bound <= 0:
