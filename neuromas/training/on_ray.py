@@ -109,8 +109,10 @@ def _require_cores(resources: dict[str, float], config: TrainConfig, workers: in
 
 
 def _cause(failures: list[BaseException]) -> str:
-    """Return the last line of what Ray says of its workers' end."""
+    """Return the last line of what Ray says of its workers' end, or that memory was short: others then lose their peer."""
     lines = [line for failure in failures for line in str(failure).splitlines() if line.strip()]
+    if any("OutOfMemoryError" in line or "can't allocate memory" in line for line in lines):
+        return "a worker ran out of memory; lower --tokens-per-micro-batch or --examples-per-step, or use larger nodes"
     return one_line(lines[-1].strip())[:300] if lines else "Ray says no more"
 
 

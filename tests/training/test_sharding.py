@@ -23,7 +23,7 @@ from neuromas.config import TaskConfig, TopologyConfig, TrainConfig
 from neuromas.system import cluster
 from neuromas.system.engines import EngineConfig
 from neuromas.training.loop import begin, train_and_score
-from neuromas.training.on_ray import _check_alike, _require_cores, check_workers
+from neuromas.training.on_ray import _cause, _check_alike, _require_cores, check_workers
 from neuromas.training.plan import resolve
 from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
@@ -238,6 +238,14 @@ def test_a_cluster_that_is_too_small_is_told() -> None:
         kind = "GPU" if device == "cuda" else "CPU"
         with pytest.raises(ValueError, match=f"--workers 5 needs as many {kind}s, one for each worker, and the cluster has 4"):
             _require_cores(found, replace(CONFIG, device=device), 5)
+
+
+def test_why_ray_has_given_up_is_one_line() -> None:
+    assert _cause([]) == "Ray says no more"
+    lost = RuntimeError("Training failed due to worker errors:\n[rank 0]\nConnection closed by peer\n")
+    assert _cause([lost]) == "Connection closed by peer"
+    short = RuntimeError("[rank 1]\nray.exceptions.OutOfMemoryError: Task was killed\n[rank 0]\nConnection closed by peer")
+    assert _cause([short]).startswith("a worker ran out of memory; lower --tokens-per-micro-batch")
 
 
 def test_ray_is_an_extra_and_addresses_are_checked_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
