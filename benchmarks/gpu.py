@@ -44,7 +44,7 @@ SETUPS: dict[str, Callable[[dict[str, Any]], Work]] = {
 
 Change = Callable[[Policy, TorchEngine | None], None]
 CHANGES: dict[str, dict[str, Change]] = {
-    "rollout": {"ours, without graphs": lambda policy, engine: setattr(engine, "records", False)},
+    "rollout": {"ours, without graphs": lambda policy, engine: setattr(engine, "graphs", False)},
     "update": {
         "ours, layers computed again": lambda policy, engine: policy.recompute_layers(),
         "ours, adapters node by node": lambda policy, engine: setattr(bank_of(policy).state, "groups", False),
