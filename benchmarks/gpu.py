@@ -44,7 +44,7 @@ SETUPS: dict[str, Callable[[dict[str, Any]], Work]] = {
 
 Change = Callable[[Policy, TorchEngine | None], None]
 CHANGES: dict[str, dict[str, Change]] = {
-    "rollout": {"ours, without graphs": lambda policy, engine: setattr(engine, "records", False)},
+    "rollout": {"ours, without graphs": lambda policy, engine: setattr(engine, "graphs", False)},
     "update": {
         "ours, layers computed again": lambda policy, engine: policy.recompute_layers(),
         "ours, adapters node by node": lambda policy, engine: setattr(bank_of(policy).state, "groups", False),
@@ -127,7 +127,10 @@ def _settle(device: torch.device) -> None:
 
 
 def measure(case: Case, spec: dict[str, Any], rounds: int, deadline: float, device: torch.device) -> dict[str, Any]:
-    """Return the rounds of each way, in turn; no round begins after the deadline. Memory is that of the GPU."""
+    """Return the rounds of each way, in turn; no round begins after the deadline.
+
+    Memory is that of the GPU beyond what is loaded, which is all ways' together.
+    """
     setups = {name: setup for name, setup in SETUPS.items() if name in ("ours", "limit") or case.scope == "all"}
     setups |= {name: partial(changed, change=change) for name, change in CHANGES[case.kind].items()}
     results: dict[str, Any] = {name: {"rounds": []} for name in setups}
@@ -145,6 +148,7 @@ def measure(case: Case, spec: dict[str, Any], rounds: int, deadline: float, devi
                 continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            resident = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             tokens = 0
 
             def once(work: Work = work) -> None:
@@ -152,7 +156,7 @@ def measure(case: Case, spec: dict[str, Any], rounds: int, deadline: float, devi
                 tokens = work.run()
 
             seconds = _seconds(once, device)
-            peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+            peak = (torch.cuda.max_memory_allocated() - resident) / 2**20 if device.type == "cuda" else 0.0
             results[name]["rounds"].append({"seconds": seconds, "tokens": tokens, "peak_mib": peak})
     works.clear()
     gc.collect()

@@ -285,8 +285,7 @@ class TrainConfig:
     """Tokens in one forward and backward pass, prompts among them, but one completion at least: fewer take less memory and
     change nothing else. None: 10,000, and on a CPU as few as keep a pass at about 1.5 GiB."""
     grad_checkpoint: bool = False
-    """Keep of each layer only its input for the backward pass, which computes the layer again: less memory, about a third more
-    time, the same gradients."""
+    """Keep only each layer's input for the backward pass, which computes the rest again: less memory, the same gradients."""
 
     eval_size: int = 500
     """Held-out generated problems that the network answers before and after training."""

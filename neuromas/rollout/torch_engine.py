@@ -43,12 +43,11 @@ class TorchEngine:
     def __init__(self, policy: Policy, max_rows: int = MAX_ROWS, *, graphs: bool = True) -> None:
         self.policy = policy
         self.max_rows = max_rows
-        # Other layers than ours may read something back from a GPU, which cannot be recorded.
-        self.records = graphs and policy.backbone.device.type == "cuda" and policy.backbone.has_own_decoder
+        self.graphs = graphs
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Keyed], on_sample: OnSample, *, temperature: float, max_new_tokens: int) -> None:
-        batch = DecodingBatch(self.policy, self.max_rows, max_new_tokens, PREFIX_BYTES, records=self.records)
+        batch = DecodingBatch(self.policy, self.max_rows, max_new_tokens, PREFIX_BYTES, graphs=self.graphs)
         waiting = deque(requests)
         with self.policy.sampling():
             while waiting or batch.live:
@@ -62,9 +61,8 @@ class DecodingBatch:
     """The rows that decode together, which may join and leave at any step; it needs `Policy.sampling` around it."""
 
     def __init__(
-        self, policy: Policy, max_rows: int, max_new_tokens: int, prefix_bytes: int, *, records: bool = False
+        self, policy: Policy, max_rows: int, max_new_tokens: int, prefix_bytes: int, *, graphs: bool = True
     ) -> None:  # fmt: skip
-        self.records = records
         self.policy, self.backbone, self.max_rows = policy, policy.backbone, max_rows
         self.max_new_tokens, self.prefix_bytes = max_new_tokens, prefix_bytes
         self.temperatures: set[float] = set()
@@ -85,7 +83,9 @@ class DecodingBatch:
         self.slots: Slots | None = None
         self.fixed: FixedSharing | None = None
         """The buffers that rows decode over where their shapes are fixed."""
-        self.graphs = Graphs(records=records)
+        # Other layers than ours may read something back from a GPU, which cannot be recorded.
+        self.records = graphs and self.backbone.device.type == "cuda" and self.backbone.has_own_decoder
+        self.graphs = Graphs(records=self.records)
 
     @property
     def live(self) -> int:
@@ -129,10 +129,7 @@ class DecodingBatch:
         slots.length[new] = 0
         slots.nodes[new] = torch.tensor(nodes, device=device)
         slots.temperature[new] = temperature
-        if temperature not in self.temperatures:
-            # A graph holds the temperature that it was recorded at.
-            self.temperatures.add(temperature)
-            self.fixed = None
+        self.temperatures.add(temperature)
         slots.count[new] = 0
         self.headers |= {key: list(request.headers) for key, request in requests if request.headers}
         self.gives_tokens |= bool(self.headers)
@@ -174,13 +171,15 @@ class DecodingBatch:
         assert slots is not None
         assert prefixes is not None
         left = int((slots.limit[: self.live] - slots.count[: self.live]).max())
-        tokens = min(TOKENS_AT_ONCE, left)
+        # A row that is cut may be at its end in the midst of a header, which it still writes.
+        tokens = max(1, min(TOKENS_AT_ONCE, left))
         if self.fixed is None or not self.fixed.fits(prefixes, self.live):
-            self.fixed = FixedSharing(slots, prefixes, self.live, tokens)
-            self.graphs = Graphs(records=self.records and len(self.temperatures) == 1)
+            self.fixed, self.graphs = FixedSharing(slots, prefixes, self.live, tokens), Graphs(records=self.records)
         else:
             self.fixed.fill(prefixes, self.live, tokens)
-        self.graphs.run(self._fixed_step, self.fixed.shape, tokens)
+        # To tell rows of several temperatures apart, something is read back.
+        graphs = self.graphs if len(self.temperatures) == 1 else Graphs(records=False)
+        graphs.run(self._fixed_step, self.fixed.shape, tokens)
 
     def _fixed_step(self) -> None:
         slots, fixed = self.slots, self.fixed

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerator import flex_on_cpu, other_operations
 from models import FAMILIES, TOKENIZER, make_model, randomise
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -187,6 +188,20 @@ def test_the_operations_for_other_devices_give_the_same(kind: str, scope: Scope,
     assert type(policy.ops) is CompiledOps
     assert type(other.ops) is TorchOps
     assert_close(ours, learned(other, batch), 2e-5)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("kind", "scope"), [("qwen3", "all"), ("gemma3", "suffix"), ("gemma3", "all")])
+def test_the_learner_of_other_devices_gives_the_same(kind: str, scope: Scope) -> None:
+    """With flex attention and grouped products, on the layers' own operations for other devices."""
+    policy = policy_on(load(kind), scope=scope)
+    batch = batch_of(policy)
+    ours = learned(policy, batch)
+    with other_operations(), flex_on_cpu():
+        other = policy_on(load(kind), scope=scope)
+        assert other.adapters is not None
+        other.adapters.state.groups = True
+        assert_close(ours, learned(other, batch), 2e-5)
 
 
 @pytest.mark.exact

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerator import Recorded, other_operations
+from accelerator import Recorded, flex_on_cpu, other_operations
 from models import load_backbone, make_model, randomise, save_model
 
 from neuromas.config import AdapterConfig
@@ -69,7 +69,7 @@ def test_rows_over_fixed_buffers_write_the_same(
     monkeypatch.setattr("neuromas.rollout.torch_engine.TOKENS_AT_ONCE", at_once)
     # Prefixes that nobody reads go at once.
     monkeypatch.setattr("neuromas.rollout.torch_engine.PREFIX_BYTES", 1)
-    with other_operations():
+    with other_operations(), flex_on_cpu():
         policy = policy_of(folders[family])
         assert type(policy.ops) is TorchOps
         found = write(policy, requests_of(policy), max_rows)
