@@ -307,10 +307,9 @@ class TrainConfig:
         """Return the config if it makes sense; ValueError names the flag that does not."""
         require_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
-        for fault in self.society.faults({each.name: getattr(self, each.name) for each in dataclasses.fields(self)}):
-            raise ValueError(fault)
-        rounds = self.society.rounds
-        for fault in self.engine.faults(scope=self.adapter.scope, temperature=self.temperature, rounds=rounds):
+        settings, rounds = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}, self.society.rounds
+        of_engine = self.engine.faults(scope=self.adapter.scope, temperature=self.temperature, rounds=rounds)
+        for fault in (*self.society.faults(settings), *of_engine, *self.engine.service_faults(settings)):
             raise ValueError(fault)
         self.adapter.check()
         self.prompt.build()
