@@ -306,9 +306,10 @@ class TrainConfig:
         """Return the config if it makes sense; ValueError names the flag that does not."""
         require_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
-        for fault in self.society.faults({each.name: getattr(self, each.name) for each in dataclasses.fields(self)}):
+        settings, rounds = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}, self.society.rounds
+        of_engine = self.engine.faults(scope=self.adapter.scope, temperature=self.temperature, rounds=rounds)
+        for fault in (*self.society.faults(settings), *of_engine, *self.engine.service_faults(settings)):
             raise ValueError(fault)
-        self.engine.check(self.adapter.scope, self.temperature, self.society.rounds)
         self.adapter.check()
         self.prompt.build()
         counted = ("num_steps", "examples_per_step", "max_new_tokens", "eval_size", "validation_size")
