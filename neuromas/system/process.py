@@ -9,6 +9,8 @@ from pathlib import Path
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1)}
 """Settings of glibc's allocator: environment variable -> (parameter of mallopt, bytes)."""
+_MUCH = 2**29
+"""Bytes of freed memory that a process keeps."""
 
 
 def total_memory() -> int | None:
@@ -45,3 +47,25 @@ def configure_process() -> None:
     for variable, (parameter, size) in _MALLOC.items():
         if variable not in os.environ:
             mallopt(parameter, size)
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system where it is much: tensors of ever other sizes leave holes that none fits.
+
+    What is little stays (`configure_process`): the next step needs it again.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = _Mallinfo
+        if libc.mallinfo2().fordblks > _MUCH:
+            libc.malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        # Another C library has neither.
+        return

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from neuromas.system.process import return_freed_memory
 from neuromas.system.terminal import shortened
 from neuromas.tasks import Task, rewards_of
 from neuromas.training.intervals import independent, wilson
@@ -127,4 +128,5 @@ def evaluate(
         between()
         part = examples[start : start + EXAMPLES_AT_ONCE]
         groups += network.rollout(part, 1, seed=("evaluate", seed), temperature=temperature)
+        return_freed_memory()
     return score(task, groups), groups

@@ -12,6 +12,7 @@ from neuromas.graph.growth import Growth, describe
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
+from neuromas.system.process import return_freed_memory
 from neuromas.tasks import rewards_of
 from neuromas.training import checkpoint
 from neuromas.training.credit import SCHEMES, Step
@@ -115,6 +116,7 @@ class Trainer:
             examples, config.group_size, seed=(config.seed, step), temperature=config.temperature, branches=config.branches
         )  # fmt: skip
         self.sampled_from = step
+        return_freed_memory()
         return groups
 
     def rewards(self, groups: list[Group]) -> Float[Tensor, "P G"]:
@@ -167,6 +169,7 @@ class Trainer:
         """Do one joint update of all nodes, and count it."""
         lr = learning_rate(self.config, self.step, self.ledger.sampled_tokens)
         update = self.learner.update(credits, learning=self.growths.learning(self.step, groups), lr=lr)
+        return_freed_memory()
         self.ledger.record(groups, credits.replays, updated=any(update.grad_norms.values()))
         norms = {f"grad_norm/node/{node}/max": norm for node, norm in update.grad_norms.items()}
         optional = {"entropy/mean": update.entropy, "importance_weight/max": update.largest_weight}

@@ -1,10 +1,12 @@
 import ctypes
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from neuromas.system.process import configure_process
+from neuromas.system.process import configure_process, return_freed_memory
 
 
 def test_what_is_set_by_hand_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +28,23 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     monkeypatch.setattr(ctypes, "CDLL", none)
     configure_process()
+    return_freed_memory()
+
+
+def test_much_freed_memory_goes_back() -> None:
+    program = (
+        "import re, numpy as np\n"
+        "from neuromas.system.process import configure_process, return_freed_memory\n"
+        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) >> 10\n"
+        "configure_process()\n"
+        "blocks = [np.ones(1 << 18) for _ in range(300)]\n"
+        "kept = blocks[-1]\n"
+        "del blocks\n"
+        "before = held()\n"
+        "return_freed_memory()\n"
+        "print(before, held())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, found.split())
+    assert before > 500
+    assert after < 100
