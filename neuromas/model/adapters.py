@@ -272,14 +272,17 @@ class AdapterBank:
 
     def load_peft(self, node: int, folder: Path) -> None:
         """Load a node's adapter from a PEFT folder; raise ValueError if its shapes are not this bank's."""
-        tensors = load((folder / "adapter_model.safetensors").read_bytes())
+        self.load_tensors(node, load((folder / "adapter_model.safetensors").read_bytes()), str(folder))
+
+    def load_tensors(self, node: int, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Load a node's adapter from the tensors of a PEFT file; ValueError as `load_peft`, with `where` they are from."""
         for name, module in self.modules.items():
             for half in LORA_MATRICES:
                 stored = tensors.get(f"{_PEFT_PREFIX}{name}.{half}.weight")
                 target = self._node_tensor(module, half, node)
                 if stored is None or stored.shape != target.shape:
                     got = "nothing" if stored is None else tuple(stored.shape)
-                    raise ValueError(f"adapter {folder} holds {got} for {name}.{half}, expected {tuple(target.shape)}")
+                    raise ValueError(f"adapter {where} holds {got} for {name}.{half}, expected {tuple(target.shape)}")
                 target.copy_(stored)
 
 

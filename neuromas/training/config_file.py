@@ -10,7 +10,7 @@ from neuromas.config import PRETRAINED, TrainConfig
 from neuromas.system.files import read_toml
 from neuromas.system.schema import from_dict, require
 
-MAY_DIFFER = ("run_dir", "device", "save_every", "track", "task.file", "engine.logprob_bound", "grad_checkpoint")
+MAY_DIFFER = ("run_dir", "device", "save_every", "track", "task.file", "engine.logprob_bound", "engine.url", "grad_checkpoint")
 """Settings that a resumed run may change: they leave every step as it was. Of `task.file` it is the items that have to be the
 same, which the run directory checks."""
 

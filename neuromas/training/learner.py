@@ -84,6 +84,18 @@ class Learner(Protocol):
         ...
 
 
+def check_gap(config: TrainConfig, policy: Policy, gap: float) -> None:
+    """Raise EngineFault if an engine with weights of its own has sampled from another policy than is learned."""
+    engine = config.engine
+    bound = engine.logprob_bound or (FLOAT32_BOUND if policy.backbone.model.dtype == torch.float32 else BFLOAT16_BOUND)
+    if engine.name != "torch" and engine.mismatch == "stop" and math.isfinite(gap) and gap > bound:
+        raise EngineFault(
+            f"a token's log-probability as {engine.name} sampled it and as the learner recomputes it differ by {gap:.3g}, "
+            f"engine.logprob_bound is {bound:g}: the engine rounds otherwise, or its adapters are not the learner's. "
+            "Raise --engine.logprob-bound, or start again with --engine.mismatch weight"
+        )
+
+
 class TorchLearner:
     """AdamW over the adapters of a policy."""
 
@@ -119,7 +131,11 @@ class TorchLearner:
             keep_all=config.entropy_coef > 0,
         )  # fmt: skip
         sums = self.gradient(batch)
-        self._check_gap(sums.gap)
+        try:
+            check_gap(config, policy, sums.gap)
+        except EngineFault:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         self.bank.drop_gradients(learning)
         grad_norms = self._step(sums.loss, sums.gap, lr)
         sampled = sum(len(c.sample.logprobs) for c, _ in batch.completions)
@@ -152,18 +168,6 @@ class TorchLearner:
             loss_sum += loss.item()
             gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
         return Sums(loss_sum, gap, entropy_sum, largest)
-
-    def _check_gap(self, gap: float) -> None:
-        """Raise EngineFault if an engine with weights of its own has sampled from another policy than is learned."""
-        engine = self.config.engine
-        bound = engine.logprob_bound or (FLOAT32_BOUND if self.policy.backbone.model.dtype == torch.float32 else BFLOAT16_BOUND)
-        if engine.name != "torch" and engine.mismatch == "stop" and math.isfinite(gap) and gap > bound:
-            self.optimizer.zero_grad(set_to_none=True)
-            raise EngineFault(
-                f"a token's log-probability as {engine.name} sampled it and as the learner recomputes it differ by {gap:.3g}, "
-                f"engine.logprob_bound is {bound:g}: the engine rounds otherwise, or its adapters are not the learner's. "
-                "Raise --engine.logprob-bound, or start again with --engine.mismatch weight"
-            )
 
     def imitate(self, texts: Sequence[Completion], *, lr: float) -> dict[int, float]:
         """Do one supervised update: each adapter learns its own nodes' texts, whichever version of it wrote them.

@@ -166,13 +166,13 @@ class Batch:
             sampled_K=sampled_K,
             temperature=self.temperature,
         )
-        weights = torch.tensor([weight for item in part for weight in _per_token(*item)], device=device)
+        weights = torch.tensor([weight for item in part for weight in per_token(*item)], device=device)
         sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs], device=device)
         shares_B = torch.tensor([1 / max(1, len(sample.logprobs)) for sample in samples], device=device)
         return MicroBatch(rows, weights, sampled, shares_B[suffixes.row_T[sampled_K]])
 
 
-def _per_token(completion: Completion, advantage: Advantage) -> Sequence[float]:
+def per_token(completion: Completion, advantage: Advantage) -> Sequence[float]:
     """Return the advantage of each sampled token of a text."""
     count = len(completion.sample.logprobs)
     if not isinstance(advantage, tuple):

@@ -52,6 +52,10 @@ def plug(config: TrainConfig, network: Network, most_nodes: int) -> tuple[Engine
         from neuromas.rollout.vllm_engine import VllmEngine  # an extra
 
         return VllmEngine(network.policy, most_nodes), TorchLearner(network.policy, config)
+    if config.engine.name == "tinker":
+        from neuromas.training.tinker_learner import plug_service  # an extra
+
+        return plug_service(config, network.policy)
     return network.engine, TorchLearner(network.policy, config)
 
 
