@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Call, assert_refused
 from fake_tinker import FakeSampler, FakeTinker, done, serving
 from models import load_backbone, make_model, save_model
+from runs import train_run
 from safetensors.torch import load as load_tensors
 
 from neuromas import Network
@@ -25,15 +25,18 @@ from neuromas.config import AdapterConfig, GrowthConfig, TopologyConfig, TrainCo
 from neuromas.rollout import tinker_service
 from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.row import Row
-from neuromas.system.engines import EngineConfig
+from neuromas.rollout.tinker_service import LoraShape, TinkerService
+from neuromas.system.engines import EngineConfig, describe_engine
 from neuromas.tasks import get_task
 from neuromas.training.learner import TorchLearner
+from neuromas.training.load_run import load_run
 from neuromas.training.reinforce import Credits
 from neuromas.training.tinker_learner import TinkerLearner, plug_service
 from neuromas.types import Group, Prompt, Request
 
 BOUND = 1e-5
 """Of log-probabilities, and of a gradient next to its norm."""
+SHAPE = LoraShape(base_model="m", rank=2, target_modules=("q_proj",), seed=0)
 MATRIX = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
 
 
@@ -264,25 +267,16 @@ def test_single_modules_are_refused(service: FakeTinker) -> None:
 # Runs.
 
 
-def flags_of(service: FakeTinker, run: Path, *more: object) -> list[object]:
-    return [
-        "train", "--engine", "tinker", "--engine.url", service.url, "--backbone", service.model, "--adapter.alpha", 32,
-        "--adapter.rank", 2, "--max-grad-norm", 0, "--widths", 1, 1, "--num-steps", 2, "--examples-per-step", 1,
-        "--group-size", 4, "--max-new-tokens", 5, "--eval-size", 2, "--eval-every", 0, "--warmup-steps", 0, "--save-every", 1,
-        "--lr", 0.05, "--centring", "none", "--format-bonus", 1, "--device", "cpu", "--run-dir", run, *more,
-    ]  # fmt: skip
-
-
-def test_a_run_goes_on_from_the_states_of_the_service(service: FakeTinker, call: Call) -> None:
-    whole = call(*flags_of(service, Path("run")))
-    assert whole.status == 0, whole.err
-    assert "engine tinker: tinker samples and learns; kept: none; not kept: bit-exact resume" in whole.out + whole.err
-    newest = Path("run/checkpoints/step-000002")
+def test_a_run_goes_on_from_the_states_of_the_service(service: FakeTinker, tmp_path: Path) -> None:
+    config = config_on(service, run_dir=tmp_path / "run", num_steps=2, examples_per_step=1, eval_size=2, lr=0.05,
+                       centring="none", format_bonus=1.0)  # fmt: skip
+    train_run(config)
+    newest = tmp_path / "run/checkpoints/step-000002"
     adapters = [newest / "adapters" / str(node) / "adapter_model.safetensors" for node in (1, 2)]
     ended = [path.read_bytes() for path in adapters]
     shutil.rmtree(newest)
-    Path("run/evaluation.json").unlink()
-    assert call(*flags_of(service, Path("run")), "--resume").status == 0
+    (tmp_path / "run/evaluation.json").unlink()
+    train_run(config, resume=True)
     assert [path.read_bytes() for path in adapters] == ended
     # They are the service's adapters, which every other command reads as its own.
     learned = [load_tensors(data)[MATRIX].norm().item() for data in ended]
@@ -291,22 +285,27 @@ def test_a_run_goes_on_from_the_states_of_the_service(service: FakeTinker, call:
         load_tensors(client.bank.peft_files(0, "")["adapter_model.safetensors"])[MATRIX].norm().item()
         for client in service.clients
     }
-    assert call("ask", "run", "Is 2 even?").status == 0
+    assert load_run(tmp_path / "run").step == 2
 
     shutil.rmtree(newest)
     service.states.clear()
-    assert_refused(
-        call(*flags_of(service, Path("run")), "--resume"),
-        "restores node 1 from tinker://run-1/weights/step-000001, which the newest checkpoint names, and fails: Error code",
+    lost = (
+        "restores node 1 from tinker://run-1/weights/step-000001, which the newest checkpoint names, and fails: Error code: 404"
     )
+    with pytest.raises(EngineFault, match=lost):
+        train_run(config, resume=True)
 
 
-def test_a_missing_extra_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, service: FakeTinker) -> None:
-    monkeypatch.undo()
+def test_what_is_kept_is_one_line() -> None:
+    assert describe_engine("tinker").startswith("engine tinker: tinker samples and learns; kept: none; not kept: bit-exact")
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tinker", None)
-    assert_refused(call(*flags_of(service, Path("run"))), "--engine tinker needs the package tinker")
+    with pytest.raises(ValueError, match=r"--engine tinker needs the package tinker .*: pip install 'neuromas\[tinker\]'"):
+        TinkerService("http://127.0.0.1:9", SHAPE)
 
 
-def test_an_address_where_nothing_answers_is_one_line(call: Call, service: FakeTinker) -> None:
-    service.url = "http://127.0.0.1:9"
-    assert_refused(call(*flags_of(service, Path("run"))), "no Tinker service answers at --engine.url http://127.0.0.1:9")
+def test_an_address_where_nothing_answers_is_one_line(service: FakeTinker) -> None:
+    with pytest.raises(EngineFault, match=r"no Tinker service answers at --engine.url http://127.0.0.1:9: start it there, or"):
+        TinkerService("http://127.0.0.1:9/", SHAPE)
