@@ -93,9 +93,16 @@ class TinkerLearner:
                 ):
                     loss -= weight * now / batch.num_rollouts
                     gap = max(gap, abs(now - then)) if math.isfinite(now) else math.inf
-        if not math.isfinite(loss + gap):
-            raise Diverged(f"the loss is {loss:g}, the largest log-probability gap {gap:g}")
-        check_gap(self.config, self.policy, gap)
+        try:
+            if not math.isfinite(loss + gap):
+                raise Diverged(f"the loss is {loss:g}, the largest log-probability gap {gap:g}")
+            check_gap(self.config, self.policy, gap)
+        except (Diverged, EngineFault):
+            # SkyRL keeps the gradient of a client that is gone, and adds it to that of the next one in its place.
+            service.together(
+                "clears gradients", {node: lambda node=node: self._step(service.client(node), 0.0) for node in data}
+            )
+            raise
         norms = service.together("steps", {node: lambda node=node: self._step(service.client(node), lr) for node in data})
         service.changed(data)
         self.bank.version += 1

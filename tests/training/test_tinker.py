@@ -225,6 +225,8 @@ def test_sampler_and_learner_far_apart_stop_the_run(service: FakeTinker, monkeyp
     with pytest.raises(EngineFault, match="as tinker sampled it and as the learner recomputes it differ by"):
         learner.update(credits_of(groups), learning={1, 2}, lr=0.01)
     assert network.policy.version == 0
+    # What is left in the service goes into the step of whoever comes next.
+    assert all(client.rows == 0 for client in service.clients)
 
 
 # Settings.
