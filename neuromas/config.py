@@ -306,9 +306,8 @@ class TrainConfig:
         """Return the config if it makes sense; ValueError names the flag that does not."""
         require_finite(dataclasses.asdict(self), "--")
         depth = self.topology.build().depth
-        settings, rounds = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}, self.society.rounds
-        of_engine = self.engine.faults(scope=self.adapter.scope, temperature=self.temperature, rounds=rounds)
-        for fault in (*self.society.faults(settings), *of_engine, *self.engine.service_faults(settings)):
+        settings = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        for fault in (*self.society.faults(settings), *self.engine.faults(settings)):
             raise ValueError(fault)
         self.adapter.check()
         self.prompt.build()

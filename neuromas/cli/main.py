@@ -23,7 +23,8 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
   view RUN [RUN ...]    write one HTML page: every message before and after training, curves, budget; runs side by side
   diagnose RUN          disturb a trained network: what each node, edge and adapter is worth
   compare CONFIG.toml   run methods x tasks x seeds at matched budgets; one report with intervals, floors and tests
-  export RUN --out DIR  write the adapters as PEFT folders with a model card; `import DIR` makes a run of them again
+  export RUN --out DIR  write the adapters as PEFT folders with a model card
+  import DIR            make a run of such a folder again
   traces RUN --out DIR  write all rollouts as traces of Trackio
   tasks                 list tasks with their splits, floors and verifiers; `tasks show NAME` prints an example
 

@@ -89,13 +89,8 @@ class EngineConfig:
     base_model: str | None = None
     """What the service calls the backbone. None: its name here, the folder where it is bundled."""
 
-    def check(self, scope: str, temperature: float, rounds: int) -> None:
-        """Raise ValueError for the first of the faults."""
-        for fault in self.faults(scope=scope, temperature=temperature, rounds=rounds):
-            raise ValueError(fault)
-
-    def faults(self, *, scope: str, temperature: float, rounds: int) -> Iterator[str]:
-        """Yield what is wrong with these settings in a run with this adapter scope, temperature and rounds of a society."""
+    def faults(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with these settings, or with those of a run that has them."""
         if self.logprob_bound is not None and self.logprob_bound <= 0:
             yield f"engine.logprob_bound must be above 0, got {self.logprob_bound}"
         if self.name == "torch":
@@ -103,17 +98,18 @@ class EngineConfig:
                 if (got := getattr(self, key)) != getattr(EngineConfig(), key):
                     yield f"engine.{key} must be left out with --engine torch, which samples as it learns, got {got!r}"
             return
+        scope, temperature, rounds = settings["adapter"].scope, settings["temperature"], settings["society"].rounds
         if scope != "all":
             yield f"adapter.scope must be all with --engine {self.name}, which applies an adapter to every token, got {scope!r}"
         if self.name == "vllm" and temperature < COLDEST_OF_VLLM:
             yield f"--temperature must be at least {COLDEST_OF_VLLM} with --engine vllm, its coldest, got {temperature}"
         if rounds:
             yield f"--engine must be torch for a society (society.rounds {rounds}), got {self.name!r}"
+        if self.name == "tinker":
+            yield from self._faults_of_service(settings)
 
-    def service_faults(self, settings: Mapping[str, Any]) -> Iterator[str]:
+    def _faults_of_service(self, settings: Mapping[str, Any]) -> Iterator[str]:
         """Yield what in the settings of a run no service that learns can do."""
-        if self.name != "tinker":
-            return
         if not self.url:
             yield "engine.url must be the address of a service with --engine tinker, e.g. http://127.0.0.1:8000, got None"
         copies = [start for growth in settings["growth"] for start in growth.start if "copy" in start]

@@ -25,7 +25,7 @@ CHAIN = ["--widths", "1", "1", "1"]
 
 
 def test_unknown_command(call: Call) -> None:
-    known = "screen, train, finetune, grow, compare, eval, ask, chat, serve, show, view, tasks"
+    known = ", ".join(cli.COMMANDS)
     assert_refused(call("trian"), rf"^error: unknown command 'trian'; known are {known}$")
 
 
