@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import uvicorn
-from skyrl.tinker import api
-from skyrl.tinker.config import EngineConfig, config_to_argv
+from skyrl.tinker import api  # pyright: ignore[reportMissingImports]
+from skyrl.tinker.config import EngineConfig, config_to_argv  # pyright: ignore[reportMissingImports]
 
 
 def main(port: str, model: str, folder: str, rows: str = "32") -> None:

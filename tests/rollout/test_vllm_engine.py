@@ -223,7 +223,9 @@ def test_settings_that_do_not_go_with_an_engine(changes: dict[str, Any], message
 
 
 def test_a_society_samples_with_torch() -> None:
-    faults = list(EngineConfig(name="vllm").faults(scope="all", temperature=1.0, rounds=SocietyConfig(rounds=2).rounds))
+    faults = list(
+        EngineConfig(name="vllm").faults({"adapter": AdapterConfig(), "temperature": 1.0, "society": SocietyConfig(rounds=2)})
+    )
     assert faults == ["--engine must be torch for a society (society.rounds 2), got 'vllm'"]
 
 
