@@ -114,7 +114,7 @@ def texts_of(case: Case, seed: int = 0) -> dict[str, Any]:
     def prompts(asked: str) -> list[str]:
         """Return what each node reads where nobody has written to it: for trainers that know no edges."""
         example, wording = Example("", asked, "", ANSWER_FORMAT), WORDINGS["terse"]
-        return [f"{asked}\n\n{''.join(wording.render(topology, node, example, []))}" for node in topology.nodes]
+        return [f"{asked}\n\n{wording.render(topology, node, example, [])}" for node in topology.nodes]
 
     return {"steps": steps, "prompts": [[prompts(asked) for asked in step] for step in steps]}
 

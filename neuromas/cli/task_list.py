@@ -82,7 +82,7 @@ def example_prompts(config: TaskConfig, wording: Wording) -> dict[str, Any]:
     nodes = []
     for node in topology.nodes:
         inbox = [Message(k, node, f"(what node {k} writes)", MessageStatus.OK) for k in topology.senders(node)]
-        reads = f"{example.question}\n\n{''.join(wording.render(topology, node, example, inbox))}"
+        reads = f"{example.question}\n\n{wording.render(topology, node, example, inbox)}"
         nodes.append(
             {"node": node, "reads": reads, "begins": list(wording.begins(topology.recipients(node), example.answer_format))}
         )

@@ -1,10 +1,9 @@
 """How a node's prompt is worded, and how its turn begins.
 
-A prompt is the question, the same for every node, then the node's own part: where it is in the network, what to write to whom,
-and who wrote what to it. That comes last unless the model has learned another order: all rollouts of a question then share what
-is before it, which is computed once. No wording mentions a role, unless the topology gives one, nor the size of the network, so
-a node's prompt does not change when nodes that it does not talk to come or go. The paper's exact wording is not public; `TO
-node k:` headers are its format (arXiv 2605.16757).
+A prompt is the question, the same for every node, then the node's own part: where it is in the network, who wrote what to it,
+and what to write to whom. No wording mentions a role, unless the topology gives one, nor the size of the network, so a node's
+prompt does not change when nodes that it does not talk to come or go. The paper's exact wording is not public; `TO node k:`
+headers are its format (arXiv 2605.16757).
 
 A node may be left to write the headers itself, or its turn is begun by them: they are then given, not sampled, and a node with
 several recipients gets the next header where it has ended a message. A pretrained model that has never seen the format needs
@@ -40,37 +39,29 @@ class Wording:
     """Whether the prompt is a user's turn of the backbone's chat template, if it has one."""
     one_line: bool
     """Whether a text ends with its line."""
-    inbox_last: bool
-    """Whether what others wrote follows what the node is to write."""
 
-    def render(self, topology: Topology, node: int, example: Example, inbox: Sequence[Message]) -> tuple[str, str]:
-        """Return the node's own part of its prompt, which follows the question: what is the same in all rollouts, and the rest.
+    def render(self, topology: Topology, node: int, example: Example, inbox: Sequence[Message]) -> str:
+        """Return the node's own part of its prompt, which follows the question.
 
         >>> from neuromas.types import MessageStatus
         >>> message = Message(1, 2, "hello", MessageStatus.OK)
         >>> example = Example("", "Is 2 even?", "Yes", 'Write "Answer: Yes" or "Answer: No".')
-        >>> print("".join(WORDINGS["terse"].render(Topology.layered([1, 1, 1]), 2, example, [message])))
+        >>> print(WORDINGS["terse"].render(Topology.layered([1, 1, 1]), 2, example, [message]))
         You are node 2 in layer 2.
         From node 1: hello
         Write "TO node 3:" and your message.
-        >>> WORDINGS["chat"].render(Topology.layered([1, 1]), 2, example, [message])
-        ('You are node 2 in the output layer.\\nWrite "Answer: Yes" or "Answer: No".\\n', 'Node 1 wrote to you: hello')
         """
         recipients = topology.recipients(node)
         layer = f"layer {topology.layer(node)}" if recipients else "the output layer"
-        place = list(filter(None, [self.place.format(node=node, layer=layer), topology.role(node)]))
-        read = [self.message.format(sender=received.sender, text=received.text) for received in inbox]
+        lines = list(filter(None, [self.place.format(node=node, layer=layer), topology.role(node)]))
+        lines += [self.message.format(sender=received.sender, text=received.text) for received in inbox]
         if recipients:
             headers = " and ".join(f'"{header(recipient)}"' for recipient in recipients)
             named = " and ".join(f"node {recipient}" for recipient in recipients)
-            write = self.write.format(node=node, headers=headers, recipients=named)
+            lines.append(self.write.format(node=node, headers=headers, recipients=named))
         else:
-            write = example.answer_format
-        if not inbox:
-            return "\n".join([*place, write]), ""
-        if self.inbox_last:
-            return "".join(f"{line}\n" for line in [*place, write]), "\n".join(read)
-        return "", "\n".join([*place, *read, write])
+            lines.append(example.answer_format)
+        return "\n".join(lines)
 
     def begins(self, recipients: Sequence[int], answer_format: str) -> tuple[str, ...]:
         """Return what each text of a node is begun by; empty if the node is left to begin itself."""
@@ -91,7 +82,6 @@ WORDINGS = {
             begin_answer="",
             chat=True,
             one_line=False,
-            inbox_last=False,
         ),
         Wording(
             name="chat",
@@ -102,7 +92,6 @@ WORDINGS = {
             begin_answer="Answer:",
             chat=True,
             one_line=False,
-            inbox_last=True,
         ),
         Wording(
             name="plain",
@@ -113,7 +102,6 @@ WORDINGS = {
             begin_answer="Answer:",
             chat=False,
             one_line=True,
-            inbox_last=True,
         ),
     )
 }

@@ -109,24 +109,20 @@ class Policy:
     def routing(self) -> Routing:
         return Routing(self.adapters.nodes if self.adapters else (), self.scope)
 
-    def prompt(self, question: str, node_text: str, *, fixed: str = "", begins: Sequence[str] = ()) -> Prompt:
+    def prompt(self, question: str, node_text: str, *, has_inbox: bool = True, begins: Sequence[str] = ()) -> Prompt:
         """Return the tokens of a node's prompt: one user message, the question first, the node's own part last.
 
-        `fixed` is what this part begins with in all rollouts; `begins` is what each of the node's texts is begun by, the first
-        of them here.
+        `begins` is what each of the node's texts is begun by, the first of them here.
 
-        What is fixed belongs to the shared prefix, unless adapters act only after the question, or all nodes share one adapter
-        and so the question's keys and values.
+        Without an inbox that part is the same in all rollouts and belongs to the shared prefix, unless adapters act only after
+        the question, or all nodes share one adapter and so the question's keys and values.
         """
-        question_ids = (*self.frame.header, *self.backbone.tokenize(f"{question}\n\n"))
-        fixed_ids = self.backbone.tokenize(fixed)
-        begun = self.backbone.tokenize(begins[0]) if begins else ()
-        rest = (*self.backbone.tokenize(node_text), *self.frame.footer, *begun)
+        footer = (*self.frame.footer, *(self.backbone.tokenize(begins[0]) if begins else ()))
+        prefix, own = (*self.frame.header, *self.backbone.tokenize(f"{question}\n\n")), self.backbone.tokenize(node_text)
         shares_question = self.scope == "suffix" or (self.adapters is not None and self.adapters.shared)
-        # A row has a token of its own, from which its first one is sampled.
-        if shares_question or not rest:
-            return Prompt(question_ids, (*fixed_ids, *rest))
-        return Prompt((*question_ids, *fixed_ids), rest)
+        if not has_inbox and not shares_question and footer:
+            return Prompt((*prefix, *own), footer)
+        return Prompt(prefix, (*own, *footer))
 
     def later_headers(self, begins: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the tokens by which each text after a node's first one is begun."""

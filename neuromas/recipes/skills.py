@@ -126,7 +126,7 @@ def draw_turn(rng: random.Random, trace: Trace, example: Example) -> Turn:
         inbox.append(Message(sender, node, text, MessageStatus.OK))
         if found and (progress is None or found.steps > progress.steps):
             progress = found
-    prompt = "".join(WORDINGS["terse"].render(topology, node, example, inbox))
+    prompt = WORDINGS["terse"].render(topology, node, example, inbox)
     if node == topology.output_node:
         return Turn(prompt, tuple(output_pieces(rng, trace, progress, inbox)))
     pieces: list[Piece] = []
@@ -177,7 +177,7 @@ def work_turn(trace: Trace, done: int) -> Turn:
             Message(1, 2, ";".join([f"{'from' if first else 'start'} {states[first]}", *steps]) + ". More", MessageStatus.OK)
         ]
     node = 2 if done else 1
-    prompt = "".join(WORDINGS["terse"].render(topology, node, trace.example(), inbox))
+    prompt = WORDINGS["terse"].render(topology, node, trace.example(), inbox)
     pieces = [Piece(f"TO node {node + 1}: {'from' if done else 'start'} {states[done]};", False)]
     stop = min(done + trace.max_steps, len(states) - 1)
     for k in range(done, stop):

@@ -241,7 +241,7 @@ class Network:
 
     def _own_tokens_of(self, topology: Topology, node: int, example: Example) -> int:
         begins = self.wording.begins(topology.recipients(node), example.answer_format)
-        text = "".join(self.wording.render(topology, node, example, []))
+        text = self.wording.render(topology, node, example, [])
         headers = sum(len(self.policy.frame.end) + len(header) for header in self.policy.later_headers(begins))
         return len(self.policy.prompt("", text, begins=begins).suffix_ids) + headers
 
@@ -335,9 +335,9 @@ class MessagePassing:
         rollout = self.rollouts[number]
         senders = rollout.neighbours.senders[node]
         inbox = [m for sender in senders for m in rollout.completions[sender].messages if m.recipient == node]
-        fixed, text = self.wording.render(rollout.neighbours.topology, node, rollout.example, inbox)
+        text = self.wording.render(rollout.neighbours.topology, node, rollout.example, inbox)
         begins = self.wording.begins(rollout.neighbours.recipients[node], rollout.example.answer_format)
-        prompt = self.policy.prompt(rollout.example.question, text, fixed=fixed, begins=begins)
+        prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders), begins=begins)
         # The number of rollouts that share this node's text.
         topology = rollout.neighbours.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1

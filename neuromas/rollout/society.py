@@ -16,7 +16,7 @@ from neuromas.rollout.engine import Engine
 from neuromas.rollout.network import Diverged, worded
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
-from neuromas.types import Completion, Example, Group, Prompt, Request, Rollout, Sample
+from neuromas.types import Completion, Example, Group, Request, Rollout, Sample
 
 WORDS_AROUND = 48
 """Most tokens of the sentences in a prompt, besides question, answer format and texts, with their heads."""
@@ -148,7 +148,7 @@ class Society:
         requests = [
             Request(
                 call.node,
-                self._prompt(policy, call, begin),
+                policy.prompt(call.debate.example.question, call.text, has_inbox=bool(call.debate.completions), begins=begin),
                 (*seed, call.debate.example.id, call.debate.index, call.key),
             )
             for call, begin in zip(calls, begins, strict=True)
@@ -169,13 +169,6 @@ class Society:
                 raise Diverged(f"agent {call.node} samples tokens from log-probabilities that are not finite")
             call.debate.completions.append(completion)
         return [completion.text for completion in written]
-
-    def _prompt(self, policy: Policy, call: _Call, begins: Sequence[str]) -> Prompt:
-        """Return a call's prompt. Before the first round nobody has written: what an agent is told is then fixed."""
-        question = call.debate.example.question
-        if call.debate.completions:
-            return policy.prompt(question, call.text, begins=begins)
-        return policy.prompt(question, "", fixed=call.text, begins=begins)
 
     def _begins(self, call: _Call) -> tuple[str, ...]:
         begun = self.begin and call.node != SUMMARISER and self.begin in call.debate.example.answer_format

@@ -1,7 +1,6 @@
 """What a node reads, and how its text becomes messages: malformed text is data, never an exception."""
 
 import random
-from typing import Any
 
 import pytest
 
@@ -12,10 +11,7 @@ from neuromas.types import Example, Message, MessageStatus
 
 EXAMPLE = Example("id", "Is 2 even?", "Yes", 'Write "Answer: Yes" or "Answer: No".')
 CHAIN = Topology.layered([1, 1, 1])
-
-
-def render(*read: Any) -> str:
-    return "".join(WORDINGS["terse"].render(*read))
+render = WORDINGS["terse"].render
 
 
 def statuses(messages: tuple[Message, ...]) -> list[tuple[int, str, MessageStatus]]:

@@ -367,11 +367,11 @@ def test_a_prompt_is_one_user_message_with_the_question_first(bare: Backbone) ->
     assert bare.tokenizer.decode([*prompt.prefix_ids, *prompt.suffix_ids]) == text
     assert str(bare.tokenizer.decode(list(prompt.prefix_ids))).endswith("Is 2 even?\n\n")
     assert policy.prompt("Is 2 even?", "You are node 2.").prefix_ids == prompt.prefix_ids
-    shared = policy.prompt("Is 2 even?", "", fixed="You are node 1.")
+    shared = policy.prompt("Is 2 even?", "You are node 1.", has_inbox=False)
     assert shared.prefix_ids + shared.suffix_ids == prompt.prefix_ids + prompt.suffix_ids
     assert len(shared.prefix_ids) > len(prompt.prefix_ids)
     for adapter in (AdapterConfig(rank=1, scope="suffix"), AdapterConfig(rank=1, shared=True)):
-        assert Policy(bare, (1, 2), adapter).prompt("Is 2 even?", "", fixed="You are node 1.") == prompt
+        assert Policy(bare, (1, 2), adapter).prompt("Is 2 even?", "You are node 1.", has_inbox=False) == prompt
 
 
 def test_control_tokens_in_a_question_or_message_stay_plain_text(bare: Backbone) -> None:

@@ -199,5 +199,5 @@ def test_own_sentences_take_the_place_of_the_wordings() -> None:
         wording="chat", place="Node {node}, {layer}.", message="{sender}> {text}", write="Help {recipients}.",
         begin_messages=False, begin_answer="",
     ).build()  # fmt: skip
-    assert wording.render(WIDE, 1, EXAMPLES[0], []) == ("Node 1, layer 1.\nHelp node 3 and node 4 and node 5.", "")
+    assert wording.render(WIDE, 1, EXAMPLES[0], []) == "Node 1, layer 1.\nHelp node 3 and node 4 and node 5."
     assert wording.begins((3,), "Answer:") == wording.begins((), "Answer:") == ()
