@@ -88,7 +88,12 @@ def test_every_block_in_which_something_is_seen_is_in_the_table_and_few_others(w
     past = [(drawn(3, KEY_HEADS, 9, SIZE, seed=0), drawn(3, KEY_HEADS, 9, SIZE, seed=1))]
     with flex_on_cpu(block=8):
         ours = FlexSuffixAttention(packed, Prefixes(past, lengths_Q), prefix_of_row)._block_mask(window, keep)
-    exact = create_block_mask(ours.mask_mod, None, None, *ours.seq_lengths, device="cpu", BLOCK_SIZE=8)
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        # Where shapes are checked, a function's arguments cannot be counted.
+        return ours.mask_mod(b, h, query, key)
+
+    exact = create_block_mask(mask_mod, None, None, *ours.seq_lengths, device="cpu", BLOCK_SIZE=8)
     listed, needed = ours.to_dense()[0, 0] > 0, exact.to_dense()[0, 0] > 0
     assert not (needed & ~listed).any()
     assert listed.sum() <= 1.5 * needed.sum() < 0.5 * listed.numel()
