@@ -27,15 +27,15 @@ def run(*arguments: str) -> None:
     neuromas.main()
 
 
-shutil.rmtree("runs/team", ignore_errors=True)
+shutil.rmtree("runs/of-this-example", ignore_errors=True)
 size = ("--examples-per-step", "4", "--group-size", "4", "--eval-size", "4", "--eval-every", "0")
 run("train", "--resume", "--num-steps", steps, *size, "--run-dir", "runs/to-export")
-run("export", "runs/to-export", "--out", "runs/team")
+run("export", "runs/to-export", "--out", "runs/of-this-example")
 loaded = load_run(Path("runs/to-export"))
 ((rollout,),) = loaded.network.rollout(loaded.task.examples("test", 1), 1, seed=("peft",))
 for completion in rollout.completions:
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype="float32")
-    model = PeftModel.from_pretrained(model, f"runs/team/adapters/{completion.node}").eval()
+    model = PeftModel.from_pretrained(model, f"runs/of-this-example/adapters/{completion.node}").eval()
     prompt, written = [*completion.prompt.prefix_ids, *completion.prompt.suffix_ids], list(completion.sample.token_ids)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*prompt, *written]])).logits[0, len(prompt) - 1 : -1]

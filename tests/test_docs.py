@@ -39,6 +39,13 @@ SHORTER: dict[str, list[str]] = {
     "compare": ["--dry-run"],  # cells take minutes at least
 }
 NOT_RUN = {
+    "pip install": "installs; the gate itself is made so",
+    "neuromas serve": "serves until Ctrl-C; tests/serve runs it",
+    "neuromas chat": "reads a terminal; tests/serve runs it",
+    "lm_eval": "is not installed; tests/serve/test_harness.py runs it where it is",
+    "python -m benchmarks.gpu": "tests/test_gpu_benchmark.py runs it",
+    "python -m pytest": "the gate runs all of it",
+    "neuromas train configs/tinker.toml": "needs a service; tests/test_tinker_service.py trains by one",
     "make ": "installs; the gate itself is made so",
     "python3 -m venv": "installs; the gate itself is made so",
     "neuromas train --engine vllm": "vLLM is not installed; tests/test_vllm.py trains by it",
@@ -48,6 +55,7 @@ NOT_RUN = {
     "wandb sync": "needs the network",
     "neuromas view runs/navigate-1-1-1-seed0 --watch": "runs until Ctrl-C; tests/view runs it",
 }
+PROGRAMS_NOT_RUN = {"serve": "needs a server; tests/serve asks one by the same client"}
 TAKEN_FOR_GRANTED = ("navigate-1-1-1-seed0", "a", "b", "c")
 STEPS = {"configs/grow_3_5_7.toml": ["--dry-run"]}
 """Its growths need all its steps."""
@@ -103,7 +111,7 @@ def place(run: Path, tmp_path: Path) -> Path:
 def test_what_a_page_says_runs(page: Path, call: Call, place: Path, tiny_folder: Path) -> None:
     names: dict[str, Any] = {"__name__": page.stem}
     for number, (language, block) in enumerate(blocks(page)):
-        if language == "python":
+        if language == "python" and page.stem not in PROGRAMS_NOT_RUN:
             exec(compile(block, f"{page.name}, block {number}", "exec"), names)
         elif language == "toml":
             found = tomllib.loads(block)

@@ -76,7 +76,13 @@ def run(args: Sequence[str]) -> None:
     with listen(parsed.host, parsed.port) as listening:
         network, _ = load_network(opened, best=parsed.best)
         name = parsed.name or parsed.run.resolve().name
-        served = Served(network=network, name=name, answer_format=task.answer_format, key=key)
+        served = Served(
+            network=network,
+            name=name,
+            answer_format=task.answer_format,
+            key=key,
+            local_only=key is None and _is_loopback(parsed.host),
+        )
         limits = Limits(
             running=parsed.max_running, waiting=parsed.max_waiting, choices=parsed.max_choices,
             body_bytes=parsed.max_body_bytes, seconds=parsed.timeout,

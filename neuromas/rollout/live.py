@@ -86,7 +86,9 @@ class LiveRollouts:
     @property
     def rows(self) -> int:
         """Return the number of rows that decode."""
-        return self._batch.live if self._batch else 0
+        # Other threads read this: between two looks the batch may end.
+        batch = self._batch
+        return batch.live if batch is not None else 0
 
     @property
     def busy(self) -> bool:

@@ -5,6 +5,7 @@ import hmac
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -30,7 +32,8 @@ from neuromas.types import Example, Rollout
 T = TypeVar("T")
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page.html").read_bytes()
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 RETRY_SECONDS = 1
 CHARACTERS = 32
 """No text has so many characters a token; a longer question is refused before the network's thread spends time on it."""
@@ -64,6 +67,8 @@ class Served:
     answer_format: str
     key: str | None = None
     """The API key; None: everybody may ask."""
+    local_only: bool = False
+    """Only names of this machine are answered to: a page elsewhere, whose own name leads here, is refused."""
 
 
 class App:
@@ -128,6 +133,9 @@ class App:
         return guarded
 
     def _check_key(self, request: Request) -> None:
+        if self.served.local_only and (host := request.url.hostname) not in LOCAL_HOSTS:
+            names = ", ".join(LOCAL_HOSTS)
+            raise ApiError(403, f"without an API key this server answers to {names} alone, got Host {host!r}")
         if (key := self.served.key) is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -137,7 +145,7 @@ class App:
             raise ApiError(401, message, code="invalid_api_key")
 
     async def _page(self, _: Request) -> Response:
-        return HTMLResponse(PAGE.read_text())
+        return HTMLResponse(PAGE)
 
     async def _health(self, _: Request) -> Response:
         alive = self.worker.is_alive()
@@ -169,13 +177,16 @@ class App:
         asked = read_request(body, chat=chat, model=self.served.name, most_choices=self.limits.choices)
         waited = _Waited(self, asked, time.monotonic() + self.limits.seconds)
         try:
-            first = await _unless_left(request, waited.begun())
+            # Only then it is known that the network reads the question.
+            first = await _unless_left(request, waited.next())
         except BaseException:
             waited.end()
             raise
         reply = Reply(asked, self.served.name)
         if asked.stream:
-            return StreamingResponse(_events(waited, reply, first), media_type="text/event-stream")
+            return StreamingResponse(
+                _events(waited, reply, first), media_type="text/event-stream", background=BackgroundTask(waited.end)
+            )
         try:
             rollouts = await _unless_left(request, waited.rollouts(first))
         finally:
@@ -209,9 +220,12 @@ class App:
         longest = self.served.network.backbone.max_tokens
         if longest is not None and (most := longest * CHARACTERS) < max(map(len, asked.questions)):
             raise ApiError(400, f"a question must have at most {most:,} characters", code="context_length_exceeded")
-        jobs = []
+        jobs, drawn_of = [], Counter[str]()
         for number in range(len(asked.questions) * asked.choices):
             question, index = asked.questions[number // asked.choices], number % asked.choices
+            if asked.seed is None:
+                # A question that is asked twice is drawn anew.
+                index, drawn_of[question] = drawn_of[question], drawn_of[question] + 1
             example = Example(question_id(question), question, "", self.served.answer_format)
             jobs.append(Job(example, index, seed, terms, lambda event, number=number: hear(number, event)))
         try:
@@ -245,10 +259,6 @@ class _Waited:
             raise ApiError(500 if event.ours else 400, event.reason, code=None if event.ours else "context_length_exceeded")
         self.left -= isinstance(event, Rollout)
         return number, event
-
-    async def begun(self) -> tuple[int, Event]:
-        """Return the first event: only then it is known that the network reads the question."""
-        return await self.next()
 
     async def rollouts(self, first: tuple[int, Event]) -> tuple[Rollout, ...]:
         """Return all rollouts, by the number of their choice."""

@@ -45,7 +45,7 @@ class Talk:
             try:
                 line = self.read("> ").strip()
                 if line == QUOTES:
-                    line = "\n".join(iter(lambda: self.read("| "), QUOTES)).strip()
+                    line = "\n".join(iter(lambda: self.read("| ").rstrip(), QUOTES)).strip()
             except EOFError:
                 return
             if line in ("/quit", "/q"):

@@ -73,6 +73,9 @@ def collect(run: RunDirectory, *, best: bool = False, rollouts: bool = False) ->
     for name in AS_IN_RUN:
         if (run.path / name).exists():
             files[name] = read_file(run.path / name)
+    if origin := run.read_json("parent.json", dict):
+        # Where it lies is nobody else's matter.
+        files["parent.json"] = json.dumps({**origin, "run": Path(str(origin.get("run"))).name}, indent=2).encode()
     if best:
         # These are of the last adapters.
         files["evaluation.json"] = json.dumps({"before": run.scores("before")}, indent=2).encode()
@@ -125,6 +128,14 @@ def read(folder: Path, backbone: str | None = None) -> Export:
             f"{folder} is no export of format {FORMAT}: its state.json has format {state.get('format')!r}; import what "
             "neuromas export has made"
         )
+    for name, sealed in state["files"].items():
+        # Whoever made the folder chose these names.
+        if ".." in Path(name).parts or not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder} is no export: its file {name!r} leads out of it")
+        if not isinstance(sealed, list) or [type(part) for part in sealed] != [int, str]:
+            raise ValueError(f"{folder} is no export: its state.json says of {name} {sealed!r}, expected a size and a checksum")
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("backbone_checksum"), str):
+        raise ValueError(f"{folder} is no export: its state.json lacks step or backbone_checksum")
     config = from_json(read_file(folder / "config.json"), f"{folder / 'config.json'}").check()
     config = dataclasses.replace(config, backbone=backbone or config.backbone)
     # What is wrong is said before that something is.
@@ -153,9 +164,8 @@ def _check_adapters(folder: Path, names: Iterable[str], adapter: AdapterConfig) 
         found = parse_json(folder / name, read_file(folder / name), dict)
         shape = {"r": found.get("r"), "lora_alpha": found.get("lora_alpha"), "target_modules": found.get("target_modules")}
         first = first or (name, shape)
-        wanted = first[1] | ({"r": adapter.rank} if adapter.rank is not None else {})
-        if sorted(adapter.target_modules) != wanted["target_modules"]:
-            wanted["target_modules"] = sorted(adapter.target_modules)
+        wanted = first[1] | {"target_modules": sorted(adapter.target_modules)}
+        wanted |= {"r": adapter.rank} if adapter.rank is not None else {}
         for key, value in wanted.items():
             if shape[key] != value:
                 raise ValueError(f"export {folder}: {name} has {key} {shape[key]!r}, expected {value!r}: it is of another run")

@@ -1,6 +1,7 @@
 """The model card of an export: what it is, what it scored, and how to load it. It tells what the run has recorded."""
 
 import json
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def card(export: Export, backbone: Backbone) -> str:
         resources.files("neuromas.training").joinpath("model_card.md.jinja").read_text()
     )
     return template.render(
+        quote=shlex.quote,
         config=config, adapter=adapter, topology=export.topology, nodes=export.nodes, head=export.head,
         wording=worded(backbone, config.prompt)[0].name,
         names=[f"node{node}" for node in export.nodes], before=before, after=after, ledger=export.json("ledger.json"),
@@ -79,5 +81,5 @@ def _source(backbone: str) -> tuple[str, str]:
     if backbone in SHIPPED or is_gguf(backbone):
         modules = {"pathlib": "Path", "neuromas.model.gguf_file": "converted", "neuromas.model.sources": "find_backbone"}
         imports = "".join(f"from {module} import {name}\n" for module, name in modules.items())
-        return imports, f'str(converted(Path(find_backbone("{backbone}"))))'
-    return "", f'"{backbone}"'
+        return imports, f"str(converted(Path(find_backbone({json.dumps(backbone)}))))"
+    return "", json.dumps(backbone)

@@ -28,12 +28,12 @@ class Server:
 
     def __init__(self, run: Path, *flags: str) -> None:
         words = [sys.executable, "-m", "neuromas.cli", "serve", str(run), "--name", "team", "--port", "0", *flags]
-        environment = os.environ | {"NEUROMAS_API_KEY": KEY}
+        environment = os.environ | ({"NEUROMAS_API_KEY": KEY} if KEY else {})
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline().rsplit(":", 1)[1].strip("/\n"))
         base = f"http://127.0.0.1:{self.port}/v1"
-        self.client = openai.OpenAI(base_url=base, api_key=KEY, max_retries=0, timeout=60)
+        self.client = openai.OpenAI(base_url=base, api_key=KEY or "none", max_retries=0, timeout=60)
 
     def send(self, data: bytes) -> tuple[int, dict[str, Any]]:
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
@@ -170,6 +170,17 @@ def test_every_error_is_json(server: Server) -> None:
         server.client.models.retrieve("gpt")
     assert server.client.models.list().data[0].id == "team"
     refused(server.post(b"{", as_json, length=100), 408, "the body must arrive within 10 seconds")
+
+
+def test_without_a_key_a_page_elsewhere_is_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_server.KEY", "")
+    server = Server(trained)
+    head = "GET /v1/models HTTP/1.1\r\nConnection: close\r\nHost: "
+    status, error = server.send(f"{head}evil.example:{server.port}\r\n\r\n".encode())
+    message = "without an API key this server answers to 127.0.0.1, localhost, ::1 alone, got Host 'evil.example'"
+    assert (status, error["error"]["message"]) == (403, message)
+    assert server.send(f"{head}localhost:{server.port}\r\n\r\n".encode())[0] == 200
+    server.stop()
 
 
 def test_a_stop_finishes_what_runs(trained: Path) -> None:
