@@ -248,7 +248,8 @@ def simulate(rates: Rates) -> list[dict[str, Any]]:
     for scaling, questions in (("strong", lambda count: 1024), ("weak", lambda count: 4 * count)):
         for workers in WORKERS:
             asked = questions(workers)
-            outcomes = [shared(rates, workers, asked)]
+            # The program refuses more workers than a step has questions.
+            outcomes = [shared(rates, workers, asked)] if workers <= asked else []
             outcomes += [fleet(rates, workers, asked, bound) for bound in (0, 1, 4) if workers > 1]
             rows += [{"scaling": scaling, **outcome.row()} for outcome in outcomes]
     return rows

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.tinker
 PYTHON = os.environ.get("NEUROMAS_SERVICE_PYTHON", ".venv-skyrl/bin/python")
 SERVER = Path(__file__).parent / "tinker_server.py"
 BOUND = 1e-4
-"""Of log-probabilities, and of a gradient next to its largest number."""
+"""Of log-probabilities, in nats."""
+GRADIENT_BOUND = 2e-3
+"""Of a gradient next to its largest number, with which JAX and torch agree up to 4.4e-4 (docs/engines.md)."""
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that SkyRL computes as one: they have one matrix A together."""
 NEW_TOKENS = 12
@@ -161,7 +163,7 @@ def test_the_gradient_is_that_of_the_torch_learner(plugged: tuple[Network, Tinke
                 if half == "lora_A":
                     together = next((names for names in FUSED if leaf in names), (leaf,))
                     expected = sum((gradients[f"{parent}.{other}.{half}"][index] for other in together), torch.tensor(0.0))
-                assert (gradient - expected).abs().max().item() < 20 * BOUND * most, (name, node)
+                assert (gradient - expected).abs().max().item() < GRADIENT_BOUND * most, (name, node)
 
 
 def train(server: Server, run: Path, *more: object) -> "subprocess.Popen[bytes]":
@@ -180,7 +182,7 @@ def test_a_service_that_is_killed_ends_the_run_in_one_line_and_it_goes_on(server
     first = train(server, run, "--num-steps", 4)
     wait_for_steps(first, run, 2, log)
     server.kill()
-    assert first.wait(timeout=600) == 1
+    assert first.wait(timeout=600) == 2
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert "The same command with --resume goes on from step-00000" in line
     saved = len(list((run / "checkpoints").glob("step-*")))
@@ -193,7 +195,7 @@ def test_a_service_that_is_killed_ends_the_run_in_one_line_and_it_goes_on(server
 
 def test_a_rank_that_the_service_refuses_is_one_line(server: Server, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(server, run, "--adapter.rank", 16).wait(timeout=600) == 1
+    assert train(server, run, "--adapter.rank", 16).wait(timeout=600) == 2
     (line,) = [line for line in run.with_suffix(".log").read_text().splitlines() if line.startswith("error:")]
     assert "creates a client of rank 16 (--adapter.rank), and fails" in line
     assert "LoRA rank 16 must be between 1 and 8" in line

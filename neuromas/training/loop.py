@@ -41,14 +41,15 @@ def train_step(trainer: Trainer) -> dict[str, float]:
 def train_to_end(trainer: Trainer, progress: Progress, stop: Stop) -> None:
     """Do the steps that are left, with checkpoints on the way; ValueError if the numbers are no longer finite."""
     while not trainer.finished:
+        step = f"step {trainer.step + 1}"
         try:
             metrics = train_step(trainer)
+            progress.step(trainer.step, metrics, trainer.ledger.sampled_tokens, trainer.watch.active.values())
+            trainer.save_if_due(asked=stop.asked)
         except Diverged as error:
-            raise trainer.diverged(f"step {trainer.step + 1}", error) from error
+            raise trainer.diverged(step, error) from error
         except EngineFault as error:
-            raise trainer.without_engine(f"step {trainer.step + 1}", error) from error
-        progress.step(trainer.step, metrics, trainer.ledger.sampled_tokens, trainer.watch.active.values())
-        trainer.save_if_due(asked=stop.asked)
+            raise trainer.without_engine(step, error) from error
         stop.leave_if_asked(f"after step {trainer.step}")
     trainer.backbone.check_unchanged(trainer.checksum)
 
@@ -104,6 +105,11 @@ def begin(setup: Setup, run: RunDirectory, progress: Progress) -> Trainer:
     trainer.tell = progress.note
     if remark := setup.plan.questions.task.remark:
         progress.note(remark)
+    if trainer.learns_anew and trainer.config.engine.name == "tinker":
+        raise ValueError(
+            f"--run-dir {run.path}: these adapters were imported, and a service cannot be given an adapter to begin with; "
+            "`neuromas eval` and `neuromas ask` answer with them, and a run that trains begins in another --run-dir"
+        )
     if trainer.learns_anew and not trainer.finished:
         progress.note("these adapters were imported, and what learns them was not: optimizer and critic begin anew")
     return trainer

@@ -1,6 +1,6 @@
 """A service that samples and learns, by the torch engine behind the client's interface: what we send, and what we refuse.
 
-`tests/training/test_tinker_service.py` does the same against a real service.
+`tests/test_tinker_service.py` does the same against a real service.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_tinker import FakeSampler, FakeTinker, done, serving
+from fake_tinker import FakeClient, FakeSampler, FakeTinker, done, serving
 from models import load_backbone, make_model, save_model
 from runs import train_run
 from safetensors.torch import load as load_tensors
@@ -28,9 +28,11 @@ from neuromas.rollout.row import Row
 from neuromas.rollout.tinker_service import LoraShape, TinkerService
 from neuromas.system.engines import EngineConfig, describe_engine
 from neuromas.tasks import get_task
+from neuromas.training.exported import collect, make_run
 from neuromas.training.learner import TorchLearner
 from neuromas.training.load_run import load_run
 from neuromas.training.reinforce import Credits
+from neuromas.training.run_directory import RunDirectory
 from neuromas.training.tinker_learner import TinkerLearner, plug_service
 from neuromas.types import Group, Prompt, Request
 
@@ -296,6 +298,30 @@ def test_a_run_goes_on_from_the_states_of_the_service(service: FakeTinker, tmp_p
     )
     with pytest.raises(EngineFault, match=lost):
         train_run(config, resume=True)
+
+
+def test_a_service_that_saves_no_state_ends_the_run_in_one_line(
+    service: FakeTinker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def save_state(client: FakeClient, name: str) -> "Future[Any]":
+        raise ValueError("Error code: 507 - the disk is full")
+
+    monkeypatch.setattr(FakeClient, "save_state", save_state)
+    config = config_on(service, run_dir=tmp_path / "run", num_steps=1, examples_per_step=1, eval_size=2)
+    line = (
+        r"^--run-dir .*/run: step 1: the service at http\S+ saves its state, and fails: Error code: 507 - the disk is full\. "
+        "The same command with --resume begins again, for there is no checkpoint yet$"
+    )
+    with pytest.raises(ValueError, match=line):
+        train_run(config)
+
+
+def test_imported_adapters_are_not_replaced_by_new_ones(service: FakeTinker, tmp_path: Path) -> None:
+    config = config_on(service, run_dir=tmp_path / "run", num_steps=1, examples_per_step=1, eval_size=2)
+    train_run(config)
+    made = make_run(collect(RunDirectory.open(tmp_path / "run")), tmp_path / "made")
+    with pytest.raises(ValueError, match="/made: these adapters were imported, and a service cannot be given an adapter to"):
+        train_run(made.config, resume=True)
 
 
 def test_what_is_kept_is_one_line() -> None:
