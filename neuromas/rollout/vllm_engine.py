@@ -253,7 +253,7 @@ def _guard(processes: Sequence[BaseProcess]) -> "subprocess.Popen[bytes]":
     """Return a process that kills vLLM's as soon as this one is gone without a word: they would wait for it for ever."""
     pids = " ".join(str(process.pid) for process in processes)
     # The number may have become another program's by then.
-    kill = f"for pid in {pids}; do ps -o args= -p $pid | grep -q VLLM && kill -9 $pid; done"
+    kill = f"for pid in {pids}; do grep -q VLLM /proc/$pid/cmdline 2>/dev/null && kill -9 $pid; done"
     return subprocess.Popen(["sh", "-c", f"read word || {{ {kill}; }}"], stdin=subprocess.PIPE, start_new_session=True)
 
 

@@ -60,13 +60,14 @@ ENGINES: dict[EngineName, EngineEntry] = {
 """docs/engines.md says why each is as it is."""
 
 
-def describe_engine(name: EngineName) -> str:
-    """Return one line: who samples, who learns, and which promises hold."""
+def describe_engine(name: EngineName, device: str = "cpu") -> str:
+    """Return one line: who samples, who learns, and which promises hold on a kind of device."""
     entry = ENGINES[name]
     kept = dataclasses.asdict(entry.keeps)
     same = entry.samples == entry.learns
     who = f"{entry.samples} samples and learns" if same else f"{entry.samples} samples, {entry.learns} learns"
-    held = ", ".join(text for key, text in _NAMES.items() if kept[key])
+    names = _NAMES | ({"exact_resume": "bit-exact resume (on a GPU: not tried)"} if device == "cuda" else {})
+    held = ", ".join(text for key, text in names.items() if kept[key])
     broken = ", ".join(text for key, text in _NAMES.items() if not kept[key])
     return f"engine {name}: {who}; kept: {held or 'none'}" + (f"; not kept: {broken} (docs/engines.md)" if broken else "")
 

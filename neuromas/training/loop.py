@@ -94,7 +94,7 @@ def trainer_of(
         run.initialise(task.held_out, checksums)
         with Progress(config.num_steps, config.train_tokens) as progress, stop_signals(progress.note) as stop:
             trainer = begin(setup, run, progress)
-            progress.note(describe_engine(config.engine.name))
+            progress.note(describe_engine(config.engine.name, trainer.backbone.device.type))
             with tracked(config.track, run, progress.note):
                 yield trainer, progress, stop
 

@@ -3,6 +3,8 @@
 `make test-vllm` runs tests/test_vllm.py against vLLM itself.
 """
 
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,7 @@ import pytest
 from neuromas import Backbone, Network, Topology
 from neuromas.config import AdapterConfig, PromptConfig, TrainConfig
 from neuromas.graph.society import SocietyConfig
+from neuromas.rollout import vllm_engine
 from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.vllm_engine import VllmEngine
 from neuromas.system.engines import EngineConfig, describe_engine
@@ -300,7 +303,24 @@ def test_an_engine_says_what_it_keeps() -> None:
         "engine torch: torch samples and learns; kept: bit-exact resume, common random numbers, closed growth identical token "
         "by token, prefixes shared over nodes"
     )
+    assert "kept: bit-exact resume (on a GPU: not tried), common random numbers," in describe_engine("torch", "cuda")
     assert describe_engine("vllm") == (
         "engine vllm: vllm samples, torch learns; kept: common random numbers; not kept: bit-exact resume, closed growth "
         "identical token by token, prefixes shared over nodes (docs/engines.md)"
     )
+
+
+@pytest.mark.processes
+def test_the_guard_kills_what_is_still_of_vllm_when_no_word_comes() -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    engine, other, spared = (subprocess.Popen([*command, name]) for name in ("VLLM::EngineCore", "another", "VLLM::EngineCore"))
+    try:
+        for word, processes in ((b"word\n", [spared]), (b"", [engine, other])):
+            vllm_engine._guard(processes).communicate(word)  # type: ignore[reportArgumentType]  # their numbers count
+        assert engine.wait(timeout=10) == -signal.SIGKILL
+        assert other.poll() is None
+        assert spared.poll() is None
+    finally:
+        for process in (engine, other, spared):
+            process.kill()
+            process.wait()
