@@ -14,7 +14,7 @@ from neuromas.compare.cells import Cell, Stored, attempt, write
 from neuromas.compare.code_version import code_version
 from neuromas.compare.grid import find_method
 from neuromas.compare.workers import PATIENCE, chains_of, from_order, printing_to, to_order
-from neuromas.system.cluster import RETRIES, enter, load_ray
+from neuromas.system.cluster import RETRIES, enter, load_ray, require_cores
 from neuromas.system.process import configure_process
 from neuromas.system.terminal import one_line
 
@@ -22,6 +22,8 @@ from neuromas.system.terminal import one_line
 def make_on_cluster(cells: Sequence[Cell], done: Callable[[Cell, Stored], None]) -> None:
     """Make cells on the Ray cluster that is joined, and call `done` with each; as `workers.make_all`."""
     ray = load_ray()
+    for device in {cell.spec.config.device for cell in cells}:
+        require_cores(ray.cluster_resources(), device, 1, "cell")
     task = ray.remote(max_retries=RETRIES)(make_remotely)
     waiting = chains_of(cells)
     begun: dict[Any, tuple[Cell, float]] = {}

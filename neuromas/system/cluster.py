@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ def joined(flag: str, address: str = "ray") -> Iterator[None]:
         ) from error
     try:
         yield
+    except ray.exceptions.RayError as error:
+        raise ValueError(
+            f"{flag}: the cluster has failed ({type(error).__name__}: {one_line(str(error))[:300]}); where it runs again, the "
+            "same command goes on from what is on disk (`train` with --resume)"
+        ) from error
     finally:
         ray.shutdown()
 
@@ -70,6 +75,13 @@ def _require_listener(flag: str, where: str) -> None:
             f"{flag}: nobody answers at {where} ({error}); start a cluster there by `ray start --head`, or name another as "
             "ray://HOST:PORT or in RAY_ADDRESS"
         ) from error
+
+
+def require_cores(resources: Mapping[str, float], device: str, count: int, of: str) -> None:
+    """Raise ValueError if a cluster is too small for so many `of`, e.g. workers: Ray would wait for more, and say nothing."""
+    kind = "GPU" if device == "cuda" else "CPU"
+    if (there := int(min(resources.get("CPU", 0), resources.get(kind, 0)))) < count:
+        raise ValueError(f"--workers needs {count} or more {kind}s, one for each {of}, and the cluster has {there}")
 
 
 def enter(folder: str, node_of: str) -> None:

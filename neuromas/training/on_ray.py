@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from neuromas.config import TrainConfig
-from neuromas.system.cluster import RETRIES, enter, joined, load_ray
+from neuromas.system.cluster import RETRIES, enter, joined, load_ray, require_cores
 from neuromas.system.files import checksum_of
 from neuromas.system.process import configure_process
 from neuromas.system.terminal import one_line
@@ -68,7 +68,7 @@ def train_on_ray(plan: Plan, run: RunDirectory, workers: tuple[int, int]) -> dic
     # Ray keeps nothing of a run but what it starts workers from, and that as long as this process lives.
     with joined("--workers"), tempfile.TemporaryDirectory() as kept:
         ray = load_ray()
-        _require_cores(ray.cluster_resources(), plan.config, workers[0])
+        require_cores(ray.cluster_resources(), plan.config.device, workers[0], "worker")
         here = load_ray("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -99,13 +99,6 @@ def train_on_ray(plan: Plan, run: RunDirectory, workers: tuple[int, int]) -> dic
         when: {name: Evaluation.from_json(score, where) for name, score in run.scores(when).items()}
         for when in ("before", "after")
     }
-
-
-def _require_cores(resources: dict[str, float], config: TrainConfig, workers: int) -> None:
-    """Raise ValueError if a cluster is too small for so many workers: Ray would wait for more of it, and say nothing."""
-    kind = "GPU" if config.device == "cuda" else "CPU"
-    if (there := int(min(resources.get("CPU", 0), resources.get(kind, 0)))) < workers:
-        raise ValueError(f"--workers {workers} needs as many {kind}s, one for each worker, and the cluster has {there}")
 
 
 def _cause(failures: list[BaseException]) -> str:

@@ -13,12 +13,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from paths import CONFIGS, RIVALS
 from rivals import Rival
 
 from neuromas.cli import main as cli
+from neuromas.compare import cluster
 from neuromas.compare import code_version as sources
 from neuromas.compare import run as compare
 from neuromas.compare.cells import Cell, Stored, cell_of, read, write
@@ -288,6 +290,14 @@ def test_a_node_of_a_cluster_with_other_code_makes_no_cell(tmp_path: Path, monke
     assert read(cell) is None
     with pytest.raises(ValueError, match=rf"has other code \({cell.code}\) than this machine \(other\); install the same"):
         make_remotely(to_order(replace(cell, code="other")), str(tmp_path))
+
+
+def test_a_cluster_with_no_device_for_a_cell_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0})
+    monkeypatch.setattr(cluster, "load_ray", lambda: ray)
+    on_gpu = CellSpec(f"class:{RIVALS}:Fine", replace(CONFIG, device="cuda"))
+    with pytest.raises(ValueError, match="--workers needs 1 or more GPUs, one for each cell, and the cluster has 0"):
+        cluster.make_on_cluster([cell_of(on_gpu, tmp_path, "a")], lambda *_: None)
 
 
 def test_jobs_must_be_some(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

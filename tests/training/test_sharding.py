@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from neuromas.config import TaskConfig, TopologyConfig, TrainConfig
 from neuromas.system import cluster
 from neuromas.system.engines import EngineConfig
 from neuromas.training.loop import begin, train_and_score
-from neuromas.training.on_ray import _cause, _check_alike, _require_cores, check_workers
+from neuromas.training.on_ray import _cause, _check_alike, check_workers
 from neuromas.training.plan import resolve
 from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
@@ -233,11 +234,11 @@ def test_runs_that_cannot_be_shared_out(workers: tuple[int, ...], changes: dict[
 
 
 def test_a_cluster_that_is_too_small_is_told() -> None:
-    _require_cores({"CPU": 4.0}, CONFIG, 4)
+    cluster.require_cores({"CPU": 4.0}, "cpu", 4, "worker")
     for device, found in (("cpu", {"CPU": 4.0}), ("cuda", {"CPU": 8.0, "GPU": 4.0})):
         kind = "GPU" if device == "cuda" else "CPU"
-        with pytest.raises(ValueError, match=f"--workers 5 needs as many {kind}s, one for each worker, and the cluster has 4"):
-            _require_cores(found, replace(CONFIG, device=device), 5)
+        with pytest.raises(ValueError, match=f"--workers needs 5 or more {kind}s, one for each worker, and the cluster has 4"):
+            cluster.require_cores(found, device, 5, "worker")
 
 
 def test_why_ray_has_given_up_is_one_line() -> None:
@@ -262,6 +263,17 @@ def test_ray_is_an_extra_and_addresses_are_checked_before(monkeypatch: pytest.Mo
     missed = r"--workers needs Ray \(No module named 'ray'\); install it by: pip install 'neuromas\[ray\]'"
     with pytest.raises(ValueError, match=missed), cluster.joined("--workers"):
         pass
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    gone = type("GetTimeoutError", (Exception,), {})
+    ended: list[str] = []
+    ray = SimpleNamespace(
+        exceptions=SimpleNamespace(RayError=gone), init=lambda *_, **__: None, shutdown=lambda: ended.append("ended")
+    )
+    monkeypatch.setattr(cluster, "load_ray", lambda: ray)
+    failed = r"--workers: the cluster has failed \(GetTimeoutError: no\b.*answer\); where it runs again, the same"
+    with pytest.raises(ValueError, match=failed), cluster.joined("--workers"):
+        raise gone("no\nanswer")
+    assert ended == ["ended"]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--workers: a node of the cluster has no folder /no/such"):
         cluster.enter("/no/such", "--workers")
