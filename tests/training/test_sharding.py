@@ -66,6 +66,9 @@ class AtTable(Exchange):
         numbers.copy_(torch.stack(self.tell(numbers.clone())).sum(0))
 
 
+LOADING = threading.Lock()
+
+
 def by_workers(count: int, work: Callable[[Exchange], Any]) -> list[Any]:
     """Let each of `count` threads do its part; return what each returned or raised."""
     table, ended = Table(count), list[Any]([None] * count)
@@ -96,7 +99,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_sharded(config: TrainConfig, exchange: Exchange) -> Any:
     plan = resolve(config)
     run = SharedRun(RunDirectory(config.run_path, config, plan.topology), exchange)
-    setup = shard(set_up(plan), exchange)
+    # While transformers loads a model it replaces methods of all models, which no two threads may do at once.
+    with LOADING:
+        made = set_up(plan)
+    setup = shard(made, exchange)
     with run.locked(), Progress(config.num_steps) as progress:
         run.initialise(plan.questions.task.held_out, plan.questions.checksums())
         trainer = begin(setup, run, progress)
