@@ -47,7 +47,7 @@ def served(run: Path, *flags: str) -> Iterator[tuple[int, int]]:
 
 
 def request(path: str, body: bytes, kind: str = "application/json", length: int | None = None) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nConnection: close\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body
 
 
@@ -247,7 +247,13 @@ def main() -> None:
     args.questions, args.requests = args.questions or questions, args.requests or requests
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     load_before = os.getloadavg()[0]
-    result = {"command": f"python -m benchmarks.serve {args.what} RUN", "machine": machine} | command(args)
+    asked = (
+        f" --questions {args.questions} --requests {args.requests}"
+        if args.what != "lm-eval"
+        else f" --questions {args.questions}"
+    )
+    said = f"python -m benchmarks.serve {args.what} RUN{asked}"
+    result = {"command": said, "machine": machine} | command(args)
     result["load_average"] = [round(load_before, 1), round(os.getloadavg()[0], 1)]
     text = json.dumps(result, indent=1)
     print(text)
