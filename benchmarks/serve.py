@@ -247,11 +247,7 @@ def main() -> None:
     args.questions, args.requests = args.questions or questions, args.requests or requests
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     load_before = os.getloadavg()[0]
-    asked = (
-        f" --questions {args.questions} --requests {args.requests}"
-        if args.what != "lm-eval"
-        else f" --questions {args.questions}"
-    )
+    asked = f" --questions {args.questions}" + (f" --requests {args.requests}" if requests else "")
     said = f"python -m benchmarks.serve {args.what} RUN{asked}"
     result = {"command": said, "machine": machine} | command(args)
     result["load_average"] = [round(load_before, 1), round(os.getloadavg()[0], 1)]
