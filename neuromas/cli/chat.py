@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from neuromas.cli.flags import parse_flags
+from neuromas.cli.flags import parse_flags, require_best
 from neuromas.model.sources import find_backbone
 from neuromas.training.questions import open_run
 
@@ -27,8 +27,8 @@ def run(args: Sequence[str]) -> None:
     """Run the command `chat`."""
     parsed = parse_flags(ChatArguments, args, "chat")
     opened, task = open_run(parsed.run, allow_code=parsed.allow_code)
-    if parsed.best and opened.best() is None:
-        raise ValueError(f"{parsed.run} holds no best checkpoint: no validation was its best yet; leave --best out")
+    if parsed.best:
+        require_best(opened)
     find_backbone(opened.config.backbone)
     from neuromas.serve.talk import Talk, read_line
     from neuromas.training.load_run import load_network

@@ -1,15 +1,14 @@
 """`neuromas diagnose`: say what each node and edge of a trained run is worth."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from neuromas.cli.flags import parse_flags
-from neuromas.config import COLDEST, MOST_COUNTED, Split
+from neuromas.cli.flags import parse_flags, require_temperature
+from neuromas.config import MOST_COUNTED, Split
 from neuromas.model.sources import find_backbone
 from neuromas.system.files import replace_file, require_writable
 from neuromas.system.schema import require
@@ -52,8 +51,7 @@ def run(args: Sequence[str]) -> None:
     parsed = parse_flags(DiagnoseArguments, args, "diagnose")
     require(1 <= parsed.limit <= MOST_COUNTED, "--limit", f"1 to {MOST_COUNTED:,}", parsed.limit)
     require(parsed.seed >= 0, "--seed", "at least 0", parsed.seed)
-    if parsed.temperature and not COLDEST <= parsed.temperature < math.inf:
-        raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {parsed.temperature}")
+    require_temperature(parsed.temperature)
     if unknown := [kind for kind in parsed.interventions if kind not in KINDS]:
         raise ValueError(f"--interventions must be among {' '.join(KINDS)}, got {unknown[0]!r}")
     opened, task = open_run(parsed.run, data=parsed.data, allow_code=parsed.allow_code)

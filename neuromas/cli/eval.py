@@ -1,7 +1,6 @@
 """`neuromas eval`: score a trained run."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from neuromas.cli.flags import parse_flags
-from neuromas.config import COLDEST, MOST_COUNTED, Split
+from neuromas.cli.flags import parse_flags, require_best, require_temperature
+from neuromas.config import MOST_COUNTED, Split
 from neuromas.model.sources import find_backbone
 from neuromas.system.terminal import printable
 from neuromas.training.questions import drawn_in_training, open_run
@@ -49,13 +48,12 @@ def run(args: Sequence[str]) -> None:
     parsed = parse_flags(EvalArguments, args, "eval")
     if not 1 <= parsed.size <= MOST_COUNTED:
         raise ValueError(f"--size must be 1 to {MOST_COUNTED:,}, got {parsed.size}")
-    if parsed.temperature and not COLDEST <= parsed.temperature < math.inf:
-        raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {parsed.temperature}")
+    require_temperature(parsed.temperature)
     if parsed.best and parsed.untrained:
         raise ValueError("--best and --untrained exclude each other; give one of them")
     opened, task = open_run(parsed.run, untrained=parsed.untrained, data=parsed.data, allow_code=parsed.allow_code)
-    if parsed.best and opened.best() is None:
-        raise ValueError(f"{parsed.run} holds no best checkpoint: no validation was its best yet; leave --best out")
+    if parsed.best:
+        require_best(opened)
     task.check_ready()
     examples = task.load(parsed.file) if parsed.file else task.examples(parsed.split, parsed.size)
     find_backbone(opened.config.backbone)

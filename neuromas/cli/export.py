@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from neuromas.cli.flags import parse_flags
+from neuromas.cli.flags import parse_flags, require_best
 from neuromas.model.sources import find_backbone
 from neuromas.training.exported import check_out, collect, write
 from neuromas.training.run_directory import RunDirectory
@@ -34,8 +34,8 @@ def run(args: Sequence[str]) -> None:
     parsed = parse_flags(ExportArguments, args, "export")
     opened = RunDirectory.open(parsed.run)
     check_out(parsed.out)
-    if parsed.best and opened.best() is None:
-        raise ValueError(f"{parsed.run} holds no best checkpoint: no validation was its best yet; leave --best out")
+    if parsed.best:
+        require_best(opened)
     export = collect(opened, best=parsed.best, rollouts=parsed.rollouts)
     find_backbone(opened.config.backbone)
     from neuromas.training.load_run import load_network, load_society

@@ -2,14 +2,16 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from neuromas.config import TrainConfig
+from neuromas.config import COLDEST, TrainConfig
 from neuromas.training.config_file import load_toml, on_backbone
+from neuromas.training.run_directory import RunDirectory
 
 
 def parse_flags(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
@@ -42,3 +44,15 @@ def parse_settings(
         base = load_toml(file, backbone, below_file) if file else on_backbone(default, backbone)
         parsed = parse_flags(kind, rest, command, default=kind(config=base))
     return parsed, rest
+
+
+def require_best(run: RunDirectory) -> None:
+    """Raise ValueError if a run whose best adapters are asked for has none."""
+    if run.best() is None:
+        raise ValueError(f"{run.path} holds no best checkpoint: no validation was its best yet; leave --best out")
+
+
+def require_temperature(temperature: float) -> None:
+    """Raise ValueError if nothing can be sampled at this temperature; 0 is greedy."""
+    if temperature and not COLDEST <= temperature < math.inf:
+        raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {temperature}")

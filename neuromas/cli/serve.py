@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from neuromas.cli.flags import parse_flags
+from neuromas.cli.flags import parse_flags, require_best
 from neuromas.model.sources import find_backbone
 from neuromas.training.questions import open_run
 
@@ -66,8 +66,8 @@ def run(args: Sequence[str]) -> None:
         raise ValueError(f"serve needs {missing[0]}, which is not installed: pip install 'neuromas[serve]'")
     key = _key(parsed.api_key_file)
     opened, task = open_run(parsed.run, allow_code=parsed.allow_code)
-    if parsed.best and opened.best() is None:
-        raise ValueError(f"{parsed.run} holds no best checkpoint: no validation was its best yet; leave --best out")
+    if parsed.best:
+        require_best(opened)
     find_backbone(opened.config.backbone)
     from neuromas.serve.app import App, Limits, Served
     from neuromas.serve.server import listen, serve

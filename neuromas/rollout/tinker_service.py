@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Any, TypeVar
 
-from neuromas.rollout.engine import EngineFault
+from neuromas.rollout.engine import EngineFault, in_short
 from neuromas.rollout.row import seed_of
 
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -159,7 +159,7 @@ class TinkerService:
             done, waiting = wait_for(futures, timeout=LOOK_EVERY, return_when=until)
             for future in done:
                 if error := future.exception():
-                    raise EngineFault(f"the service at {self.url} {what}, and fails: {_in_short(error)}") from error
+                    raise EngineFault(f"the service at {self.url} {what}, and fails: {in_short(error)}") from error
             if not waiting or (done and not all_of_them):
                 return done
             if self._answers():
@@ -209,7 +209,3 @@ def _unpacked(archive: bytes) -> Exported:
         assert config is not None
         assert tensors is not None
         return Exported(json.loads(config.read()), tensors.read())
-
-
-def _in_short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

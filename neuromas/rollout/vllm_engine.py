@@ -6,7 +6,6 @@ probabilities are those of the distribution that was drawn from, temperature inc
 Ctrl-C does not reach: the step in progress can end.
 """
 
-import hashlib
 import multiprocessing
 import os
 import shutil
@@ -17,7 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -25,12 +24,15 @@ from typing import Any
 
 from neuromas.model.backbone import Backbone, folder_of
 from neuromas.model.policy import Policy
-from neuromas.rollout.engine import EngineFault, OnSample
+from neuromas.rollout.engine import EngineFault, OnSample, in_short
+from neuromas.rollout.row import Row
 from neuromas.rollout.torch_engine import MAX_ROWS
-from neuromas.types import Request, Sample
+from neuromas.types import Request
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of `max_lora_rank`."""
+SEED_BITS = 63
+"""Of the number that vLLM takes."""
 CPU_CACHE_BYTES = 2**31
 """Most that keys and values take on a CPU."""
 CPU_BLOCK = 32
@@ -46,21 +48,6 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-
-@dataclass(slots=True)
-class _Row:
-    """A request in progress, with all that is written so far."""
-
-    key: int
-    request: Request
-    limit: int
-    """Most tokens of the text that is being written."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    given: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    stopped: bool = True
 
 
 class VllmEngine:
@@ -89,39 +76,36 @@ class VllmEngine:
         self, requests: Sequence[tuple[int, Request]], on_sample: OnSample, *, temperature: float, max_new_tokens: int
     ) -> None:
         self._take_over_adapters()
-        rows: dict[str, _Row] = {}
+        rows: dict[str, Row] = {}
 
         def begin(keyed: Sequence[tuple[int, Request]]) -> None:
             for key, request in keyed:
-                row = _Row(key, request, max_new_tokens // (1 + len(request.headers)))
+                row = Row(key, request, max_new_tokens)
                 rows[self._submit(row, temperature)] = row
 
         begin(requests)
         while rows:
             for output in self._step():
-                row = rows.pop(output.request_id)
-                ended = self._record(row, output.outputs[0])
-                left = len(row.request.headers) + 1 - len(row.texts)
-                if left:
-                    self._give_header(row, ended)
-                    row.limit = max(1, (max_new_tokens - len(row.logprobs)) // left)
+                row, (text,) = rows.pop(output.request_id), output.outputs
+                ids = list(text.token_ids)
+                logprobs = [chosen[token].logprob for token, chosen in zip(ids, text.logprobs, strict=True)]
+                row.record(self.policy, ids, logprobs)
+                if row.texts_left:
                     rows[self._submit(row, temperature)] = row
                 else:
-                    begin(on_sample(row.key, self._sample(row)))
+                    begin(on_sample(row.key, row.sample(self._taken_at)))
 
-    def _submit(self, row: _Row, temperature: float) -> str:
+    def _submit(self, row: Row, temperature: float) -> str:
         """Hand a row's next text to vLLM and return the request's id."""
-        request, number = row.request, len(row.texts)
-        ids = [*request.prompt.prefix_ids, *request.prompt.suffix_ids, *row.tokens]
-        seed = request.seed if number == 0 else (*request.seed, "text", number)
+        ids = row.prompt
         params = self._vllm.SamplingParams(
-            temperature=temperature, max_tokens=row.limit, seed=_seed_of(seed), logprobs=0, detokenize=False,
+            temperature=temperature, max_tokens=row.limit, seed=row.seed(SEED_BITS), logprobs=0, detokenize=False,
             ignore_eos=True, stop_token_ids=sorted(self.policy.frame.stop_ids),
             output_kind=self._vllm.RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         self._requests += 1
         name, routing = str(self._requests), self.policy.routing
-        adapter = self._adapters[routing.nodes[routing.adapter_of(request.node)]]
+        adapter = self._adapters[routing.nodes[routing.adapter_of(row.request.node)]]
         with _faults(f"vLLM refuses a prompt of {len(ids)} tokens"):
             self._llm.add_request(name, {"prompt_token_ids": ids}, params, lora_request=adapter)
         return name
@@ -130,28 +114,6 @@ class VllmEngine:
         """Let every row write a token, and return what vLLM says of those that have ended."""
         with _faults("vLLM has stopped"):
             return [output for output in self._llm.step() if output.finished]
-
-    def _record(self, row: _Row, output: Any) -> bool:
-        """Add a text that has ended to its row, and say whether it has ended itself."""
-        ids = list(output.token_ids)
-        row.tokens += ids
-        row.logprobs += [chosen[token].logprob for token, chosen in zip(ids, output.logprobs, strict=True)]
-        text, ended = self.policy.frame.read(ids, self.policy.backbone.detokenize)
-        row.texts.append(text)
-        row.stopped &= ended
-        return ended
-
-    def _give_header(self, row: _Row, ended: bool) -> None:
-        """Begin a row's next text by the tokens that begin it; a text that was cut off gets its end first."""
-        header = row.request.headers[len(row.texts) - 1]
-        tokens = header if ended else (*self.policy.frame.end, *header)
-        row.given += range(len(row.tokens), len(row.tokens) + len(tokens))
-        row.tokens += tokens
-
-    def _sample(self, row: _Row) -> Sample:
-        return Sample(
-            tuple(row.tokens), tuple(row.logprobs), tuple(row.texts), row.stopped, self._taken_at, tuple(row.given)
-        )  # fmt: skip
 
     def _take_over_adapters(self) -> None:
         """Give vLLM the adapters as they are now, if they have changed or nodes have joined; the ones before are dropped."""
@@ -189,7 +151,7 @@ def _faults(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # its process may be gone, and its kernels or an adapter's file make it raise anything
-        raise EngineFault(f"{what}: {_in_short(error)}") from error
+        raise EngineFault(f"{what}: {in_short(error)}") from error
 
 
 def _import_vllm() -> _Vllm:
@@ -202,7 +164,7 @@ def _import_vllm() -> _Vllm:
         from vllm.sampling_params import RequestOutputKind  # type: ignore[reportMissingImports]  # an extra
     except Exception as error:  # a build for another device raises whatever it meets
         raise ValueError(
-            f"--engine vllm needs the package vllm, which cannot be imported ({_in_short(error)}): pip install "
+            f"--engine vllm needs the package vllm, which cannot be imported ({in_short(error)}): pip install "
             "'neuromas[vllm]' on a machine with a GPU; docs/engines.md says how on a CPU"
         ) from error
     return _Vllm(EngineArgs, LLMEngine, LoRARequest, RequestOutputKind, SamplingParams)
@@ -230,7 +192,7 @@ def _start(vllm: _Vllm, backbone: Backbone, rank: int, adapters: int) -> Any:
         with _own_process():
             return vllm.LLMEngine.from_engine_args(args)
     except Exception as error:  # vLLM, pydantic, torch and transformers each raise classes of their own
-        raise ValueError(f"--engine vllm cannot serve --backbone {backbone.name}: {_in_short(error)}") from error
+        raise ValueError(f"--engine vllm cannot serve --backbone {backbone.name}: {in_short(error)}") from error
 
 
 @contextmanager
@@ -261,12 +223,3 @@ def _release(folder: Path, guard: "subprocess.Popen[bytes]") -> None:
     """Delete the adapters' folders and let the guard go; vLLM ends its own processes."""
     guard.communicate(b"word\n")
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _seed_of(seed: tuple[int | str, ...]) -> int:
-    """Return a seed as vLLM takes it, a number of 63 bits."""
-    return int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest()) >> 1
-
-
-def _in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

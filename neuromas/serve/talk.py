@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from neuromas.config import COLDEST
 from neuromas.rollout.live import LiveRollouts, Terms
 from neuromas.rollout.network import Network
 from neuromas.system.terminal import printable
@@ -121,8 +122,8 @@ def _temperature(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not (value == 0 or 1e-3 <= value <= HIGHEST):
-        raise ValueError(f"/temperature must be 0 (greedy), or 0.001 to {HIGHEST:g}, got {text!r}")
+    if not (value == 0 or COLDEST <= value <= HIGHEST):
+        raise ValueError(f"/temperature must be 0 (greedy), or {COLDEST} to {HIGHEST:g}, got {text!r}")
     return value
 
 
