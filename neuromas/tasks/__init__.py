@@ -53,7 +53,7 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
 }
 """Name -> function that returns the benchmark, given its data and `train_on_evaluation`."""
 
-FORMS = ("bbh:TASK", "mmlu:SUBJECT", "reasoning_gym:NAME", "jsonl:PATH", "class:FILE.py:CLASS")
+FORMS = ("bbh:TASK", "mmlu:SUBJECT", "reasoning_gym:NAME[,SETTING=VALUE...]", "jsonl:PATH", "class:FILE.py:CLASS")
 
 
 def get_family(name: str, difficulty: int | None = None) -> GeneratedTask:

@@ -1,8 +1,10 @@
 """Tasks of reasoning-gym (an extra), with its own verifier as the reward."""
 
 import random
+from ast import literal_eval
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from statistics import fmean
 from typing import Any
 
@@ -14,13 +16,22 @@ MOST_CONSTANTS = 50
 """Gold answers that are tried as a constant answer to all questions, the most frequent first."""
 
 
+def _value(text: str) -> Any:
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 class ReasoningGym(GeneratedTask):
     """Endless problems from a generator of reasoning-gym; its score, which may be partial, is the reward."""
 
     answer_format = 'Write "Answer: " and the answer.'
     verifier = "its own"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, spec: str) -> None:
+        """`spec` is a generator's name, then its settings if any: `chain_sum,max_terms=2,max_digits=2`."""
+        name, *pairs = spec.split(",")
         try:
             import reasoning_gym
             from reasoning_gym.factory import DATASETS
@@ -29,9 +40,20 @@ class ReasoningGym(GeneratedTask):
         if name not in DATASETS:
             raise ValueError(f"--task reasoning_gym: must be followed by one of {sorted(DATASETS)}, got {name!r}")
         super().__init__()
-        self.name = f"reasoning_gym:{name}"
+        self.name = f"reasoning_gym:{spec}"
         # Items are made when indexed, each from the sum of this seed and its index.
-        self._dataset: Any = reasoning_gym.create_dataset(name, seed=0, size=1 << 30)
+        settings: dict[str, Any] = {"seed": 0, "size": 1 << 30}
+        known = {field.name for field in fields(DATASETS[name][1])} - set(settings)
+        for pair in pairs:
+            key, _, value = pair.partition("=")
+            if key not in known:
+                raise ValueError(f"--task reasoning_gym:{name}: its settings are {sorted(known)}, got {pair!r}")
+            settings[key] = _value(value)
+        try:
+            self._dataset: Any = reasoning_gym.create_dataset(name, **settings)
+        # A generator checks its settings by assertions, some only by using them.
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ValueError(f"--task {self.name}: reasoning-gym refuses these settings: {error}") from error
         self._entries: dict[str, dict[str, Any]] = {}
         self._of_last_step: set[str] = set()
 

@@ -440,6 +440,22 @@ def test_the_floor_of_partial_credit_is_what_a_constant_answer_earns() -> None:
     assert 2 / 30 < share < 0.3
 
 
+def test_a_task_of_reasoning_gym_takes_its_settings() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = get_task("reasoning_gym:chain_sum,max_terms=2,max_digits=2")
+    for example in task.training_batch(0, 1, 20):
+        assert len(re.findall(r"\d+", example.question)) == 2
+    with pytest.raises(
+        ValueError, match=r"^--task reasoning_gym:chain_sum: its settings are \['allow_negation', .*got 'terms=2'$"
+    ):
+        get_task("reasoning_gym:chain_sum,terms=2")
+    refused = (
+        r"^--task reasoning_gym:chain_sum,max_terms=1: reasoning-gym refuses these settings: max_terms must be >= min_terms$"
+    )
+    with pytest.raises(ValueError, match=refused):
+        get_task("reasoning_gym:chain_sum,max_terms=1")
+
+
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match=r"^--task reasoning_gym:ab needs the extra 'tasks': pip install 'neuromas\[tasks\]'$"):
