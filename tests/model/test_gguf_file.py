@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,9 +165,13 @@ def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypat
     coarse = write_gguf(file.with_name("coarse.gguf"), weights, quantization=GGMLQuantizationType.I8)
     folder = file.with_name("folder.gguf")
     folder.mkdir()
+    # A list of 2^40 numbers: nothing is read behind the end of the file.
+    endless = file.with_name("endless.gguf")
+    endless.write_bytes(b"GGUF" + struct.pack("<IQQQ5sIIQ", 3, 0, 1, 5, b"a.key", 9, 5, 2**40) + bytes(400))
     for bad, message in (
         (cut, r"cut.gguf: cannot be loaded: it is no GGUF file, or cut off"), (no, r"it is no GGUF file, or cut off"),
         (short, r"it is no GGUF file, or cut off"),
+        (endless, r"it is no GGUF file, or cut off: it ends before what it says it holds$"),
         (other, r"unheard-of"),
         (coarse, r"its tensor \S+ is quantized as I8, which is not known here$"),
         (file.with_name("none.gguf"), "expected a GGUF file, found none"),
