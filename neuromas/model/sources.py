@@ -60,8 +60,9 @@ def find_backbone(name: str) -> str:
         if not path.is_file():
             raise ValueError(f"--backbone {name}: expected a GGUF file, found {'a folder' if path.is_dir() else 'none'}")
         return source
-    if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
-        raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
+    if (path.is_absolute() or source.startswith(".") or path.is_dir()) and not (path / "config.json").is_file():
+        inside = next((f"; a GGUF file is named itself: {file}" for file in sorted(path.glob("*")) if is_gguf(file.name)), "")
+        raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none{inside}")
     # Else the hub would be asked for it, which may take a minute.
     near = get_close_matches(source.lower(), ("bundled", *SHIPPED), 1, cutoff=0.8) if "/" not in source else []
     if near and not path.exists():
