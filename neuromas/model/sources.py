@@ -77,9 +77,15 @@ def is_gguf(source: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return where converted models are kept: NEUROMAS_CACHE, or the user's cache folder."""
-    own = os.environ.get("NEUROMAS_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuromas"
+    """Return where converted models are kept: NEUROMAS_CACHE, or the user's cache folder; ValueError for a user without one."""
+    if own := os.environ.get("NEUROMAS_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuromas"
+    except RuntimeError as error:
+        raise ValueError(
+            "converted models have no place: this user has no home folder; set the environment variable NEUROMAS_CACHE to one"
+        ) from error
 
 
 @contextmanager

@@ -154,6 +154,20 @@ def test_a_cache_that_cannot_be_written_is_named(file: Path, call: Call, monkeyp
     assert_refused(call("train", *FLAGS, "--backbone", file), message)
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NEUROMAS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(ValueError, match=r"has no home folder; set the environment variable NEUROMAS_CACHE to one$"):
+        sources.cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/kept")
+    assert sources.cache_folder() == Path("/kept/neuromas")
+
+
 def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     cut, short = file.with_name("cut.gguf"), file.with_name("short.gguf")
     cut.write_bytes(file.read_bytes()[:5000])
