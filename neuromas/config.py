@@ -113,7 +113,8 @@ class PromptConfig:
     begin_messages: bool | None = None
     """Begin each message by its `TO node k:`, which is then not sampled. None: as the wording has it."""
     begin_answer: str | None = None
-    """What the output node's turn is begun by, e.g. "Answer:". "": nothing, so that it may work first. None: as the wording."""
+    """What the output node's turn is begun by, words of the task's answer format, e.g. "Answer:". "": nothing, so that it may
+    work first. None: as the wording."""
 
     def build(self, *, bundled: bool = False, has_chat_template: bool = True) -> Wording:
         """Return the wording for a backbone; ValueError names the setting that is wrong."""

@@ -106,6 +106,8 @@ WORDINGS = {
     )
 }
 """`terse` is what the bundled backbone learned, `chat` is for instruct models, `plain` for base models."""
+BEGIN_ANSWERS = frozenset(wording.begin_answer for wording in WORDINGS.values())
+"""What these begin an answer by, where the task's answer format names it."""
 
 
 _FIELDS = {"place": ("node", "layer"), "message": ("sender", "text"), "write": ("node", "headers", "recipients")}

@@ -195,7 +195,7 @@ class Backbone:
         if self.device.type != "cpu":
             return MICRO_BATCH_TOKENS
         # Of each layer: hidden states, queries, keys, values and attention in float32, and the feed-forward's in the model's.
-        numbers = 40 * config.hidden_size + 6 * config.intermediate_size * self.model.dtype.itemsize
+        numbers = 40 * config.hidden_size + 6 * _feed_forward_size(config) * self.model.dtype.itemsize
         return min(MICRO_BATCH_TOKENS, max(1, MICRO_BATCH_BYTES // (config.num_hidden_layers * numbers)))
 
     @property
@@ -252,7 +252,13 @@ def resolve_dtype(dtype: str, name: str, device: str) -> str:
     if resolve_device(device) == "cuda":
         return "bfloat16"
     config = config_of(name).get_text_config()
-    return faster_dtype(config.hidden_size, config.intermediate_size)
+    return faster_dtype(config.hidden_size, _feed_forward_size(config))
+
+
+def _feed_forward_size(config: Any) -> int:
+    """Return the features inside a layer's feed-forward, the most of any layer; 4 times the hidden ones if none are named."""
+    found = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
+    return found if isinstance(found, int) else max(found)
 
 
 def config_of(name: str) -> Any:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,8 +84,16 @@ def _check(file: Path) -> int:
         from gguf import GGUFReader, dequantize
     except ImportError as error:
         raise ValueError(f"it is a GGUF file, which needs the extra gguf; pip install 'neuromas[gguf]' ({error})") from error
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
+            # Otherwise nothing would be read behind the end, as often as a damaged length of a list says.
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends before what it says it holds")
+            return super()._get(offset, dtype, count, *more, **named)
+
     try:
-        tensors = GGUFReader(file).tensors
+        tensors = Reader(file).tensors
     except Exception as error:  # the reader raises what numpy and struct raise
         raise ValueError(f"it is no GGUF file, or cut off: {' '.join(str(error).split())[:200]}") from error
     for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors}.items():

@@ -60,8 +60,9 @@ def find_backbone(name: str) -> str:
         if not path.is_file():
             raise ValueError(f"--backbone {name}: expected a GGUF file, found {'a folder' if path.is_dir() else 'none'}")
         return source
-    if (path.is_absolute() or source.startswith(".")) and not (path / "config.json").is_file():
-        raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none")
+    if (path.is_absolute() or source.startswith(".") or path.is_dir()) and not (path / "config.json").is_file():
+        inside = next((f"; a GGUF file is named itself: {file}" for file in sorted(path.glob("*")) if is_gguf(file.name)), "")
+        raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none{inside}")
     # Else the hub would be asked for it, which may take a minute.
     near = get_close_matches(source.lower(), ("bundled", *SHIPPED), 1, cutoff=0.8) if "/" not in source else []
     if near and not path.exists():
@@ -76,9 +77,15 @@ def is_gguf(source: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return where converted models are kept: NEUROMAS_CACHE, or the user's cache folder."""
-    own = os.environ.get("NEUROMAS_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuromas"
+    """Return where converted models are kept: NEUROMAS_CACHE, or the user's cache folder; ValueError for a user without one."""
+    if own := os.environ.get("NEUROMAS_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuromas"
+    except RuntimeError as error:
+        raise ValueError(
+            "converted models have no place: this user has no home folder; set the environment variable NEUROMAS_CACHE to one"
+        ) from error
 
 
 @contextmanager

@@ -83,8 +83,9 @@ def pass_at(k: int, rewards: Sequence[float]) -> float:
     It is the mean over all choices of k of the n samples. Where c rewards are 1 and the others 0, it is 1 - C(n-c, k) / C(n, k)
     (Chen et al. 2021, arXiv 2107.03374).
     """
-    # The i-th smallest, from 0, is the best of C(i, k-1) choices.
-    return sum(math.comb(i, k - 1) * reward for i, reward in enumerate(sorted(rewards))) / math.comb(len(rewards), k)
+    choices = math.comb(len(rewards), k)
+    # The i-th smallest, from 0, is the best of C(i, k-1) choices; of a thousand samples these are beyond what a float holds.
+    return sum(math.comb(i, k - 1) / choices * reward for i, reward in enumerate(sorted(rewards)))
 
 
 def interval(rewards: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from neuromas.model.backbone import Backbone
 from neuromas.rollout.engine import Engine
 from neuromas.rollout.network import Network
 from neuromas.rollout.society import Society
-from neuromas.rollout.torch_engine import MAX_ROWS
+from neuromas.rollout.torch_engine import CACHE_BYTES, MAX_ROWS
 from neuromas.tasks import from_config
 from neuromas.training.learner import Learner, TorchLearner
 from neuromas.training.plan import Plan
@@ -88,10 +88,11 @@ def check_memory(config: TrainConfig, network: Network | Society, nodes: int) ->
     trainable = (1 if config.adapter.shared else nodes) * bank.rank * bank.parameters_per_rank
     device = network.backbone.device
     require_training_memory(trainable, bank.rank, nodes, device)
-    columns = config.max_new_tokens * min(rollouts * nodes, MAX_ROWS)
-    require_memory(
-        f"keys and values of texts of --max-new-tokens {config.max_new_tokens}", columns * network.backbone.token_bytes, device
-    )
+    text = config.max_new_tokens * network.backbone.token_bytes
+    texts = text * min(rollouts * nodes, MAX_ROWS)
+    # On a CPU fewer rows decode at once where their texts take more, but one at least.
+    texts = max(text, min(texts, CACHE_BYTES)) if device.type == "cpu" else texts
+    require_memory(f"keys and values of texts of --max-new-tokens {config.max_new_tokens}", texts, device)
     what = f"--examples-per-step {config.examples_per_step} x --group-size {config.group_size} rollouts of {nodes} nodes"
     require_memory(what, rollouts * nodes * ROLLOUT_BYTES, torch.device("cpu"))
 

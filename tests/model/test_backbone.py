@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, tzinfo
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +26,14 @@ from models import (
     suffix_logprobs,
 )
 from torch import Tensor
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from neuromas import Network, Topology
 from neuromas.compare.methods.converse import Answerer
 from neuromas.config import AdapterConfig, PromptConfig, Scope, TrainConfig
 from neuromas.model.adapters import AdapterBank, resolve_rank
 from neuromas.model.attention import Prefixes, SuffixAttention
-from neuromas.model.backbone import Backbone, config_of, resolve_device
+from neuromas.model.backbone import Backbone, _feed_forward_size, config_of, resolve_device, resolve_dtype
 from neuromas.model.packing import Packed
 from neuromas.model.policy import Policy, Rows
 from neuromas.model.rms_norm import replace_norms
@@ -314,6 +316,18 @@ def test_a_model_whose_angles_change_with_the_length_takes_texts_up_to_that_leng
         network.rollout([short, long], 1, seed=(0,))
 
 
+def test_a_model_whose_config_names_no_size_of_its_feed_forward_is_read_and_learned(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
+    tokens = {name: getattr(make_model("llama").config, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
+    config = OPTConfig(**sizes, **tokens, ffn_dim=48, max_position_embeddings=512, bos_token_id=None)
+    folder = save_model(OPTForCausalLM(config), tmp_path / "opt")
+    assert resolve_dtype("auto", str(folder), "cpu") == "float32"
+    backbone = load_backbone(folder)
+    assert backbone.tokens_per_micro_batch > 0
+    assert [_feed_forward_size(each) for each in (config, SimpleNamespace(hidden_size=32))] == [48, 4 * 32]
+    assert _feed_forward_size(SimpleNamespace(intermediate_size=[16, 48])) == 48
+
+
 def test_the_head_takes_no_adapter(bare: Backbone) -> None:
     with pytest.raises(ValueError, match=r"adapter.target_modules must be among \['down_proj', .*got \['lm_head'\]"):
         Policy(bare, (1, 2), AdapterConfig(rank=2, target_modules=("q_proj", "lm_head")))
@@ -496,6 +510,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(bare: Backbone) 
 def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--backbone .*none: expected a folder with a config.json, found none"):
         Backbone.load(str(tmp_path / "none"))
+
+
+def test_a_folder_that_holds_a_gguf_file_says_what_to_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/small.GGUF").touch()
+    monkeypatch.chdir(tmp_path)
+    message = r"--backbone models: expected a folder .* found none; a GGUF file is named itself: models/small\.GGUF$"
+    with pytest.raises(ValueError, match=message):
+        Backbone.load("models")
 
 
 def break_config(folder: Path) -> None:

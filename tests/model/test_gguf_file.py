@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,6 +154,20 @@ def test_a_cache_that_cannot_be_written_is_named(file: Path, call: Call, monkeyp
     assert_refused(call("train", *FLAGS, "--backbone", file), message)
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NEUROMAS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(ValueError, match=r"has no home folder; set the environment variable NEUROMAS_CACHE to one$"):
+        sources.cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/kept")
+    assert sources.cache_folder() == Path("/kept/neuromas")
+
+
 def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     cut, short = file.with_name("cut.gguf"), file.with_name("short.gguf")
     cut.write_bytes(file.read_bytes()[:5000])
@@ -164,9 +179,13 @@ def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypat
     coarse = write_gguf(file.with_name("coarse.gguf"), weights, quantization=GGMLQuantizationType.I8)
     folder = file.with_name("folder.gguf")
     folder.mkdir()
+    # A list of 2^40 numbers: nothing is read behind the end of the file.
+    endless = file.with_name("endless.gguf")
+    endless.write_bytes(b"GGUF" + struct.pack("<IQQQ5sIIQ", 3, 0, 1, 5, b"a.key", 9, 5, 2**40) + bytes(400))
     for bad, message in (
         (cut, r"cut.gguf: cannot be loaded: it is no GGUF file, or cut off"), (no, r"it is no GGUF file, or cut off"),
         (short, r"it is no GGUF file, or cut off"),
+        (endless, r"it is no GGUF file, or cut off: it ends before what it says it holds$"),
         (other, r"unheard-of"),
         (coarse, r"its tensor \S+ is quantized as I8, which is not known here$"),
         (file.with_name("none.gguf"), "expected a GGUF file, found none"),

@@ -188,6 +188,15 @@ def test_an_answer_is_begun_only_as_its_format_says() -> None:
     assert wording.begins((), "Write the program in a ```python block.") == ()
 
 
+def test_a_begin_that_no_answer_format_names_is_one_error(stops: Path) -> None:
+    network = make_network(stops, prompt=PromptConfig(wording="chat", begin_answer="The answer is"))
+    message = "--prompt.begin-answer 'The answer is' begins no answer: .* answer format do, which is 'Write \"Answer: Yes\"\\.'"
+    with pytest.raises(ValueError, match=message):
+        network.check_lengths(EXAMPLES)
+    for begin in ("Answer: Yes", "Answer:", ""):
+        make_network(stops, prompt=PromptConfig(wording="chat", begin_answer=begin)).check_lengths(EXAMPLES)
+
+
 def test_a_long_line_for_messages_counts_as_part_of_the_prompt(stops: Path) -> None:
     network = make_network(stops, prompt=PromptConfig(wording="chat", message="Somebody " * 400 + "{sender} {text}"))
     with pytest.raises(ValueError, match="shorten one of them"):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ from neuromas.training.load_run import load_network, load_run
 from neuromas.training.loop import train_step
 from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
-from neuromas.training.setup import set_up
+from neuromas.training.setup import build_network, check_memory, set_up
 from neuromas.training.trainer import Trainer
 from neuromas.types import Completion, Prompt, Sample
 
@@ -95,6 +96,19 @@ def assert_bit_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 def without_clock(records: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if "second" not in name} for record in records]
+
+
+def test_of_long_texts_those_that_decode_at_once_have_to_fit_into_memory(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", max_new_tokens=999_999, group_size=32)
+    network = build_network(config)
+    text = 999_999 * network.backbone.token_bytes
+    for memory, fits in ((2**30, True), (2**29, True), (2**29 - 1, False)):
+        monkeypatch.setattr("neuromas.model.adapters.total_memory", lambda memory=memory: memory)
+        assert 4 * config.group_size * text > 2**30 > 2**29 > text
+        with nullcontext() if fits else pytest.raises(ValueError, match=r"keys and values of texts .* need 0\.5 GiB"):
+            check_memory(config, network, 2)
 
 
 # Single-model REINFORCE

@@ -27,6 +27,7 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k() -> None:
     assert pass_at(2, [1, 0, 1, 0]) == pytest.approx(5 / 6)
     assert [pass_at(k, [0, 0, 1, 0]) for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
     assert [pass_at(k, [0.0, 0.0]) for k in (1, 2)] == [0, 0]
+    assert pass_at(1024, [1.0] + [0.0] * 2047) == pytest.approx(0.5)  # there are more choices than a float counts
     for rewards in ([1, 0, 0, 1, 1, 0], [0.2, 0.9, 0, 0.2, 1]):
         for k in range(1, len(rewards) + 1):
             best = [max(chosen) for chosen in itertools.combinations(rewards, k)]
