@@ -23,6 +23,7 @@ from neuromas.system.files import read_toml
 from neuromas.system.schema import from_dict
 from neuromas.tasks import from_config
 from neuromas.tasks.user_tasks import run_file
+from neuromas.training.config_file import on_backbone
 
 DEFAULT_TOLERANCE = 0.02
 LISTS = ("methods", "tasks", "seeds", "backbones", "matched", "pairs")
@@ -154,12 +155,14 @@ def load_grid(
     _check_methods(methods, where)
     settings = ({"task": {"data": str(data)}} if data else {}) | ({"device": device} if device else {})
     layers = _Layers(where, from_where["tasks"], raw, quick, settings)
-    resolved = {(task, method): layers.resolve(method, task) for task in tasks for method in methods}
+    resolved = {
+        (backbone, task, method): layers.resolve(method, task, backbone)
+        for backbone in chosen for task in tasks for method in methods
+    }  # fmt: skip
     cells = tuple(
-        CellSpec(method, dataclasses.replace(config, backbone=backbone, seed=seed))
+        CellSpec(method, dataclasses.replace(config, seed=seed))
         for seed in seeds
-        for backbone in chosen
-        for (_, method), config in resolved.items()
+        for (_, _, method), config in resolved.items()
     )
     tuning = _tuning(raw, methods, seeds, where)
     pairs = _pairs(raw, methods, named["methods"] if quick else set(), where)
@@ -207,8 +210,8 @@ def _check_methods(methods: Sequence[str], where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """Tables of settings, each overriding the last: defaults, `[train]`, `[task.NAME]`, `[method.NAME]`, `[quick.train]`,
-    the flags."""
+    """Tables of settings, each overriding the last: the backbone's defaults, `[train]`, `[task.NAME]`, `[method.NAME]`,
+    `[quick.train]`, the flags."""
 
     where: str
     tasks_from: str
@@ -217,10 +220,10 @@ class _Layers:
     quick: bool
     command_line: Mapping[str, Any]
 
-    def resolve(self, method: str, task: str) -> TrainConfig:
-        """Return the settings of a method on a task; ValueError names the table that is wrong."""
+    def resolve(self, method: str, task: str, backbone: str) -> TrainConfig:
+        """Return the settings of a method on a task and a backbone; ValueError names the table that is wrong."""
         quick = self.raw.get("quick", {}).get("train", {}) if self.quick else {}
-        config = TrainConfig()
+        config = on_backbone(TrainConfig(), backbone)
         for table, values in (
             ("train", _table(self.raw, "train", self.where)),
             (f"task.{task}", _table(_table(self.raw, "task", self.where), task, self.where)),

@@ -226,6 +226,13 @@ METHODS = (
     Trained(name="single_rl", title="Single-LLM RL", source=f"{PAPER}, the network of one node", change=single),
     *map(_votes, (3, 5, 7)),
     Trained(
+        name="single_rl_continued",
+        title="Single-LLM RL, trained on",
+        source="control: the team's sampled tokens in training, by calls as short as one of its nodes'",
+        change=single,
+        tokens_of="neuromas_3",
+    ),
+    Trained(
         name="single_rl_long",
         title="Single-LLM RL, one long call",
         source="control: the team's most tokens in one call",
