@@ -40,6 +40,8 @@ MOST = 4
 """With a budget of tokens: times the first step's questions that a step asks at most."""
 COLDEST = 1e-3
 """Temperature from which on logits divided by it are finite."""
+LARGEST_RATE = 1e30
+"""Learning rate up to which an optimizer's step is a number in float32; a run then diverges, and says so."""
 MOST_COUNTED = 999_999
 """Of steps, whose checkpoints are named by six digits; and of questions and tokens of a text."""
 MOST_ROLLOUTS = 100_000
@@ -329,6 +331,7 @@ class TrainConfig:
         require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
         for name in ("lr", "critic_lr"):
             require(getattr(self, name) > 0, _flag(name), "above 0", getattr(self, name))
+            require(getattr(self, name) <= LARGEST_RATE, _flag(name), f"at most {LARGEST_RATE:g}", getattr(self, name))
         for name in ("format_bonus", "kl_coef", "entropy_coef"):
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         default = TrainConfig()

@@ -31,8 +31,8 @@ class EvalArguments:
     """Most problems to score on."""
     temperature: float | None = None
     """Sampling temperature; 0 is greedy. None: greedy, and a society debates at the temperature of its run."""
-    seed: int = 0
-    """Seed of the samples where the temperature is above 0."""
+    seed: int | None = None
+    """Seed of the samples where the temperature is above 0. None: 0, and a society's is that of its run."""
     untrained: bool = False
     """Score the network before training."""
     best: bool = False
@@ -64,7 +64,8 @@ def run(args: Sequence[str]) -> None:
     load = load_society if debates else load_network
     answering, step = load(opened, untrained=parsed.untrained, best=parsed.best)
     temperature = (opened.config.temperature if debates else 0.0) if parsed.temperature is None else parsed.temperature
-    result, groups = evaluate(answering, task, examples, temperature=temperature, seed=parsed.seed)
+    seed = (opened.config.seed if debates else 0) if parsed.seed is None else parsed.seed
+    result, groups = evaluate(answering, task, examples, temperature=temperature, seed=seed)
     report, lines = result.to_json(), [str(result)]
     if parsed.file:
         # A score on items that training has drawn says little about new ones.

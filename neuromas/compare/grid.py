@@ -94,10 +94,10 @@ def find_method(name: str) -> Method:
     """
     if name.startswith("class:"):
         return _load_class(name.removeprefix("class:"))
-    name, _, credit = name.partition(":")
+    name, colon, credit = name.partition(":")
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(sorted(METHODS))} or class:FILE.py:CLASS, got {name!r}")
-    return with_credit(METHODS[name], credit) if credit else METHODS[name]
+    return with_credit(METHODS[name], credit) if colon else METHODS[name]
 
 
 def _load_class(location: str) -> Method:

@@ -17,8 +17,12 @@ import tyro
 SUMMARISER = 0
 """Number of the bare backbone among the nodes that write: it has no adapter."""
 
+MOST_EPOCHS, MOST_TEXTS = 1_000, 100_000
+"""Of an iteration; its texts are in memory at once."""
+
 LEFT_ALONE: Mapping[str, tuple[object, str]] = {
     "group_size": (1, "there is one debate of each question"),
+    "credit": ("shared", "there are no advantages"),
     "centring": ("none", "nothing is centred"),
     "branches": (1, "there is no tree"),
     "growth": ((), "a society does not grow"),
@@ -60,7 +64,18 @@ class SocietyConfig:
                 yield f"society.{name} must be at least 1, got {got}"
         if not 0 < self.corrections <= 1:
             yield f"society.corrections must be above 0 and at most 1, got {self.corrections}"
+        if self.epochs > MOST_EPOCHS:
+            yield f"society.epochs must be at most {MOST_EPOCHS:,}, got {self.epochs}"
         yield from self._faults_of_layers(settings["topology"])
+        texts = settings["examples_per_step"] * self.calls(settings["topology"].widths[0])
+        if texts > MOST_TEXTS:
+            yield (
+                "--examples-per-step x calls of an answer (agents, society.rounds, society.samples) must be at most "
+                f"{MOST_TEXTS:,}, got {texts}"
+            )
+        for name in ("place", "message", "write", "begin_messages"):
+            if got := getattr(settings["prompt"], name):
+                yield f"prompt.{name} must be left out in a society: agents that debate have prompts of their own, got {got!r}"
         if self.samples > 1 and self.rounds > 1:
             yield f"society.samples must be 1 with more than one round, got {self.samples}"
         if settings["train_tokens"] and self.rounds > 1:

@@ -8,7 +8,7 @@ a critic learns its own answers of a dialogue, not its generation agent's first 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -294,9 +294,18 @@ class Finetuner:
 def read_iterations(run: RunDirectory) -> list[dict[str, Any]]:
     """Return what a run has measured before its first iteration and after each; ValueError if the file is damaged."""
     found = run.read_json(ITERATIONS, list) or []
-    if not all(isinstance(measured, dict) and isinstance(measured.get("iteration"), int) for measured in found):
+    if not all(map(_is_measured, found)):
         raise damaged(run.path / ITERATIONS, "an entry is no iteration")
     return found
+
+
+def _is_measured(entry: object) -> bool:
+    """Say whether this is what `_measure` keeps of an iteration."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int) or not isinstance(entry.get("right"), dict):
+        return False
+    numbers = [entry.get("accuracy"), entry.get("floor"), *entry["right"].values()]
+    measures = [entry.get(each.name, "missing") for each in fields(diversity.Diversity)]
+    return all(isinstance(number, int | float) for number in (*numbers, *(m for m in measures if m is not None)))
 
 
 def _record(debate: Rollout, split: str = "train") -> dict[str, Any]:

@@ -95,8 +95,13 @@ def well_formed(task: Task, rollout: Rollout) -> float:
 
 
 def own_form(task: Task, rollout: Rollout, node: int) -> float:
-    """Return the share of a node's own messages that arrived as they should; of an answer, whether it can be read."""
-    completion = next(c for c in rollout.completions if c.node == node)
+    """Return the share of a node's own messages that arrived as they should; of an answer, whether it can be read.
+
+    0 for a node that has not written in this rollout.
+    """
+    completion = next((c for c in rollout.completions if c.node == node), None)
+    if completion is None:
+        return 0.0
     if not completion.messages:
         return float(task.parse_answer(completion.text) is not None)
     return sum(m.status is MessageStatus.OK for m in completion.messages) / len(completion.messages)

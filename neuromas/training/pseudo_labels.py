@@ -78,7 +78,8 @@ def collect(society: Society, task: Task, debates: Sequence[Rollout], *, seed: S
 
 def _draw(keeps: Sequence[Dialogue], corrections: int, share: float, seed: tuple[int | str, ...]) -> list[Dialogue]:
     """Draw the keeps that make corrections this share of a set, as far as there are so many."""
-    wanted = min(len(keeps), round(corrections * (1 - share) / share))
+    # A share next to 0 wants more keeps than there are numbers.
+    wanted = round(min(len(keeps), corrections * (1 - share) / share)) if corrections else 0
     chosen = random.Random(repr(seed)).sample(range(len(keeps)), wanted)
     return [keeps[index] for index in sorted(chosen)]
 

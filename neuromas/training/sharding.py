@@ -103,23 +103,35 @@ class ShardedEngine:
     ) -> None:
         order = {example: index for index, example in enumerate(dict.fromkeys(r.example for _, r in requests))}
         rank_of = {example: index % self.exchange.workers for example, index in order.items()}
-        # A request is known to all workers by its seed, which is its own; its key follows from the order of one worker's texts.
-        seeds = {key: request.seed for key, request in requests}
-        samples: dict[tuple[int | str, ...], Sample] = {}
+        # A request's key follows from the order of one worker's texts: it is known to all workers by what decides its text.
+        names = {key: _name(request) for key, request in requests}
+        samples: dict[_Name, Sample] = {}
 
         def on_own(key: int, sample: Sample) -> Sequence[tuple[int, Request]]:
-            samples[seeds[key]] = sample
+            samples[names[key]] = sample
             ready = on_sample(key, sample)
-            seeds.update((key, request.seed) for key, request in ready)
+            names.update((key, _name(request)) for key, request in ready)
             return ready
 
         own = [(key, request) for key, request in requests if rank_of[request.example] == self.exchange.rank]
         if own:
             self.engine.generate(own, on_own, temperature=temperature, max_new_tokens=max_new_tokens)
-        told = {seed: sample for of_worker in self.exchange.gather(samples) for seed, sample in of_worker.items()}
+        told = {name: sample for of_worker in self.exchange.gather(samples) for name, sample in of_worker.items()}
         left = [(key, request) for key, request in requests if rank_of[request.example] != self.exchange.rank]
         while left:
-            left = [ready for key, request in left for ready in on_sample(key, told[request.seed])]
+            left = [ready for key, request in left for ready in on_sample(key, told[_name(request)])]
+
+
+_Name = tuple[tuple[int | str, ...], int]
+
+
+def _name(request: Request) -> _Name:
+    """Return what names a request in all workers: its draws and what it reads.
+
+    Rollouts that are continued without a message draw as they did, so that the same draws may follow several prompts. The hash
+    of whole numbers is the same in every process.
+    """
+    return request.seed, hash(request.prompt)
 
 
 class ShardedLearner(TorchLearner):

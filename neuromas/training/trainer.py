@@ -70,11 +70,12 @@ class Trainer:
         """Return what to say of a run whose numbers are no longer finite; no checkpoint that cannot answer stays."""
         is_bad = self.sampled_from != self.step != self.run.first_step
         left = self.run.drop_checkpoint(self.step) if is_bad else self.run.checkpoints()
-        penalties = [f"--{name}-coef" for name in ("kl", "entropy") if getattr(self.config, f"{name}_coef")]
+        others = [f"--{name}-coef" for name in ("kl", "entropy") if getattr(self.config, f"{name}_coef")]
+        others += ["--critic-lr"] if self.critic else []
         kept = f"the last good checkpoint is {left[-1].name}" if left else "there is no good checkpoint"
         return ValueError(
             f"--run-dir {self.run.path}: {when}: {error}. Training has diverged and is stopped; {kept}. Start again, in "
-            f"another --run-dir, with a lower {' or '.join(['--lr', *penalties])}"
+            f"another --run-dir, with a lower {' or '.join(['--lr', *others])}"
         )
 
     def without_engine(self, when: str, error: EngineFault) -> ValueError:

@@ -345,6 +345,7 @@ def test_any_trained_network_may_have_another_credit_scheme(spec: CellSpec) -> N
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("neuromas_3:", "method neuromas_3:: the part after the colon must be one of shared, per_node, replay, "),
         ("neuromas_3:luck", "method neuromas_3:luck: the part after the colon must be one of shared, per_node, replay, "),
         ("debate:replay", "method debate:replay: debate trains no network by the common loop; leave out :replay"),
         ("malt:replay", "method malt:replay: --branches must be left out with --credit replay, got 2"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from neuromas import Backbone, Network, Topology
 from neuromas.config import AdapterConfig, Credit, PromptConfig, TopologyConfig, TrainConfig
 from neuromas.rollout.engine import OnSample
+from neuromas.rollout.network import Diverged
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.tasks import Navigate
 from neuromas.training.credit import SCHEMES, Credits, Step
@@ -106,6 +107,8 @@ def test_per_node_is_the_normalized_group_until_nodes_have_rewards_of_their_own(
     # Node 1 gets 0 and 1 + 1/2, the others 1/2 and 1 + 1/2: mean 3/4, deviation 1.06066, and mean 1, deviation 0.70711.
     assert [a for _, _, a in given(SCHEMES["per_node"].credit(step))] == [-0.707107] * 3 + [0.707107] * 3
     assert step.local_rewards(step.groups[0], 1) == [0.0, 0.5]
+    # A node that joins later has written nothing in a rollout through the network before.
+    assert step.local_rewards(step.groups[0], 4) == [0.0, 0.0]
 
 
 def test_replay_compares_texts_at_the_same_context(backbone: Backbone) -> None:
@@ -225,6 +228,8 @@ def test_a_central_critic_reads_the_history(backbone: Backbone) -> None:
     SCHEMES["central_critic"].credit(step)
     histories = [text.partition("Question?")[2].split() for text in seen[:3]]
     assert [sum(word.startswith(("1.0", "2.0")) for word in history) for history in histories] == [0, 1, 2]
+    # Messages begin lines of their own, as in what nodes read.
+    assert not any("\\n" in text for text in seen)
 
 
 def test_a_learned_value_is_taken_off_the_reward(backbone: Backbone) -> None:
@@ -459,6 +464,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_its_critic_and_its_replays(
     calls = 2 * 8 * (3 if credit == "tree" else 2)
     assert (whole.ledger.rollouts, whole.ledger.calls) == (2 * 8, calls)
     assert whole.ledger.sampled_tokens == sum(each["sampled_tokens/sum"] for each in metrics)
+    lower = "--lr or --critic-lr" if credit == "own_critics" else "--lr"
+    assert str(whole.diverged("step 3", Diverged("x"))).endswith(f"with a lower {lower}")
     if credit == "tree":
         assert all(0 < each["replay_tokens/sum"] < each["sampled_tokens/sum"] for each in metrics)
 
@@ -496,6 +503,8 @@ def test_replays_are_paid_from_the_tokens_of_a_step(backbone: Backbone) -> None:
         ({"replays": 0}, "--replays must be at least 1, got 0"),
         ({"replays": 10**5}, "--examples-per-step x --group-size x --replays must be at most 100,000, got 12800000"),
         ({"critic_lr": 0.0}, "--critic-lr must be above 0, got 0.0"),
+        ({"critic_lr": 1e38}, r"--critic-lr must be at most 1e\+30, got 1e\+38"),
+        ({"lr": 1e38}, r"--lr must be at most 1e\+30, got 1e\+38"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:

@@ -167,7 +167,7 @@ def test_labels_take_the_place_of_the_vote(tiny_backbone: Backbone) -> None:
     assert sets.right == 1
 
 
-@pytest.mark.parametrize(("share", "drawn"), [(0.5, 2), (0.667, 1), (1.0, 0), (0.2, 3)])
+@pytest.mark.parametrize(("share", "drawn"), [(0.5, 2), (0.667, 1), (1.0, 0), (0.2, 3), (5e-324, 3)])
 def test_the_weight_is_the_share_of_corrections(tiny_backbone: Backbone, share: float, drawn: int) -> None:
     society, _ = make_society(tiny_backbone, corrections=share)
     debates = debated(society)
@@ -350,7 +350,7 @@ def test_a_run_learns_counts_and_answers_as_before(config: TrainConfig, call: Ca
     run = config.run_path
     flags = ["--backbone", config.backbone, "--widths", 2, 2, "--num-steps", 2, "--examples-per-step", 4, "--max-new-tokens", 3,
              "--eval-size", 2, "--validation-size", 2, "--device", "cpu", "--adapter.rank", 2, "--lr", 0.01, "--run-dir", run,
-             "--society.batch", 8, "--wording", "chat", "--prompt.begin-answer", "Answer:"]  # fmt: skip
+             "--society.batch", 8, "--seed", 3, "--wording", "chat", "--prompt.begin-answer", "Answer:"]  # fmt: skip
     done = call("finetune", *flags)
     assert done.status == 0, done.err
     assert "after finetuning, test: " in done.out
@@ -370,8 +370,10 @@ def test_a_run_learns_counts_and_answers_as_before(config: TrainConfig, call: Ca
     assert [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| society")] == ["0", "1", "2"]
     assert (run / "iterations.svg").read_text().startswith("<?xml")
     assert_refused(call("ask", run, "Why?"), "these settings are a society's .society.rounds., which debates and is no network")
-    (run / "iterations.json").write_text("[3]")
-    assert_refused(call("finetune", "--resume", "--run-dir", run), r"iterations.json is damaged \(an entry is no iteration\)")
+    for damaged in ("[3]", '[{"iteration": 0}]'):
+        (run / "iterations.json").write_text(damaged)
+        refused = call("finetune", "--resume", "--run-dir", run)
+        assert_refused(refused, r"iterations.json is damaged \(an entry is no iteration\)")
 
 
 def test_a_single_agent_spends_its_tokens(config: TrainConfig) -> None:
@@ -410,6 +412,10 @@ ALONE = TopologyConfig(widths=(1,))
         ({"society": SocietyConfig(rounds=-1)}, "society.rounds must be at least 1, got -1"),
         ({"society": SocietyConfig(rounds=2, epochs=0)}, "society.epochs must be at least 1, got 0"),
         ({"society": SocietyConfig(rounds=2, batch=0)}, "society.batch must be at least 1, got 0"),
+        ({"society": SocietyConfig(rounds=2, epochs=1001)}, "society.epochs must be at most 1,000, got 1001"),
+        ({"society": SocietyConfig(rounds=10**9)}, "--examples-per-step x calls of an answer .* at most 100,000, got 2"),
+        ({"credit": "replay"}, r"--credit must be shared with --society.rounds \(there are no advantages\), got 'replay'"),
+        ({"prompt": PromptConfig(place="You are {node}.")}, "prompt.place must be left out in a society: .* got 'You are"),
         ({"society": SocietyConfig(rounds=2, corrections=0.0)}, "society.corrections must be above 0 and at most 1, got 0.0"),
         ({"society": SocietyConfig(rounds=2, samples=2)}, "society.samples must be 1 with more than one round, got 2"),
         ({"society": SocietyConfig(rounds=1)}, r"society.rounds must be at least 2 where there are critics .*\[3, 3\]"),

@@ -19,8 +19,10 @@ from runs import train_run
 from safetensors.torch import load_file
 from torch import Tensor
 
+from neuromas import Backbone, Network, Topology
 from neuromas.cli import main as cli
-from neuromas.config import TaskConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, TaskConfig, TopologyConfig, TrainConfig
+from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.system import cluster
 from neuromas.system.engines import EngineConfig
 from neuromas.training.loop import begin, train_and_score
@@ -29,13 +31,15 @@ from neuromas.training.plan import resolve
 from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import set_up
-from neuromas.training.sharding import Announced, Exchange, SharedRun, shard
+from neuromas.training.sharding import Announced, Exchange, ShardedEngine, SharedRun, shard
 from neuromas.training.signals import Interrupted
+from neuromas.types import Example, Request
 
 CONFIG = TrainConfig(
     topology=TopologyConfig(widths=(1, 1)), num_steps=3, examples_per_step=4, group_size=4, max_new_tokens=3, eval_size=4,
     eval_every=2, validation_size=3, save_every=2, lr=0.01, device="cpu",
 )  # fmt: skip
+SMALL = AdapterConfig(rank=1, target_modules=("q_proj",))
 
 
 class Table:
@@ -148,6 +152,30 @@ def test_three_workers_train_what_one_trains(folder: Path, tmp_path: Path) -> No
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=1e-5, msg=name)
     assert three.best() is not None
+
+
+def test_continuations_that_share_their_draws_are_told_apart(tiny_backbone: Backbone) -> None:
+    """Node 3 goes on from two prompts with the draws of one rollout: without node 1's message, and without node 2's."""
+    topology = Topology.layered([1, 1, 1])
+    examples = [Example(name, f"Question {name}?", "Yes", "Write the answer.") for name in "ab"]
+
+    def say(request: Request) -> str:
+        lacks = "(nothing)" in tiny_backbone.detokenize(request.prompt.suffix_ids)
+        return f"TO node {request.node + 1}: hm" if request.node < 3 else f"Answer: {'No' if lacks else 'Yes'}"
+
+    def answers(exchange: Exchange | None) -> list[str]:
+        with LOADING:
+            network = Network(topology, tiny_backbone, adapter=SMALL, engine=ScriptedEngine(say))
+        if exchange:
+            network.engine = ShardedEngine(network.engine, exchange)
+        groups = network.rollout(examples, 1, seed=(0, 0))
+        texts = [(group[0], node, 0) for group in groups for node in topology.nodes]
+        return [each.rollout.answer for each in network.replay(texts, seed=(0, 0), temperature=1.0, remove=True)]
+
+    # Node 2 writes as it did without node 1's message, so only where its own is left out node 3 reads nothing.
+    alone = answers(None)
+    assert alone == ["Answer: Yes", "Answer: No", ""] * 2
+    assert by_workers(2, answers) == [alone] * 2
 
 
 def test_a_stop_that_the_first_worker_hears_stops_all_after_saving(folder: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def central_critic(step: Step) -> Credits:
 def _history(step: Step, rollout: Rollout, written: list[Completion]) -> Prompt:
     """Return the question with these texts as messages; the oldest tokens go where the backbone cannot read all."""
     network = step.network
-    lines = "\\n".join(network.wording.message.format(sender=c.node, text=c.text) for c in written)
+    lines = "\n".join(network.wording.message.format(sender=c.node, text=c.text) for c in written)
     prompt = network.policy.prompt(rollout.example.question, lines)
     # One place is the state's own.
     room = (network.backbone.max_tokens or len(prompt.suffix_ids) + len(prompt.prefix_ids) + 1) - len(prompt.prefix_ids) - 1

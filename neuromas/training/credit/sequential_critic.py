@@ -4,7 +4,8 @@
     advantage of a text of node n = sum over k of (GAMMA * LAMBDA)^k * delta_n+k
 
 This is GAE (Schulman et al. 2016, arXiv 1506.02438) over nodes, the action-level form. s_n is what node n reads: in a chain
-with skip edges all that was said before. Biased as far as V is wrong, and by the discount. Differs: V is a value head on the
+with skip edges all that was said before. Biased as far as V is wrong, by the discount, and by a power of LAMBDA for a text that
+node n+1 does not read, such as that of its neighbour in a layer: no V of s_n+1 can know it. Differs: V is a value head on the
 frozen backbone's states (`critic.py`); one on-policy update on each step's rollouts, without PPO's clipping and epochs, entropy
 bonus, or updates of one agent at a time; the reward is the task's.
 """

@@ -52,7 +52,10 @@ class Step:
         return [r + bonus * well_formed(self.task, each) if bonus else r for r, each in zip(terminal, rollouts, strict=True)]
 
     def local_rewards(self, rollouts: Sequence[Rollout], node: int) -> list[float]:
-        """Return what a node is paid in rollouts for itself: the bonus, if there is one, for the form of its own messages."""
+        """Return what a node is paid in rollouts for itself: the bonus, if there is one, for the form of its own messages.
+
+        A rollout through the network before a growth, in which the node did not write, pays it nothing.
+        """
         bonus = self.config.format_bonus
         return [bonus * own_form(self.task, rollout, node) if bonus else 0.0 for rollout in rollouts]
 

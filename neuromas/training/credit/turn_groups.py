@@ -1,17 +1,19 @@
 """`turn_groups`: one group for each node, all of whose texts answer the same prompt (AT-GRPO, arXiv 2510.11062).
 
-Nodes take turns. At a node's turn `--group-size` texts are drawn from one state, each is scored by the reward that it leads
-to, all learn from the comparison, and the best is kept as the state of the next turn:
+Nodes take turns. At a node's turn `--group-size` texts at one state are compared: the one by which the kept rollout went on,
+and others that are drawn there. Each is scored by the reward that it leads to, all learn, and the best is kept as the state
+of the next turn:
 
     advantage of text k = (r_k - mean of r) / std of r
     r                   = terminal reward + format bonus * form of the node's own messages
 
-Differs: a text is scored by the terminal reward of one continuation, for there is no other team reward before the end; one
-turn a node; on-policy REINFORCE without clipping. Nodes that read nothing but the question have the question's rollouts as
-their group.
+Differs: a text is scored by the terminal reward of one continuation, for there is no other team reward before the end; the
+source draws all texts of a group at its state; one turn a node; on-policy REINFORCE without clipping. Nodes that read nothing
+but the question have the question's rollouts as their group.
 
-Biased: later nodes learn in the states that the best texts lead to, not in those that they will meet, and groups are
-normalized.
+Biased: later nodes learn in the states that the best texts lead to, not in those that they will meet; groups are normalized;
+and the first text of a later group is no draw of the node, for its rollout was kept because of the reward that it led to:
+where a draw is right with q it is right with 1 - (1 - q)^G, even if the state says nothing.
 """
 
 import torch
