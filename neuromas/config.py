@@ -115,8 +115,7 @@ class PromptConfig:
     begin_messages: bool | None = None
     """Begin each message by its `TO node k:`, which is then not sampled. None: as the wording has it."""
     begin_answer: str | None = None
-    """What the output node's turn is begun by, words of the task's answer format, e.g. "Answer:". "": nothing, so that it may
-    work first. None: as the wording."""
+    """Words of the task's answer format that begin the output node's turn, e.g. "Answer:". "": none, it may work first."""
 
     def build(self, *, bundled: bool = False, has_chat_template: bool = True) -> Wording:
         """Return the wording for a backbone; ValueError names the setting that is wrong."""
@@ -330,8 +329,9 @@ class TrainConfig:
         least = f"at least {COLDEST} (training samples)"
         require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
         for name in ("lr", "critic_lr"):
-            require(getattr(self, name) > 0, _flag(name), "above 0", getattr(self, name))
-            require(getattr(self, name) <= LARGEST_RATE, _flag(name), f"at most {LARGEST_RATE:g}", getattr(self, name))
+            require(
+                0 < (rate := getattr(self, name)) <= LARGEST_RATE, _flag(name), f"above 0 and at most {LARGEST_RATE:g}", rate
+            )
         for name in ("format_bonus", "kl_coef", "entropy_coef"):
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         default = TrainConfig()

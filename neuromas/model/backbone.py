@@ -189,14 +189,19 @@ class Backbone:
         return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
 
     @property
+    def bytes_per_trained_token(self) -> int:
+        """Return about how many bytes a forward pass keeps of a token for the backward pass."""
+        config = self.model.config.get_text_config()
+        # Of each layer: hidden states, queries, keys, values and attention in float32, and the feed-forward's in the model's.
+        of_layer = 40 * config.hidden_size + 6 * _feed_forward_size(config) * self.model.dtype.itemsize
+        return config.num_hidden_layers * of_layer
+
+    @property
     def tokens_per_micro_batch(self) -> int:
         """Return how many tokens a forward and backward pass takes at once: on a CPU, fewer of a large model."""
-        config = self.model.config.get_text_config()
         if self.device.type != "cpu":
             return MICRO_BATCH_TOKENS
-        # Of each layer: hidden states, queries, keys, values and attention in float32, and the feed-forward's in the model's.
-        numbers = 40 * config.hidden_size + 6 * _feed_forward_size(config) * self.model.dtype.itemsize
-        return min(MICRO_BATCH_TOKENS, max(1, MICRO_BATCH_BYTES // (config.num_hidden_layers * numbers)))
+        return min(MICRO_BATCH_TOKENS, max(1, MICRO_BATCH_BYTES // self.bytes_per_trained_token))
 
     @property
     def device(self) -> torch.device:

@@ -20,6 +20,9 @@ from neuromas.training.plan import Plan
 ROLLOUT_BYTES = 3000
 """What a completion of few words takes in memory, at least."""
 
+TRAINING_BYTES = 16
+"""Of a trainable parameter, in float32: its weight, its gradient, and AdamW's two moments of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -94,10 +97,18 @@ def check_memory(config: TrainConfig, network: Network | Society, nodes: int) ->
     texts = max(text, min(texts, CACHE_BYTES)) if device.type == "cpu" else texts
     require_memory(f"keys and values of texts of --max-new-tokens {config.max_new_tokens}", texts, device)
     what = f"--examples-per-step {config.examples_per_step} x --group-size {config.group_size} rollouts of {nodes} nodes"
-    require_memory(what, rollouts * nodes * ROLLOUT_BYTES, torch.device("cpu"))
+    require_memory(what, records := rollouts * nodes * ROLLOUT_BYTES, torch.device("cpu"))
+    parts = {
+        "weights": sum(p.numel() * p.element_size() for p in network.backbone.model.parameters()),
+        "adapters in training": TRAINING_BYTES * trainable,
+        "texts": texts + (records if device.type == "cpu" else 0),
+        "a forward and backward pass": network.backbone.bytes_per_trained_token
+        * (config.tokens_per_micro_batch or network.backbone.tokens_per_micro_batch),
+    }
+    told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+    require_memory(f"training ({told} GiB) would", sum(parts.values()), device)
 
 
 def require_training_memory(trainable: int, rank: int, nodes: int, device: torch.device) -> None:
     """Raise ValueError if adapters with all that training keeps of them do not fit into memory."""
-    # In float32: a weight, its gradient, and AdamW's two moments of it.
-    require_memory(f"{trainable:,} trainable parameters (rank {rank}, {nodes} nodes)", 16 * trainable, device)
+    require_memory(f"{trainable:,} trainable parameters (rank {rank}, {nodes} nodes)", TRAINING_BYTES * trainable, device)
