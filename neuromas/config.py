@@ -33,7 +33,6 @@ Verifier = Literal["exact", "choice", "number", "regex", "math", "python"]
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-
 PROMPT_DATE = "2024-07-26"
 """The date that chat templates of Llama 3.2 and 4 name themselves where they are told none."""
 MOST = 4
@@ -329,9 +328,8 @@ class TrainConfig:
         least = f"at least {COLDEST} (training samples)"
         require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
         for name in ("lr", "critic_lr"):
-            require(
-                0 < (rate := getattr(self, name)) <= LARGEST_RATE, _flag(name), f"above 0 and at most {LARGEST_RATE:g}", rate
-            )
+            rate = getattr(self, name)
+            require(0 < rate <= LARGEST_RATE, _flag(name), f"above 0 and at most {LARGEST_RATE:g}", rate)
         for name in ("format_bonus", "kl_coef", "entropy_coef"):
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         default = TrainConfig()

@@ -127,7 +127,7 @@ NAN = float("nan")
         ({"entropy_coef": -0.1}, "--entropy-coef must be at least 0, got -0.1"),
         ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"temperature": 0.0}, "--temperature must be at least 0.001 (training samples), got 0.0"),
-        ({"lr": 0.0}, r"--lr must be above 0 and at most 1e\+30, got 0.0"),
+        ({"lr": 0.0}, "--lr must be above 0 and at most 1e+30, got 0.0"),
         ({"lr": NAN}, "--lr must be a finite number, got nan"),
         ({"lr": float("inf")}, "--lr must be a finite number, got inf"),
         ({"adapter": AdapterConfig(alpha=float("inf"))}, "--adapter.alpha must be a finite number, got inf"),

@@ -502,7 +502,7 @@ def test_replays_are_paid_from_the_tokens_of_a_step(backbone: Backbone) -> None:
         ({"credit": "tree", "kl_coef": 0.1}, "--kl-coef must be left out with --credit tree, got 0.1"),
         ({"replays": 0}, "--replays must be at least 1, got 0"),
         ({"replays": 10**5}, "--examples-per-step x --group-size x --replays must be at most 100,000, got 12800000"),
-        ({"critic_lr": 0.0}, "--critic-lr must be above 0 and at most 1e\\+30, got 0.0"),
+        ({"critic_lr": 0.0}, r"--critic-lr must be above 0 and at most 1e\+30, got 0.0"),
         ({"critic_lr": 1e38}, r"--critic-lr must be above 0 and at most 1e\+30, got 1e\+38"),
         ({"lr": 1e38}, r"--lr must be above 0 and at most 1e\+30, got 1e\+38"),
     ],
