@@ -47,7 +47,7 @@ class ServeArguments:
     max_body_bytes: int = 2**20
     """Largest body of a request."""
     timeout: float = 120.0
-    """Seconds in which a request must be answered."""
+    """Seconds in which a request must be answered, and in which its client must read what it is sent."""
     allow_code: bool = False
     """Execute the Python file that holds the run's task (class:FILE.py:CLASS)."""
 

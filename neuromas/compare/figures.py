@@ -10,6 +10,7 @@ import numpy as np
 
 Data = dict[str, Any]
 WIDTH = 11.0
+THUMBNAIL = (1.4, 0.7)
 FLOOR_STYLE = {"color": "0.45", "linestyle": "--", "linewidth": 1}
 AXES = {
     "trainable_parameters": "trainable parameters",
@@ -112,6 +113,26 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
         panel.grid(alpha=0.25)
     figure.supxlabel(label, fontsize=9)
     figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    return to_svg(figure)
+
+
+def thumbnail(data: Data, problem: Data, method: str) -> str | None:
+    """Draw the validation accuracy of one method on one problem, a line for each run; None where it does not validate.
+
+    All thumbnails of a problem have the same axes, so that they can be compared: steps up to the longest run's, 0 to 100%.
+    """
+    score = problem["scores"][method]
+    if not score["curve"]:
+        return None
+    longest = max(point["step"] for each in problem["scores"].values() for point in each["curve"])
+    figure, (panel, *_) = make_panels(1, 1, THUMBNAIL)
+    panel.set(xlim=(0, longest), ylim=(0, 1.05), xticks=[], yticks=[])
+    if score["floor"] is not None:
+        panel.axhline(score["floor"], **FLOOR_STYLE)
+    for seed in dict.fromkeys(point["seed"] for point in score["curve"]):
+        points = [point for point in score["curve"] if point["seed"] == seed]
+        panel.plot([point["step"] for point in points], [point["accuracy"] for point in points], linewidth=0.8,
+                   color=style_of(data, method)["color"], marker="." if len(points) == 1 else None)  # fmt: skip
     return to_svg(figure)
 
 

@@ -209,6 +209,10 @@ def _pictures(data: Data) -> Data:
             for key, label in (("step", "training steps"), ("sampled_tokens", "tokens sampled in training"))
             if (picture := figures.curves_picture(data, key, label))
         ],
+        "thumbnails": [
+            {method: drawn for method in problem["scores"] if (drawn := figures.thumbnail(data, problem, method))}
+            for problem in data["problems"]
+        ],
         "iterations_picture": iterations.iterations_picture(data),
         "grows": any(score["growths"] for score in scores),
     }  # fmt: skip

@@ -55,7 +55,7 @@ class Limits:
     body_seconds: float = 10.0
     """Time in which the body of a request must have arrived."""
     seconds: float = 120.0
-    """Time in which a request must be answered."""
+    """Time in which a request must be answered, and in which its client must read what it is sent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,7 +251,10 @@ class _Waited:
     async def next(self) -> tuple[int, Event]:
         """Return the next event; ApiError if it is a refusal or does not come in time."""
         try:
-            async with asyncio.timeout(self.until - time.monotonic()):
+            async with asyncio.timeout(left := self.until - time.monotonic()):
+                if left <= 0:
+                    # Events that wait for a client that reads slowly would come without any waiting here.
+                    raise TimeoutError
                 number, event = await self._events.get()
         except TimeoutError as error:
             raise ApiError(504, f"no answer within {self.app.limits.seconds:g} seconds", code="timeout") from error

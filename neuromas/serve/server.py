@@ -7,6 +7,8 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import h11
 import uvicorn
@@ -20,17 +22,34 @@ HEAD_SECONDS = 10.0
 
 
 class _Protocol(H11Protocol):
-    """Refuses what is no HTTP with the same JSON as any error, and closes connections on which no request arrives."""
+    """Refuses what is no HTTP with the same JSON as any error; closes the connection of a client that asks or reads nothing."""
 
-    _late: asyncio.TimerHandle | None = None
+    def __init__(self, read_seconds: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._read_seconds = read_seconds
+        self._late: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Whatever the system does not take at once pauses the writing, until all of it is gone.
+        transport.set_write_buffer_limits(high=0)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # To close would be to wait until the client has read the rest.
+        self._unread = self.loop.call_later(self._read_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -82,8 +101,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(app: App, listening: socket.socket, ready: Callable[[], None]) -> None:
     """Answer requests until a signal comes."""
+    protocol: Any = partial(_Protocol, app.limits.seconds)  # called, as a class is
     config = uvicorn.Config(
-        app.asgi, http=_Protocol, ws="none", log_level="error", server_header=False,
+        app.asgi, http=protocol, ws="none", log_level="error", server_header=False,
         timeout_graceful_shutdown=int(app.limits.seconds) + 1,
     )  # fmt: skip
     server = _Server(config)

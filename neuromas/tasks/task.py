@@ -165,9 +165,10 @@ class GeneratedTask(Task):
                 if example.id not in found and (example.answer == wanted or tries > 200):
                     break
                 if tries > MAX_TRIES:
+                    others = "difficult ones by --task.difficulty" if self.difficulties else "varied ones by its settings"
                     raise ValueError(
                         f"task {self.name} seems to have only {len(found)} distinct problems in split {split}, "
-                        f"asked for {count}; ask for fewer, or for more difficult ones by --task.difficulty"
+                        f"asked for {count}; ask for fewer, or for more {others}"
                     )
             found[example.id] = example
         return list(found.values())

@@ -32,14 +32,14 @@ class Update:
     """What an update was."""
 
     loss: float
-    logprob_gap: float
-    """Largest difference between a token's log-probability as sampled and as recomputed by the learner."""
+    logprob_gap: float | None
+    """Largest difference between a token's log-probability as sampled and as recomputed by the learner; None: no text was."""
     grad_norms: dict[int, float]
     """Norm of each node's gradient before clipping."""
     entropy: float | None = None
     """Mean entropy at a sampled token; None without an entropy bonus."""
     largest_weight: float | None = None
-    """Largest importance weight of a token; None where tokens are not weighed."""
+    """Largest importance weight of a token; None where no token is weighed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,8 @@ class TorchLearner:
             raise
         self.bank.drop_gradients(learning)
         grad_norms = self._step(sums.loss, sums.gap, lr)
+        if not batch.completions:
+            return Update(sums.loss, None, grad_norms)
         sampled = sum(len(c.sample.logprobs) for c, _ in batch.completions)
         entropy = sums.entropy / sampled if config.entropy_coef else None
         return Update(sums.loss, sums.gap, grad_norms, entropy, sums.largest_weight if self._weighs else None)

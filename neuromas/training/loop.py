@@ -12,7 +12,7 @@ from neuromas.training.grown_run import check_descends
 from neuromas.training.plan import Plan
 from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
-from neuromas.training.setup import Setup, set_up
+from neuromas.training.setup import Setup, network_of, start_engine
 from neuromas.training.signals import Stop, stop_signals
 from neuromas.training.tracking import tracked
 from neuromas.training.trainer import Trainer
@@ -85,10 +85,12 @@ def trainer_of(
         each.check_files()
         for score in (score for when in ("before", "after") for score in each.scores(when).values()):
             Evaluation.from_json(score, str(each.path / "evaluation.json"))
-    setup = set_up(plan)
+    network = network_of(plan)
     if parent:
-        parent.check_backbone(setup.network.backbone.checksum())
+        parent.check_backbone(network.backbone.checksum())
     with run.locked():
+        # An engine may take minutes to start: two processes of one run would both wait for theirs.
+        setup = start_engine(plan, network)
         if parent:
             run.adopt(parent, checksums)
         run.initialise(task.held_out, checksums)

@@ -33,7 +33,8 @@ METRICS = {
     "critic_error/mean": "Mean squared error of the critic's values before it learns; with a credit scheme that has a critic.",
     "entropy/mean": "Mean entropy, in nats, of the distributions that tokens were sampled from; with --entropy-coef.",
     "grad_norm/node/<k>/max": "Norm of node k's gradient before clipping.",
-    "logprob_gap/max": "Largest difference between a token's log-probability as sampled and as recomputed by the learner.",
+    "logprob_gap/max": "Largest difference between a token's log-probability as sampled and as recomputed by the learner; "
+    "in a step that learns from any text.",
     "importance_weight/max": "Largest weight by which the update corrects that, in bfloat16 or with --engine.mismatch weight: "
     "the ratio of the token's probabilities, at most 2.",
     "loss/mean": "The surrogate loss; its value means little, its gradient is the estimator.",

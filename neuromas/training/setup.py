@@ -34,16 +34,29 @@ class Setup:
 
 
 def set_up(plan: Plan) -> Setup:
-    """Build the network of a plan; ValueError names the flag that is wrong."""
+    """Build the network of a plan and start its engine; ValueError names the flag that is wrong."""
+    return start_engine(plan, network_of(plan))
+
+
+def network_of(plan: Plan) -> Network:
+    """Build the network of a plan, whose engine is not started yet; ValueError names the flag that is wrong."""
     network = build_network(plan.config, plan.topology)
     # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
-    later = [growth.grown for growth in plan.growths]
     questions = plan.questions
+    later = [growth.grown for growth in plan.growths]
     network.check_lengths([*questions.training, *chain(*questions.evaluation_sets.values())], *later)
-    most_nodes = max(len(shape.nodes) for shape in (network.topology, *later))
-    check_memory(plan.config, network, most_nodes)
-    network.engine, learner = plug(plan.config, network, most_nodes)
+    check_memory(plan.config, network, _most_nodes(plan))
+    return network
+
+
+def start_engine(plan: Plan, network: Network) -> Setup:
+    """Start the engine of a plan's network, which may take minutes; ValueError names the flag that is wrong."""
+    network.engine, learner = plug(plan.config, network, _most_nodes(plan))
     return Setup(plan, network, learner)
+
+
+def _most_nodes(plan: Plan) -> int:
+    return max(len(shape.nodes) for shape in (plan.topology, *(growth.grown for growth in plan.growths)))
 
 
 def plug(config: TrainConfig, network: Network, most_nodes: int) -> tuple[Engine, Learner]:

@@ -106,7 +106,7 @@ class TinkerLearner:
         norms = service.together("steps", {node: lambda node=node: self._step(service.client(node), lr) for node in data})
         service.changed(data)
         self.bank.version += 1
-        return Update(loss, gap, {node: norms.get(node, 0.0) for node in self.bank.nodes})
+        return Update(loss, gap if data else None, {node: norms.get(node, 0.0) for node in self.bank.nodes})
 
     def add_nodes(self, parameters: Sequence[Parameter]) -> None:
         """Do nothing: a node's client is created when it first samples."""

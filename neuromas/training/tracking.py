@@ -9,6 +9,7 @@ import importlib.util
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -95,7 +96,10 @@ MIRRORS: dict[Tracker, Callable[[Path, RunDirectory], Mirror]] = {
 
 def open_trackio(folder: Path, run: RunDirectory) -> Any:
     """Return the module trackio with an empty run of its own, in a database in this folder."""
-    # It reads the variable when it is loaded.
+    # It reads the variable when it is loaded, and never again.
+    loaded = sys.modules.get("trackio.utils")
+    if loaded and (taken := Path(loaded.TRACKIO_DIR).resolve()) != folder.resolve():
+        raise ValueError(f"trackio writes into one folder a process, here {taken}; write {folder} in a process of its own")
     os.environ["TRACKIO_DIR"] = str(folder.resolve())
     for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
         os.environ.pop(name, None)

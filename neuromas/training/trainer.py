@@ -173,9 +173,11 @@ class Trainer:
         return_freed_memory()
         self.ledger.record(groups, credits.replays, updated=any(update.grad_norms.values()))
         norms = {f"grad_norm/node/{node}/max": norm for node, norm in update.grad_norms.items()}
-        optional = {"entropy/mean": update.entropy, "importance_weight/max": update.largest_weight}
-        found = {name: value for name, value in optional.items() if value is not None}
-        return {"loss/mean": update.loss, "logprob_gap/max": update.logprob_gap, "lr/value": lr, **found, **norms}
+        found = {
+            "loss/mean": update.loss, "logprob_gap/max": update.logprob_gap, "lr/value": lr, "entropy/mean": update.entropy,
+            "importance_weight/max": update.largest_weight,
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value is not None} | norms
 
     def finish_step(
         self, groups: list[Group], questions: list[Asked], rewards_PG: Tensor, metrics: dict[str, float]

@@ -5,6 +5,7 @@
 3. Methods answer the same questions in the same order, or are not compared.
 """
 
+import base64
 import json
 import re
 from collections.abc import Mapping
@@ -179,6 +180,19 @@ def test_curves_show_where_a_network_grew(rivals: dict[str, Rival], tmp_path: Pa
     assert line in pages(comparison, tmp_path)[0]
     assert line not in pages(run_all(tmp_path), tmp_path)[0]
     assert growth_marks([5, 25, 40], [10, 20, 30], [1e5, 2e5, 4e5], [0.5, 0.5, 0.7]) == [(3e5, pytest.approx(0.6))]
+
+
+def test_a_row_of_a_trained_method_has_the_curves_of_its_runs(
+    rivals: dict[str, Rival], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(METHODS, "single", replace(rivals["single"], trained=False))
+    page, _ = pages(run_all(tmp_path), tmp_path)
+    (drawn,) = re.findall(r'<img class="curve" alt="[^"]*team[^"]*" src="data:image/svg\+xml;base64,([^"]+)"', page)
+    # A line for each of three seeds, and the floor.
+    assert len(re.findall(r"<path [^>]*stroke: #1f77b4", svg := base64.b64decode(drawn).decode())) == 3
+    assert svg.count("stroke-dasharray") == 1
+    monkeypatch.setitem(METHODS, "team", replace(rivals["team"], trained=False))
+    assert "<th>curves</th>" not in pages(run_all(tmp_path), tmp_path)[0]
 
 
 def test_a_method_that_died_is_a_line(rivals: dict[str, Rival], tmp_path: Path) -> None:

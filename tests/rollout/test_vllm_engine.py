@@ -298,6 +298,19 @@ def test_a_run_whose_engine_dies_names_its_last_checkpoint(
         train(resolve(fresh), RunDirectory.create(fresh))
 
 
+def test_a_run_that_another_process_has_starts_no_engine(tiny_folder: Path, tmp_path: Path, vllm: StandIn) -> None:
+    config = config_of(tiny_folder, tmp_path / "run")
+    with RunDirectory.create(config).locked():
+        with pytest.raises(ValueError, match=r"--run-dir .*run is in use by another process; wait for it or name another"):
+            train(resolve(config), RunDirectory.create(config))
+        assert not vllm.arguments
+    # What an engine refuses leaves nothing that would keep the run from beginning.
+    wide = replace(config, adapter=AdapterConfig(rank=513))
+    with pytest.raises(ValueError, match=r"adapter\.rank must be at most 512"):
+        train(resolve(wide), RunDirectory.create(wide))
+    RunDirectory.create(config)
+
+
 def test_an_engine_says_what_it_keeps() -> None:
     assert describe_engine("torch") == (
         "engine torch: torch samples and learns; kept: bit-exact resume, common random numbers, closed growth identical token "

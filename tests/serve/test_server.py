@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from neuromas.training.evaluate import evaluate
@@ -129,6 +130,31 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     while server.metric("neuromas_rollouts_running") or server.metric("neuromas_rollouts_waiting"):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_client_that_does_not_read_loses_its_connection(trained: Path) -> None:
+    """More than the system keeps for a client: the rest is cut, not kept for ever."""
+    # The name is in every chunk.
+    server = Server(trained, "--timeout", "2", "--name", name := 20_000 * "n")
+    asked = {"model": name, "prompt": 4 * ["a?"], "n": 4, "temperature": 1, "stream": True, "trace": True}
+    body = json.dumps(asked).encode()
+    head = "POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", "Content-Type: application/json"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.settimeout(30)
+        connection.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        received = connection.recv(16)
+        connections = psutil.Process(server.process.pid).net_connections
+        until = time.monotonic() + 20
+        while time.monotonic() < until and any(each.raddr == connection.getsockname() for each in connections()):
+            time.sleep(0.1)
+        received += b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert received.startswith(b"HTTP/1.1 200 OK")
+    assert not received.endswith(b"0\r\n\r\n")
+    # All others are served, and nothing is said of it.
+    assert len(server.client.completions.create(model=name, prompt="a?").choices) == 1
+    assert server.stop() == (0, "stopping as soon as all requests are answered; once more stops at once\n")
 
 
 def test_a_full_queue_says_when_to_come_again(server: Server) -> None:

@@ -328,15 +328,22 @@ def test_a_task_without_difficulties_refuses_them_all() -> None:
         Coin(1)
 
 
-def test_a_split_with_too_few_problems_is_refused() -> None:
+class HardCoin(Coin):
+    difficulties = range(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("task", "others"), [(Coin(), "varied ones by its settings"), (HardCoin(), "difficult ones by --task.difficulty")]
+)
+def test_a_split_with_too_few_problems_is_refused(task: Coin, others: str) -> None:
     there = sum(split_of(question) == "train" for question in COINS)
-    assert len(Coin().examples("train", there)) == there > 0
+    assert len(task.examples("train", there)) == there > 0
     message = (
         f"task coin seems to have only {there} distinct problems in split train, asked for {there + 1}; "
-        "ask for fewer, or for more difficult ones by --task.difficulty"
+        f"ask for fewer, or for more {others}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Coin().examples("train", there + 1)
+        task.examples("train", there + 1)
 
 
 def test_all_families_are_found_by_name() -> None:

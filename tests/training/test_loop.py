@@ -279,6 +279,8 @@ def test_a_step_without_a_right_answer_moves_nothing_and_can_be_resumed(tmp_path
     before = {name: parameter.detach().clone() for name, parameter in trainer.bank.parameters().items()}
     metrics = train_step(trainer)
     assert (metrics["reward/mean"], metrics["signal/frac"]) == (0.0, 0.0)
+    # No token was computed again, so there is no gap that was measured to be 0.
+    assert "logprob_gap/max" not in metrics
     assert_bit_equal(dict(trainer.bank.parameters()), before)
     trainer.save()
     resumed = start(make_config(folder, tmp_path / "run"), resume=True)
@@ -552,10 +554,14 @@ def test_in_bfloat16_an_importance_weight_corrects_the_gap(
     config = make_config(folders["qwen3"], tmp_path / "run", dtype="bfloat16", examples_per_step=12)
     metrics = train_step(start(config))
     assert 0.5 < metrics["importance_weight/max"] <= reinforce.MOST_WEIGHT
+    assert "logprob_gap/max" in metrics
     assert metrics["grad_norm/node/1/max"] > 0
     # It multiplies every token's term.
     monkeypatch.setattr(reinforce, "importance_weights", lambda logprobs_K, sampled_K: torch.zeros_like(logprobs_K))
     assert train_step(start(dataclasses.replace(config, run_dir=tmp_path / "none")))["grad_norm/node/1/max"] == 0
+    trainer = start(dataclasses.replace(config, run_dir=tmp_path / "unlearned"))
+    trainer.task.parse_answer = lambda text: None
+    assert not {"logprob_gap/max", "importance_weight/max"} & train_step(trainer).keys()
     assert "importance_weight/max" not in train_step(start(make_config(folders["qwen3"], tmp_path / "float32")))
 
 

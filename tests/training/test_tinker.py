@@ -86,6 +86,13 @@ def credits_of(groups: Sequence[Group]) -> Credits:
 # What is sent and learned.
 
 
+def test_a_step_that_learns_nothing_measures_no_gap(service: FakeTinker) -> None:
+    network, learner = plugged(service)
+    alike = torch.zeros(2, 3)
+    credits = Credits.of(roll_out(network), {1: alike, 2: alike})
+    assert learner.update(credits, learning={1, 2}, lr=0.01).logprob_gap is None
+
+
 @pytest.mark.parametrize("reduction", ["token_sum", "row_mean"])
 def test_the_gradient_in_the_service_is_that_of_the_torch_learner(service: FakeTinker, reduction: str) -> None:
     service.reduction = reduction
@@ -94,6 +101,7 @@ def test_the_gradient_in_the_service_is_that_of_the_torch_learner(service: FakeT
     groups = roll_out(network)
     learner.state()  # the bank is now what the service has
     update = learner.update(credits_of(groups), learning={1, 2}, lr=0.01)
+    assert update.logprob_gap is not None
     assert update.logprob_gap < BOUND
 
     ours = TorchLearner(network.policy, dataclasses.replace(learner.config, engine=EngineConfig()))

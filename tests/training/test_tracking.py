@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from commands import FLAGS, Call, assert_refused
@@ -103,6 +104,20 @@ def test_a_tracker_that_fails_is_left_out_with_one_line(run: RunDirectory, monke
     assert "--track wandb has failed and is left out: FileExistsError" in told[0]
 
 
+def test_trackio_mirrors_one_run_a_process(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = ModuleType("trackio.utils")
+    loaded.__dict__["TRACKIO_DIR"] = tmp_path / "first/trackio"
+    monkeypatch.setitem(sys.modules, "trackio.utils", loaded)
+    told: list[str] = []
+    with tracked("trackio", run, told.append):
+        run.log_metrics(0, {"reward/mean": 1.0})
+    assert len(run.metrics()) == 1
+    assert told == [
+        "--track trackio has failed and is left out: ValueError: trackio writes into one folder a process, here "
+        f"{tmp_path}/first/trackio; write {run.path}/trackio in a process of its own"
+    ]
+
+
 def test_a_run_is_tracked_from_the_command_line_and_when_it_goes_on(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     made = call("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", path, "--num-steps", 2, "--track", "tensorboard")
@@ -130,6 +145,13 @@ for process in range(2):
     with tracked(sys.argv[2], run, print):
         for step in (2 * process, 2 * process + 1):
             run.log_metrics(step, {"reward/mean": step / 4})
+other = RunDirectory.create(TrainConfig(run_dir=run.path.with_name("other")))
+other.initialise()
+told = []
+with tracked(sys.argv[2], other, told.append):
+    other.log_metrics(0, {"reward/mean": 0.5})
+# A second run has a mirror of its own, or a line that says why not, and never writes into the first one's.
+assert (sys.argv[2] == "trackio") == any("in a process of its own" in text for text in told), told
 said = {"split": "test", "example": "a", "question": "Is it?", "gold": "Yes", "rollout": 0, "texts": {"1": "No"}, "faults": []}
 run.log_rollouts(4, [said, said])
 """
