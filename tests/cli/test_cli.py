@@ -82,7 +82,7 @@ def test_a_toml_that_is_not_there(call: Call, command: str) -> None:
             [*CHAIN, "--topology.edges", "1", "2", "1", "3"],
             r"must lead to one output node, got 2 nodes that send to nobody: \[2, 3\]",
         ),
-        (["--lr", "0"], r"--lr must be above 0, got 0\.0"),
+        (["--lr", "0"], r"--lr must be above 0 and at most 1e\+30, got 0\.0"),
         (["--group-size", "1"], r"--group-size must be at least 2 with --centring leave_one_out, got 1"),
         (["--adapter.rank", "1", "--adapter.budget", "9"], r"adapter\.rank and adapter\.budget exclude each other"),
         (["--task", "chess"], r"task must be one of \[.*'navigate'.*\] or .*, got 'chess'"),
