@@ -26,7 +26,11 @@ from neuromas.training.reinforce import Credits, build_batch
 from neuromas.training.tinker_learner import TinkerLearner, plug_service
 from neuromas.types import Group
 
-pytestmark = pytest.mark.tinker
+pytestmark = [
+    pytest.mark.tinker,
+    # The service's client leaves connections to the end of the process.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 PYTHON = os.environ.get("NEUROMAS_SERVICE_PYTHON", ".venv-skyrl/bin/python")
 SERVER = Path(__file__).parent / "tinker_server.py"
