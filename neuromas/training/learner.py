@@ -18,7 +18,6 @@ from neuromas.config import TrainConfig
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
-from neuromas.system.process import return_freed_memory
 from neuromas.training import reinforce
 from neuromas.training.reinforce import Batch, Credits
 from neuromas.types import Completion
@@ -168,8 +167,6 @@ class TorchLearner:
                 loss = loss + reinforce.entropy_loss(entropies_K, micro_batch.shares_K, config.entropy_coef, batch.num_rollouts)
                 entropy_sum += entropies_K.sum().item()
             loss.backward()
-            # What the next one needs has other sizes.
-            return_freed_memory()
             loss_sum += loss.item()
             gap = max(gap, (logprobs_K.detach() - micro_batch.sampled_logprobs_K).abs().max().item())
         return Sums(loss_sum, gap, entropy_sum, largest)

@@ -17,6 +17,7 @@ from torch import Tensor
 from neuromas.config import Centring
 from neuromas.model.packing import Packed
 from neuromas.model.policy import PrefixKey, Routing, Rows
+from neuromas.system.process import return_freed_memory
 from neuromas.types import Completion, Group, Replay
 
 
@@ -121,25 +122,31 @@ class Batch:
     def split(self, tokens_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
         """Yield rows whose own tokens and prefixes are at most so many together, one row at least.
 
-        Rows that share a prefix stay together where they can: it is then read once.
+        Rows that share a prefix stay together where they can: it is then read once. What a part has freed goes back to the
+        system before the next one, whose tensors have other sizes.
         """
+        for part in self._parts(tokens_per_micro_batch):
+            yield self._tensors(part, device)
+            return_freed_memory()
+
+    def _parts(self, tokens_per_micro_batch: int) -> Iterator[list[tuple[Completion, Advantage]]]:
         part: list[tuple[Completion, Advantage]] = []
         tokens = 0
         for (prefix_ids, _), sharing in groupby(self.completions, lambda item: self._key(item[0])):
             rows = [(item, len(item[0].prompt.suffix_ids) + len(item[0].sample.token_ids)) for item in sharing]
             whole = len(prefix_ids) + sum(own for _, own in rows)
             if part and tokens + whole > tokens_per_micro_batch:
-                yield self._tensors(part, device)
+                yield part
                 part, tokens = [], 0
             tokens += len(prefix_ids)
             for item, own in rows:
                 if part and tokens + own > tokens_per_micro_batch:
-                    yield self._tensors(part, device)
+                    yield part
                     part, tokens = [], len(prefix_ids)
                 tokens += own
                 part.append(item)
         if part:
-            yield self._tensors(part, device)
+            yield part
 
     def _key(self, completion: Completion) -> PrefixKey:
         return self.routing.prefix_key(completion.prompt, completion.node)

@@ -111,12 +111,15 @@ def check_memory(config: TrainConfig, network: Network | Society, nodes: int) ->
     require_memory(f"keys and values of texts of --max-new-tokens {config.max_new_tokens}", texts, device)
     what = f"--examples-per-step {config.examples_per_step} x --group-size {config.group_size} rollouts of {nodes} nodes"
     require_memory(what, records := rollouts * nodes * ROLLOUT_BYTES, torch.device("cpu"))
+    backbone = network.backbone
+    # A pass may take fewer tokens. On a GPU, and with layers that are recomputed, what it keeps has not been measured.
+    tokens = min(config.tokens_per_micro_batch or backbone.tokens_per_micro_batch, backbone.tokens_per_micro_batch)
+    kept = 0 if device.type != "cpu" or config.grad_checkpoint else tokens * backbone.bytes_per_trained_token
     parts = {
-        "weights": sum(p.numel() * p.element_size() for p in network.backbone.model.parameters()),
+        "weights": sum(p.numel() * p.element_size() for p in backbone.model.parameters()),
         "adapters in training": TRAINING_BYTES * trainable,
         "texts": texts + (records if device.type == "cpu" else 0),
-        "a forward and backward pass": network.backbone.bytes_per_trained_token
-        * (config.tokens_per_micro_batch or network.backbone.tokens_per_micro_batch),
+        "a forward and backward pass": kept,
     }
     told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     require_memory(f"training ({told} GiB) would", sum(parts.values()), device)

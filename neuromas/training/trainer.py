@@ -170,7 +170,6 @@ class Trainer:
         """Do one joint update of all nodes, and count it."""
         lr = learning_rate(self.config, self.step, self.ledger.sampled_tokens)
         update = self.learner.update(credits, learning=self.growths.learning(self.step, groups), lr=lr)
-        return_freed_memory()
         self.ledger.record(groups, credits.replays, updated=any(update.grad_norms.values()))
         norms = {f"grad_norm/node/{node}/max": norm for node, norm in update.grad_norms.items()}
         found = {

@@ -38,6 +38,7 @@ from transformers import AutoTokenizer
 from neuromas import Network, Topology
 from neuromas.cli import main as cli
 from neuromas.config import AdapterConfig, GrowthConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
+from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy, Rows
 from neuromas.rollout.engine import uniforms
 from neuromas.rollout.network import Diverged
@@ -110,6 +111,27 @@ def test_of_long_texts_those_that_decode_at_once_have_to_fit_into_memory(
         assert 4 * config.group_size * text > 2**30 > 2**29 > text
         with pytest.raises(ValueError, match=error) if error else nullcontext():
             check_memory(config, network, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fits"),
+    [
+        ({}, False),
+        ({"tokens_per_micro_batch": 10**9}, False),
+        ({"tokens_per_micro_batch": 64}, True),
+        ({"grad_checkpoint": True}, True),
+    ],
+)
+def test_what_a_pass_keeps_is_asked_for_where_it_is_known(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], fits: bool
+) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", **changed)
+    network = build_network(config)
+    at_once = network.backbone.tokens_per_micro_batch
+    monkeypatch.setattr(Backbone, "bytes_per_trained_token", 2**30 // at_once)
+    monkeypatch.setattr("neuromas.model.adapters.total_memory", lambda: 2**30)
+    with nullcontext() if fits else pytest.raises(ValueError, match="a forward and backward pass 1.0 GiB"):
+        check_memory(config, network, 2)
 
 
 # Single-model REINFORCE
