@@ -46,24 +46,28 @@ def _imported(file: Path) -> frozenset[Path]:
     """Return a source file and all files of this package that it imports, directly or not."""
     found, left = {file}, [file]
     while left:
-        for node in ast.walk(ast.parse(left.pop().read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            else:
-                continue
-            new = {path for name in names for path in _files_of(name)} - found - LEFT_OUT
-            found |= new
-            left += sorted(new)
+        names = _names_imported(left.pop().read_text(encoding="utf-8"))
+        new = {path for name in names for path in _files_of(name)} - found - LEFT_OUT
+        found |= new
+        left += sorted(new)
     return frozenset(found)
+
+
+@cache
+def _names_imported(source: str) -> frozenset[str]:
+    """Return the names of this package that a source imports; methods import much the same sources."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(name for name in names if name.split(".")[0] == PACKAGE.name)
 
 
 def _files_of(name: str) -> Iterator[Path]:
     """Yield the files that importing a module of this package runs: its own and those of the packages that hold it."""
-    first, *parts = name.split(".")
-    if first != PACKAGE.name:
-        return
+    _, *parts = name.split(".")
     module = PACKAGE
     for part in ["", *parts]:
         module = module / part if part else module

@@ -62,9 +62,9 @@ class Instruction:
         """Return the state after this instruction."""
         if not self.steps and self.direction:
             heading = HEADINGS[(HEADINGS.index(state.heading or "north") + TURNS[self.direction]) % 4]
-            return replace(state, heading=heading)
+            return State(state.x, state.y, heading)
         dx, dy = self.vector(state)
-        return replace(state, x=state.x + self.steps * dx, y=state.y + self.steps * dy)
+        return State(state.x + self.steps * dx, state.y + self.steps * dy, state.heading)
 
 
 @dataclass(frozen=True, slots=True)
