@@ -38,7 +38,7 @@ class Update:
     entropy: float | None = None
     """Mean entropy at a sampled token; None without an entropy bonus."""
     largest_weight: float | None = None
-    """Largest importance weight of a token; None where no token is weighed."""
+    """Largest importance weight of a token, before it is bounded; None where no token is weighed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,8 @@ class TorchLearner:
                 logprobs_K, entropies_K = policy.logprobs(micro_batch.rows), None
             advantages_K = micro_batch.advantages_K
             if self._weighs:
-                weights_K = reinforce.importance_weights(logprobs_K, micro_batch.sampled_logprobs_K)
-                advantages_K, largest = advantages_K * weights_K, max(largest, weights_K.max().item())
+                weights_K, before = reinforce.importance_weights(logprobs_K, micro_batch.sampled_logprobs_K)
+                advantages_K, largest = advantages_K * weights_K, max(largest, before)
             loss = reinforce.loss(logprobs_K, advantages_K, batch.num_rollouts)
             if entropies_K is not None:
                 loss = loss + reinforce.entropy_loss(entropies_K, micro_batch.shares_K, config.entropy_coef, batch.num_rollouts)

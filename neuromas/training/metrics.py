@@ -35,8 +35,8 @@ METRICS = {
     "grad_norm/node/<k>/max": "Norm of node k's gradient before clipping.",
     "logprob_gap/max": "Largest difference between a token's log-probability as sampled and as recomputed by the learner; "
     "in a step that learns from any text.",
-    "importance_weight/max": "Largest weight by which the update corrects that, in bfloat16 or with --engine.mismatch weight: "
-    "the ratio of the token's probabilities, at most 2.",
+    "importance_weight/max": "Largest ratio of a token's probabilities under learner and sampler, in bfloat16 or with "
+    "--engine.mismatch weight. The update weighs each token by its ratio, but by 2 at most: above 2, it was cut.",
     "loss/mean": "The surrogate loss; its value means little, its gradient is the estimator.",
     "lr/value": "Learning rate of the step.",
     "questions/sum": "Questions of the step; it varies with --step-tokens.",

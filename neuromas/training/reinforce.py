@@ -210,16 +210,19 @@ def build_batch(
 
 
 MOST_WEIGHT = 2.0
-"""Largest importance weight."""
+"""Bound of importance weights."""
 
 
-def importance_weights(logprobs_K: Float[Tensor, " K"], sampled_logprobs_K: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """Return each token's probability under the learner over that under the sampler, at most `MOST_WEIGHT`; without a gradient.
+def importance_weights(
+    logprobs_K: Float[Tensor, " K"], sampled_logprobs_K: Float[Tensor, " K"]
+) -> tuple[Float[Tensor, " K"], float]:
+    """Return each token's probability under the learner over that under the sampler, at most `MOST_WEIGHT`; no gradient.
 
-    In bfloat16 the two round differently, so the samples are of a slightly other policy (truncated importance sampling,
-    Ionides 2008).
+    And the largest of them before that bound. In bfloat16 the two round differently, so the samples are of a slightly other
+    policy (truncated importance sampling, Ionides 2008).
     """
-    return (logprobs_K.detach() - sampled_logprobs_K).exp().clamp(max=MOST_WEIGHT)
+    ratios_K = (logprobs_K.detach() - sampled_logprobs_K).exp()
+    return ratios_K.clamp(max=MOST_WEIGHT), ratios_K.max().item()
 
 
 def loss(logprobs_K: Float[Tensor, " K"], advantages_K: Float[Tensor, " K"], num_rollouts: int) -> Float[Tensor, ""]:

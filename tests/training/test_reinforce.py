@@ -313,6 +313,8 @@ def test_stop_symbol_exact_gradient_with_varying_lengths(learn_stop: bool) -> No
 
 def test_importance_weights_are_the_ratio_of_probabilities_up_to_their_bound() -> None:
     learner_K = torch.tensor([-1.0, -2.0, 0.0], requires_grad=True)
-    weights_K = reinforce.importance_weights(learner_K, torch.tensor([-1.0, -1.5, -3.0]))
+    weights_K, largest = reinforce.importance_weights(learner_K, torch.tensor([-1.0, -1.5, -3.0]))
     torch.testing.assert_close(weights_K, torch.tensor([1.0, 0.6065307, 2.0]))
+    # exp 3: what is told is the ratio before its bound, or nobody would see that it was cut.
+    assert largest == pytest.approx(20.085537)
     assert not weights_K.requires_grad
