@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neuromas.model.sources import cache_folder, cache_workplace, writing_to_cache
 from neuromas.system.files import digest_of
 from neuromas.system.process import total_memory
+from neuromas.system.terminal import one_line
 
 COPIES = 2
 """Times the weights in float32 that a conversion holds at once: as read, and as loaded."""
 BESIDE = 2**29
 """Bytes that it takes besides: libraries and the tokenizer."""
+WEIGHTS_A_SECOND = 7_000_000
+"""About, on one core; it is told before a conversion begins."""
 LISTING = "converted.json"
 """File of a converted model with the SHA-256 of every other file: the last that is written."""
 
@@ -33,6 +37,8 @@ def converted(file: Path) -> Path:
         elements = _check(file)
         with cache_workplace() as partial:
             _check_disk(partial, elements)
+            told = f"{file.name}: its {elements:,} weights are converted to float32 into {folder}, once, in about "
+            print(one_line(f"{told}{max(1, round(elements / WEIGHTS_A_SECOND))} s"), file=sys.stderr, flush=True)
             _convert(file, partial)
             with writing_to_cache():
                 (partial / LISTING).write_text(json.dumps(_digests(partial)))

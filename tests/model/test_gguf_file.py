@@ -81,13 +81,22 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_gguf(tmp_path / "tiny.gguf", make_model("llama").state_dict())
 
 
-def test_a_converted_file_is_the_model_that_it_was_written_from(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_converted_file_is_the_model_that_it_was_written_from(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = file.rename(file.with_name("TINY.GGUF"))
     backbone, original = Backbone.load(str(file)), make_model("llama")
     assert_equal(backbone, original.state_dict())
+    # It is said first what is converted, where to, and about how long it takes.
+    (folder,) = gguf_file.cache_folder().iterdir()
+    count = sum(weight.numel() for weight in original.parameters())
+    told = f"TINY.GGUF: its {count:,} weights are converted to float32 into {folder}, once, in about 1 s"
+    out, err = capfd.readouterr()
+    assert (out, err.splitlines()[0]) == ("", told)
     # A second time it is read from the cache.
     monkeypatch.setattr(gguf_file, "_convert", lambda *_: pytest.fail("converted twice"))
     assert Backbone.load(str(file)).checksum() == backbone.checksum()
+    assert capfd.readouterr() == ("", "")
 
 
 def assert_equal(backbone: Backbone, weights: dict[str, Tensor]) -> None:
@@ -186,12 +195,14 @@ def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypat
         (cut, r"cut.gguf: cannot be loaded: it is no GGUF file, or cut off"), (no, r"it is no GGUF file, or cut off"),
         (short, r"it is no GGUF file, or cut off"),
         (endless, r"it is no GGUF file, or cut off: it ends before what it says it holds$"),
-        (other, r"unheard-of"),
         (coarse, r"its tensor \S+ is quantized as I8, which is not known here$"),
         (file.with_name("none.gguf"), "expected a GGUF file, found none"),
         (folder, r"folder.gguf: expected a GGUF file, found a folder"),
     ):  # fmt: skip
         assert_refused(call("train", *FLAGS, "--backbone", bad), message)
+    # Its conversion has begun, and said so.
+    refused = call("train", *FLAGS, "--backbone", other)
+    assert_refused(refused._replace(err=refused.err.partition("\n")[2]), "unheard-of")
 
 
 def test_a_file_that_lacks_weights_is_not_filled_with_random_ones(file: Path) -> None:
