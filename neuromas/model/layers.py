@@ -12,12 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.attention import PrefixAttention
 from neuromas.model.decoder import LOGIT_CHANGES, slides
-from neuromas.model.logprobs import chosen_logprobs
+from neuromas.model.logprobs import chosen_logprobs, tokens_at_once
 from neuromas.model.packing import Attention
 
 PROBE_TOKENS = 8
@@ -87,12 +89,40 @@ class TransformersLayers:
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor,
         chosen_K: Int[Tensor, " K"], temperature: float, *, entropy: bool,
     ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"] | None]:  # fmt: skip
+        hidden_KC = self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)
         if self._plain_head is None:
-            logits_KV = self.logits(ids_T, positions_T, nodes_T, attention, keep_K) / temperature
+            return self._own_logprobs(hidden_KC, chosen_K, temperature, entropy=entropy)
+        return chosen_logprobs(hidden_KC, self._plain_head, chosen_K, temperature, entropy=entropy)
+
+    def _own_logprobs(
+        self, hidden_KC: Tensor, chosen_K: Tensor, temperature: float, *, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return them under logits that the model changes, a chunk of tokens at a time; a backward pass computes it again."""
+
+        def compute(hidden_KC: Tensor, chosen_K: Tensor) -> tuple[Tensor, Tensor | None]:
+            logits_KV = self._own_logits(hidden_KC) / temperature
             logprobs_K = -cross_entropy(logits_KV, chosen_K, reduction="none")
             return logprobs_K, Categorical(logits=logits_KV).entropy() if entropy else None
-        hidden_KC = self.hidden(ids_T, positions_T, nodes_T, attention, keep_K)
-        return chosen_logprobs(hidden_KC, self._plain_head, chosen_K, temperature, entropy=entropy)
+
+        size = tokens_at_once(self._model.config.get_text_config().vocab_size, hidden_KC.device)
+        parts = [
+            checkpoint(compute, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(hidden_KC.split(size), chosen_K.split(size), strict=True)
+        ]
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+    def _own_logits(self, hidden_KC: Tensor) -> Tensor:
+        """Return what the model's own forward makes of final hidden states: its head, and whatever it does to logits."""
+        layers: Any = self._model.base_model
+        given = MoeModelOutputWithPast(last_hidden_state=hidden_KC[None])
+        # It hides the class's own: the layers have been computed already.
+        layers.forward = lambda *_, **__: given
+        try:
+            ids = torch.zeros(1, len(hidden_KC), dtype=torch.long, device=hidden_KC.device)
+            return self._model(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            del layers.forward
 
     def hidden(
         self, ids_T: Tensor, positions_T: Tensor, nodes_T: Tensor | None, attention: Attention, keep_K: Tensor

@@ -16,6 +16,11 @@ LOGITS_AT_ONCE_ON_A_GPU = 2**27
 """The same on a GPU, where products of a hundred tokens would leave most of it idle."""
 
 
+def tokens_at_once(vocabulary: int, device: torch.device) -> int:
+    """Return how many tokens have their logits in one chunk."""
+    return max(1, (LOGITS_AT_ONCE_ON_A_GPU if device.type == "cuda" else LOGITS_AT_ONCE) // vocabulary)
+
+
 def logits_of(hidden_KC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
     """Return float32 logits."""
     if _in_two_parts(hidden_KC, bias_V):
@@ -45,7 +50,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         logprobs_K = torch.empty(len(ids_K), dtype=torch.float32, device=hidden_KC.device)
         entropies_K = torch.empty_like(logprobs_K) if entropy else None
         gradients = [torch.empty_like(hidden_KC) for _ in range(1 + entropy)] if ctx.needs_input_grad[0] else []
-        chunk = max(1, (LOGITS_AT_ONCE_ON_A_GPU if hidden_KC.is_cuda else LOGITS_AT_ONCE) // len(weight_VC))
+        chunk = tokens_at_once(len(weight_VC), hidden_KC.device)
         for start in range(0, len(ids_K), chunk):
             part, ids = slice(start, start + chunk), ids_K[start : start + chunk, None]
             if _in_two_parts(hidden_KC, bias_V) and entropies_K is None:

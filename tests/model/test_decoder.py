@@ -8,13 +8,24 @@ import torch
 from accelerator import flex_on_cpu, other_operations
 from models import FAMILIES, TOKENIZER, make_model, randomise
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import neuromas.model.adapters
+import neuromas.model.logprobs
 import neuromas.model.lora
 from neuromas.config import AdapterConfig, Scope
 from neuromas.model.backbone import Backbone
 from neuromas.model.decoder import Decoder
+from neuromas.model.flex import suffix_attention
 from neuromas.model.layers import TransformersLayers
 from neuromas.model.ops import CompiledOps, TorchOps
 from neuromas.model.policy import Policy
@@ -31,10 +42,12 @@ SIZES: dict[str, Any] = {
 
 
 def other_model(kind: str) -> PreTrainedModel:
-    """Return a model whose layers have biases, or one whose positions are scaled."""
+    """Return a model whose layers have biases, or one whose positions are scaled, or whose logits are divided."""
     vocabulary = len(AutoTokenizer.from_pretrained(TOKENIZER))
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        if kind == "divided logits":
+            return GraniteForCausalLM(GraniteConfig(vocab_size=vocabulary, logits_scaling=8.0, **SIZES))
         if kind == "biases":
             model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, **SIZES))
             for name, parameter in model.named_parameters():
@@ -244,6 +257,38 @@ def test_a_models_own_forward_needs_no_logits_where_its_head_is_plain(plain_head
     assert isinstance(layers, TransformersLayers)
     assert (layers._plain_head is not None) == plain_head
     assert_close(ours, learned(policy, batch), 2e-5)
+
+
+def test_logits_that_a_model_changes_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite divides its logits; values, entropies and gradients are those of all logits at once."""
+    policy = policy_on(load("divided logits"))
+    assert isinstance(policy._layers, TransformersLayers)
+    assert policy._layers._plain_head is None
+    bank, head = policy.adapters, policy.model.get_output_embeddings()
+    assert bank is not None
+    assert isinstance(head, nn.Linear)
+    (micro,) = batch_of(policy).split(10**6, policy.backbone.device)
+    tokens, found = list[int](), list[list[Tensor]]()
+    head.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].shape[-2]))
+    for at_once in (10**9, 3 * head.out_features):
+        monkeypatch.setattr(neuromas.model.logprobs, "LOGITS_AT_ONCE", at_once)
+        tokens.clear()
+        logprobs_K, entropies_K = policy.logprobs_and_entropies(micro.rows)
+        (logprobs_K * micro.advantages_K - 0.5 * entropies_K).sum().backward()
+        found.append([logprobs_K.detach(), entropies_K.detach()])
+        for parameter in bank.parameters().values():
+            assert parameter.grad is not None
+            found[-1].append(parameter.grad)
+            parameter.grad = None
+    assert max(tokens) == 3 < len(logprobs_K)
+    assert_close(found[1], found[0], 1e-6)
+    rows = micro.rows
+    attention = suffix_attention(rows.suffixes, policy.prefill(rows.prefixes, rows.prefix_node_Q), rows.prefix_of_row_B)
+    nodes_T, chosen_K = rows.node_of_row_B[rows.suffixes.row_T], rows.suffixes.ids_T[rows.sampled_K]
+    logits_KV = policy.decode(rows.suffixes.ids_T, attention.positions_T, nodes_T, attention, rows.sampled_K - 1)
+    all_KV = (logits_KV / rows.temperature).log_softmax(-1)
+    torch.testing.assert_close(found[0][0], all_KV.gather(1, chosen_K[:, None])[:, 0].detach())
+    torch.testing.assert_close(found[0][1], -(all_KV.exp() * all_KV).sum(-1).detach())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
