@@ -333,7 +333,7 @@ class TrainConfig:
         for name in ("format_bonus", "kl_coef", "entropy_coef"):
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         default = TrainConfig()
-        for name in ("centring", "normalize", "branches", "kl_coef", "entropy_coef"):
+        for name in ("centring", "normalize", "branches"):
             fits = self.credit == "shared" or getattr(self, name) == getattr(default, name)
             require(fits, _flag(name), f"left out with --credit {self.credit}", getattr(self, name))
         require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)

@@ -12,8 +12,9 @@ A node's share is the sum over its own text and the texts that follow from it; a
 that they would only add noise.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from neuromas.model.policy import Policy
 from neuromas.training.ledger import spending
-from neuromas.training.reinforce import Batch, advantages
+from neuromas.training.reinforce import Advantage, Batch, Credits, advantages
 from neuromas.types import Completion, Group, Prompt, Rollout
 
 Text = tuple[Prompt, tuple[int, ...], tuple[int, ...]]
@@ -63,6 +64,25 @@ class Divergence:
         sums_PG = torch.tensor([[self._from_node(rollout, node) for rollout in group] for group in self.groups])
         return advantages(sums_PG, "leave_one_out" if sums_PG.shape[1] > 1 else "none", shared_by=shared_by)
 
+    def taken_off(self, credits: Credits, coefficient: float, shared_by: Mapping[int, int]) -> Credits:
+        """Return the credits with each text of the rollouts paying for the divergence, whatever the scheme gave it.
+
+        The rollouts are the sample that the divergence is estimated from, so a replay pays nothing, and a text of a rollout
+        without a credit gets one. It is no part of what a scheme normalizes, which in a group of equal rewards would blow it
+        up to the size of a reward. `shared_by` is as in `penalties`, by node.
+        """
+        penalties = {node: coefficient * self.penalties(node, shared_by=times) for node, times in shared_by.items()}
+        owed = defaultdict[int, list[tuple[Completion, Advantage]]](list)
+        for text, penalty in Credits.of(self.groups, penalties).texts:
+            # Rollouts of a tree hold one text together, and each pays for it.
+            owed[id(text)].append((text, penalty))
+        texts = []
+        for text, advantage in credits.texts:
+            mine = owed[id(text)]
+            texts.append((text, _minus(advantage, mine.pop(0)[1]) if mine else advantage))
+        texts += [(text, _minus(0.0, penalty)) for left in owed.values() for text, penalty in left]
+        return replace(credits, texts=tuple(texts))
+
     def _from_node(self, rollout: Rollout, node: int) -> float:
         reached, total = {node}, 0.0
         # A text comes after all texts that it has read.
@@ -74,6 +94,11 @@ class Divergence:
 
     def _log_ratio(self, completion: Completion) -> float:
         return sum(completion.sample.logprobs) - self.bare[_text(completion)]
+
+
+def _minus(advantage: Advantage, penalty: Advantage) -> Advantage:
+    assert not isinstance(penalty, tuple)
+    return tuple(each - penalty for each in advantage) if isinstance(advantage, tuple) else advantage - penalty
 
 
 def _text(completion: Completion) -> Text:

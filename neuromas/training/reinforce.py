@@ -6,8 +6,9 @@ trains every node through the log-probability of what it wrote itself,
     grad J = E[ sum over nodes n, sampled tokens t of  advantage * grad log p_n(token_t | what node n read and wrote) ].
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -102,7 +103,7 @@ def teaches(advantage: Advantage) -> bool:
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Rows of K sampled tokens with, per token, its advantage, the log-probability recorded while sampling, and its share
-    of the row's sampled tokens."""
+    of the entropy bonus of the row."""
 
     rows: Rows
     advantages_K: Tensor
@@ -118,6 +119,8 @@ class Batch:
     num_rollouts: int
     routing: Routing
     temperature: float
+    bonus_of: Mapping[int, float] = field(default_factory=dict)
+    """By node, the share of the entropy bonus that each of its texts is paid: below 1 where more texts than rollouts learn."""
 
     def split(self, tokens_per_micro_batch: int, device: torch.device) -> Iterator[MicroBatch]:
         """Yield rows whose own tokens and prefixes are at most so many together, one row at least.
@@ -175,8 +178,8 @@ class Batch:
         )
         weights = torch.tensor([weight for item in part for weight in per_token(*item)], device=device)
         sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs], device=device)
-        shares_B = torch.tensor([1 / max(1, len(sample.logprobs)) for sample in samples], device=device)
-        return MicroBatch(rows, weights, sampled, shares_B[suffixes.row_T[sampled_K]])
+        shares = [self.bonus_of.get(text.node, 1.0) / max(1, len(text.sample.logprobs)) for text, _ in part]
+        return MicroBatch(rows, weights, sampled, torch.tensor(shares, device=device)[suffixes.row_T[sampled_K]])
 
 
 def per_token(completion: Completion, advantage: Advantage) -> Sequence[float]:
@@ -206,7 +209,10 @@ def build_batch(
     chosen = [(completion, advantage) for completion, advantage in credits.texts if keep_all or teaches(advantage)]
     # Stable, so rows of one node and one question stay together and a prefix is computed in few micro-batches.
     chosen.sort(key=lambda item: item[0].node)
-    return Batch(tuple(chosen), credits.num_rollouts, routing, temperature)
+    # Replays learn too: their bonus is that of the rollouts, shared among all texts of a node.
+    counts = Counter(completion.node for completion, _ in credits.texts)
+    bonus_of = {node: min(1.0, credits.num_rollouts / count) for node, count in counts.items()}
+    return Batch(tuple(chosen), credits.num_rollouts, routing, temperature, bonus_of)
 
 
 MOST_WEIGHT = 2.0

@@ -139,9 +139,11 @@ class Trainer:
         """Return the advantages of all texts by the run's credit scheme, and the scheme's own metrics."""
         step = Step(
             config=self.config, network=self.network, task=self.task, seed=(self.config.seed, self.step), groups=groups,
-            terminal_PG=rewards_PG, running_mean=self.running_mean, divergence=divergence, critic=self.critic,
+            terminal_PG=rewards_PG, running_mean=self.running_mean, critic=self.critic,
         )  # fmt: skip
         credits = replace(self.scheme.credit(step), replays=tuple(step.replays))
+        if divergence:
+            credits = divergence.taken_off(credits, self.config.kl_coef, step.shared_by)
         self.running_mean += (step.rewards_PG.mean().item() - self.running_mean) * (0.1 if self.step else 1.0)
         self.pace.update(self.config.step_tokens, groups, credits.replays)
         return credits, step.metrics

@@ -1,5 +1,6 @@
 """Credit schemes: a worked example of each on the scripted engine, the exact gradient by enumeration, runs, mistakes."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
@@ -13,21 +14,23 @@ from torch import Tensor
 
 from neuromas import Backbone, Network, Topology
 from neuromas.config import AdapterConfig, Credit, PromptConfig, TopologyConfig, TrainConfig
+from neuromas.model.policy import Routing
 from neuromas.rollout.engine import OnSample
 from neuromas.rollout.network import Diverged
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.tasks import Navigate
 from neuromas.training.credit import SCHEMES, Credits, Step
 from neuromas.training.credit.critic import Critic
+from neuromas.training.divergence import Divergence
 from neuromas.training.learner import TorchLearner
 from neuromas.training.ledger import Pace
 from neuromas.training.loop import train_step
 from neuromas.training.plan import resolve
-from neuromas.training.reinforce import advantages
+from neuromas.training.reinforce import advantages, build_batch
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import set_up
 from neuromas.training.trainer import Trainer
-from neuromas.types import Example, Request, Sample
+from neuromas.types import Example, Group, Request, Sample
 
 QUESTION = Example("q", "Question?", "Yes", "Write the answer.")
 SMALL = AdapterConfig(rank=1, target_modules=("q_proj",))
@@ -298,6 +301,13 @@ class Nodes:
         ]
         return torch.stack([probability * reward for probability, reward in whole]).sum()
 
+    def expected_divergence(self) -> Tensor:
+        """Return E[log p - log p_bare] of whole rollouts, where bare nodes write either symbol alike."""
+        whole = [
+            torch.stack([*one, *two]).sum() for text, one in self.of_first.items() for two in self.of_second[text[-1]].values()
+        ]
+        return torch.stack([logprob.exp() * (logprob + 2 * math.log(2)) for logprob in whole]).sum()
+
 
 class Enumerated:
     """An engine that inverts distribution functions; its draws can be gone through outcome by outcome.
@@ -326,6 +336,13 @@ class Enumerated:
     def distribution(self, request: Any) -> dict[tuple[int, ...], list[Tensor]]:
         """Return the log-probabilities of each text of a node, token by token, at what it reads."""
         return self.nodes.of_first if request.node == 1 else self.nodes.of_second[self.read(request.prompt)]
+
+    def divergence(self, groups: Sequence[Group]) -> Divergence:
+        """Return that from the bare nodes; samples are recorded with 0, so that the whole log-ratio is in what they give."""
+        texts = [c for group in groups for rollout in group for c in rollout.completions]
+        logprobs = [torch.stack(self.distribution(c)[tuple(t - 5 for t in c.sample.token_ids)]).sum().item() for c in texts]
+        bare = [-(logprob + math.log(2)) for logprob in logprobs]
+        return Divergence(groups, dict(zip(((c.prompt, c.sample.token_ids, c.sample.given) for c in texts), bare, strict=True)))
 
     def read(self, prompt: Any) -> int:
         whole = self.backbone.detokenize(prompt.suffix_ids)
@@ -360,8 +377,13 @@ def cumulative(texts: dict[tuple[int, ...], list[Tensor]]) -> list[float]:
     return [*probabilities.cumsum(0)[:-1].tolist(), 1.0]
 
 
-def gradients(backbone: Backbone, credit: Credit, tokens: int = 1, **changes: Any) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each node's logits, the expected gradient of the loss over all outcomes, and that of minus the reward."""
+def gradients(
+    backbone: Backbone, credit: Credit, tokens: int = 1, divergence: float = 0.0, **changes: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each node's logits, the expected gradient of the loss over all outcomes, and the true one.
+
+    The true one is that of minus the reward, plus `divergence` times the divergence from bare nodes.
+    """
     config, nodes = TrainConfig(credit=credit, group_size=2, **changes).check(), Nodes(tokens=tokens, alike=credit != "removal")
     engine = Enumerated(backbone, nodes)
     network = Network(PAIR, backbone, adapter=SMALL, engine=engine, prompt=PromptConfig(wording="terse"))
@@ -381,6 +403,8 @@ def gradients(backbone: Backbone, credit: Credit, tokens: int = 1, **changes: An
         step = Step(config=config, network=network, task=Table(), seed=SEED, groups=groups, terminal_PG=rewards_PG,
                     critic=critic)  # fmt: skip
         credits = SCHEMES[credit].credit(step)
+        if divergence:
+            credits = engine.divergence(groups).taken_off(credits, divergence, step.shared_by)
         for completion, advantage in credits.texts:
             text = tuple(token - 5 for token in completion.sample.token_ids)
             logprobs = engine.distribution(completion)[text]
@@ -391,7 +415,8 @@ def gradients(backbone: Backbone, credit: Credit, tokens: int = 1, **changes: An
         if not engine.advance():
             break
     assert seen == pytest.approx(1.0), "all outcomes together are certain"
-    true = torch.autograd.grad(-nodes.expected_reward(), nodes.parameters, allow_unused=True, retain_graph=True)
+    loss = divergence * nodes.expected_divergence() - nodes.expected_reward()
+    true = torch.autograd.grad(loss, nodes.parameters, allow_unused=True, retain_graph=True)
     found = torch.autograd.grad(total, nodes.parameters, allow_unused=True)
     return [(f, t) for f, t in zip(found, true, strict=True) if f is not None and t is not None]
 
@@ -409,6 +434,28 @@ def test_unbiased_schemes_have_the_exact_gradient(backbone: Backbone, credit: Cr
     for found, true in pairs:
         assert true.norm() > 0.002
         torch.testing.assert_close(found, true, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("credit", ["shared", "replay", "tree", "turn_groups"])
+def test_every_scheme_pays_alike_for_the_divergence(backbone: Backbone, credit: Credit) -> None:
+    """Replays pay nothing, and texts of rollouts that a scheme leaves out (`turn_groups`) pay all the same."""
+    plain, paying = (gradients(backbone, credit, divergence=coefficient) for coefficient in (0.0, 0.5))
+    for (without, reward), (found, both) in zip(plain, paying, strict=True):
+        assert (both - reward).norm() > 0.02
+        torch.testing.assert_close(found - without, both - reward, rtol=0, atol=1e-6)
+
+
+def test_replays_share_the_entropy_bonus_of_their_rollout(backbone: Backbone) -> None:
+    step = step_of(backbone, CHAIN, says(CHAIN, {"3.0"}), "replay")
+    wanted: dict[Credit, dict[int, float]] = {"shared": {1: 1.0, 2: 1.0, 3: 1.0}, "replay": {1: 1.0, 2: 0.5, 3: 0.5}}
+    for credit, expected in wanted.items():
+        batch = build_batch(
+            SCHEMES[credit].credit(step), routing=Routing((1, 2, 3)), adapter_version=0, temperature=1.0, keep_all=True
+        )
+        assert batch.bonus_of == expected
+        shares_K = torch.cat([part.shares_K for part in batch.split(10**6, backbone.device)])
+        # One for each text of the two rollouts, whatever else learns.
+        assert shares_K.sum().item() == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize("credit", ["per_node", "central_critic", "sequential_critic", "turn_groups"])
@@ -445,8 +492,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_its_critic_and_its_replays(
 ) -> None:
     config = TrainConfig(
         backbone=str(folder), device="cpu", adapter=SMALL, num_steps=2, examples_per_step=2, group_size=4, max_new_tokens=3,
-        eval_size=2, eval_every=0, lr=0.01, credit=credit, topology=TopologyConfig(widths=(1, 1)),
-        prompt=PromptConfig(wording="terse"), run_dir=tmp_path / "whole",
+        eval_size=2, eval_every=0, lr=0.01, credit=credit, kl_coef=0.01, entropy_coef=0.01,
+        topology=TopologyConfig(widths=(1, 1)), prompt=PromptConfig(wording="terse"), run_dir=tmp_path / "whole",
     )  # fmt: skip
     whole, broken = start(config), start(replace(config, run_dir=tmp_path / "broken"))
     metrics = [train_step(whole) for _ in range(2)]
@@ -464,7 +511,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_its_critic_and_its_replays(
     calls = 2 * 8 * (3 if credit == "tree" else 2)
     assert (whole.ledger.rollouts, whole.ledger.calls) == (2 * 8, calls)
     assert whole.ledger.sampled_tokens == sum(each["sampled_tokens/sum"] for each in metrics)
-    lower = "--lr or --critic-lr" if credit == "own_critics" else "--lr"
+    assert all({"kl/mean", "entropy/mean"} <= each.keys() for each in metrics)
+    lower = "--lr or --kl-coef or --entropy-coef" + " or --critic-lr" * (credit == "own_critics")
     assert str(whole.diverged("step 3", Diverged("x"))).endswith(f"with a lower {lower}")
     if credit == "tree":
         assert all(0 < each["replay_tokens/sum"] < each["sampled_tokens/sum"] for each in metrics)
@@ -499,7 +547,6 @@ def test_replays_are_paid_from_the_tokens_of_a_step(backbone: Backbone) -> None:
         ({"credit": "replay", "centring": "ema"}, "--centring must be left out with --credit replay, got 'ema'"),
         ({"credit": "value", "normalize": True}, "--normalize must be left out with --credit value, got True"),
         ({"credit": "tree", "branches": 2}, "--branches must be left out with --credit tree, got 2"),
-        ({"credit": "tree", "kl_coef": 0.1}, "--kl-coef must be left out with --credit tree, got 0.1"),
         ({"replays": 0}, "--replays must be at least 1, got 0"),
         ({"replays": 10**5}, "--examples-per-step x --group-size x --replays must be at most 100,000, got 12800000"),
         ({"critic_lr": 0.0}, r"--critic-lr must be above 0 and at most 1e\+30, got 0.0"),

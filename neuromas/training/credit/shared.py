@@ -9,16 +9,11 @@ def shared(step: Step) -> Credits:
 
     Unbiased with `--centring leave_one_out`, `ema` and `none`.
     """
-    config, topology, rewards_PG = step.config, step.network.topology, step.rewards_PG
-    shared_by = {node: config.branches ** (topology.depth - topology.layer(node)) for node in topology.nodes}
+    config, rewards_PG = step.config, step.rewards_PG
     found = {
         node: advantages(
-            rewards_PG, config.centring, shared_by=shared_by[node], running_mean=step.running_mean, normalize=config.normalize
+            rewards_PG, config.centring, shared_by=shared_by, running_mean=step.running_mean, normalize=config.normalize
         )
-        for node in topology.nodes
+        for node, shared_by in step.shared_by.items()
     }
-    if step.divergence:
-        # Not a part of what is normalized: in a group of equal rewards that would blow it up to the size of a reward.
-        for node, advantages_PG in found.items():
-            found[node] = advantages_PG - config.kl_coef * step.divergence.penalties(node, shared_by=shared_by[node])
     return Credits.of(step.groups, found)

@@ -13,7 +13,6 @@ from neuromas.graph.topology import Topology
 from neuromas.rollout.network import Network
 from neuromas.tasks import Task, rewards_of
 from neuromas.training.credit.critic import Critic
-from neuromas.training.divergence import Divergence
 from neuromas.training.metrics import own_form, well_formed
 from neuromas.types import Completion, Group, Prompt, Replay, Rollout
 
@@ -31,12 +30,17 @@ class Step:
     terminal_PG: Float[Tensor, "P G"]
     """One number of a rollout: whether its answer is right."""
     running_mean: float = 0.0
-    divergence: Divergence | None = None
     critic: Critic | None = None
     """Values of texts, for a scheme that learns them."""
     replays: list[Replay] = field(default_factory=list)
     """All that `replay` has sampled."""
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shared_by(self) -> dict[int, int]:
+        """Return, by node, how many consecutive rollouts of a question hold one and the same text of it."""
+        topology = self.network.topology
+        return {node: self.config.branches ** (topology.depth - topology.layer(node)) for node in topology.nodes}
 
     @property
     def rewards_PG(self) -> Float[Tensor, "P G"]:
