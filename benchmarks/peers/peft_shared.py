@@ -38,10 +38,13 @@ def adapter_names(batch: Batch) -> dict[str, list[str]]:
 
 
 class Rollout:
-    """Layer by layer: a layer's rows are written when all messages to them are."""
+    """Layer by layer: a layer's rows are written when all messages to them are.
 
-    def __init__(self, spec: dict[str, Any], route: Route) -> None:
-        self.spec, self.route, self.device = spec, route, prepare(spec)
+    With `merges` the adapter of a node is a part of the weights while its rows are written.
+    """
+
+    def __init__(self, spec: dict[str, Any], route: Route, *, merges: bool) -> None:
+        self.spec, self.route, self.device, self.merges = spec, route, prepare(spec), merges
         self.rows = read_rows(spec)
         self.model = load(spec, self.device, sorted({row.node for row in self.rows}))
         # Without a stop token every row samples as many tokens as it may.
@@ -56,7 +59,11 @@ class Rollout:
                 self.model.set_adapter(name_of(batch[0]))
             ids, mask = pad([row.prefix + row.prompt for row in batch[1]], self.device, left=True)
             how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            if self.merges:
+                self.model.merge_adapter()
             out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, **how, **adapter_names(batch))
+            if self.merges:
+                self.model.unmerge_adapter()
             written: list[list[int]] = out[:, ids.shape[1] :].tolist()
             by_place |= {row.place: tokens for row, tokens in zip(batch[1], written, strict=True)}
         return [by_place[row.place] for row in rows]
@@ -150,6 +157,6 @@ def _length(row: Row) -> int:
     return len(row.prefix) + len(row.prompt) + len(row.written)
 
 
-def set_up(spec: dict[str, Any], route: Route) -> Work:
+def set_up(spec: dict[str, Any], route: Route, *, merges: bool = False) -> Work:
     assert spec["scope"] == "all", "PEFT applies an adapter to every token"
-    return Rollout(spec, route) if spec["kind"] == "rollout" else Update(spec, route)
+    return Rollout(spec, route, merges=merges) if spec["kind"] == "rollout" else Update(spec, route)
