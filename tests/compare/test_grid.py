@@ -9,6 +9,8 @@ from paths import CONFIGS, RIVALS
 from neuromas.compare.grid import Grid, find_method, load_grid
 from neuromas.compare.methods.networks import Trained
 from neuromas.compare.run import with_dtypes
+from neuromas.graph.topology import Topology
+from neuromas.types import Example
 
 PRESETS = ("bundled", "paper_table1", "backbone_sweep")
 HEAD = 'methods = ["direct", "single_rl", "neuromas_3"]\ntasks = ["navigate", "web_of_lies"]\nseeds = [0, 1]\n'
@@ -35,6 +37,16 @@ def test_cells_say_which_number_format_auto_is_on_this_machine(tmp_path: Path, m
     grid = with_dtypes(load(tmp_path, HEAD + '[train]\ndtype = "auto"\n[task.web_of_lies]\ndtype = "float32"\n'))
     assert {(c.config.task.name, c.config.dtype) for c in grid.cells} == {("navigate", "bfloat16"), ("web_of_lies", "float32")}
     assert asked == [("auto", "bundled", "auto")]
+
+
+def test_a_long_call_on_a_real_model_is_told_that_it_may_work_and_how_to_end() -> None:
+    """Its turn is not begun by the answer, so that it has a use of its length."""
+    long = [c.config.prompt for c in load_grid(CONFIGS / "real.toml").cells if c.method.startswith("single_rl_long")]
+    (prompt,) = set(long)
+    wording, example = prompt.build(), Example("", "", "", 'Write "Answer: Yes" or "Answer: No".')
+    assert wording.begins((), example.answer_format) == ()
+    told = "You are node 1 in the output layer. You may work first; end with the answer.\n" + example.answer_format
+    assert wording.render(Topology.layered([1]), 1, example, []) == told
 
 
 def test_settings_lie_over_each_other(tmp_path: Path) -> None:
