@@ -60,8 +60,9 @@ def run(args: Sequence[str]) -> None:
         require_writable(opened.path / name, "RUN")
     task.check_ready()
     examples = task.examples(parsed.split, parsed.limit)
+    in_training = recorded.rollouts(training_only=True)
     find_backbone(opened.config.backbone)
-    # These load torch: mistakes are reported before.
+    # These load torch: mistakes and damaged files are reported before.
     from rich.console import Console
 
     from neuromas.diagnose.diagnosis import diagnose
@@ -85,7 +86,6 @@ def run(args: Sequence[str]) -> None:
             network, task, examples, parsed.interventions, temperature=parsed.temperature, seed=parsed.seed, tell=tell
         )
         tell("texts of training")
-        in_training = recorded.rollouts(training_only=True)
         diagnosis = {"step": step, "split": parsed.split, **found, "training": history(in_training, task)}
         replace_file(opened.path / "diagnosis.json", json.dumps(diagnosis, indent=2, allow_nan=False).encode())
         replace_file(opened.path / "diagnosis.png", draw(diagnosis))

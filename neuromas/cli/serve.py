@@ -1,7 +1,6 @@
 """`neuromas serve`: answer requests of OpenAI's clients with a trained run."""
 
 import importlib.util
-import ipaddress
 import os
 import sys
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ class ServeArguments:
     max_waiting: int = 256
     """Rollouts that wait; a request beyond that is answered with status 429."""
     max_choices: int = 16
-    """Most answers to one request."""
+    """Most answers to one request; there are never more than may wait."""
     max_body_bytes: int = 2**20
     """Largest body of a request."""
     timeout: float = 120.0
@@ -69,7 +68,7 @@ def run(args: Sequence[str]) -> None:
     if parsed.best:
         require_best(opened)
     find_backbone(opened.config.backbone)
-    from neuromas.serve.app import App, Limits, Served
+    from neuromas.serve.app import App, Limits, Served, is_loopback
     from neuromas.serve.server import listen, serve
     from neuromas.training.load_run import load_network
 
@@ -81,13 +80,14 @@ def run(args: Sequence[str]) -> None:
             name=name,
             answer_format=task.answer_format,
             key=key,
-            local_only=key is None and _is_loopback(parsed.host),
+            local_only=key is None and is_loopback(parsed.host),
         )
         limits = Limits(
-            running=parsed.max_running, waiting=parsed.max_waiting, choices=parsed.max_choices,
-            body_bytes=parsed.max_body_bytes, seconds=parsed.timeout,
+            running=parsed.max_running, waiting=parsed.max_waiting,
+            # What cannot wait would never be answered but by 429.
+            choices=min(parsed.max_choices, parsed.max_waiting), body_bytes=parsed.max_body_bytes, seconds=parsed.timeout,
         )  # fmt: skip
-        if key is None and not _is_loopback(parsed.host):
+        if key is None and not is_loopback(parsed.host):
             print(f"warning: everybody who reaches {parsed.host} may ask; {KEY_VARIABLE} sets an API key", file=sys.stderr)
         where = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         address = f"http://{where}:{listening.getsockname()[1]}"
@@ -96,16 +96,9 @@ def run(args: Sequence[str]) -> None:
 
 def _key(path: Path | None) -> str | None:
     """Return the API key of the environment or of a file; ValueError if it is empty."""
-    key = os.environ.get(KEY_VARIABLE)
-    if path is not None:
-        key = path.read_text().strip()
-    if key is not None and (not key.strip() or not key.isascii() or not key.isprintable()):
+    key = os.environ.get(KEY_VARIABLE) if path is None else path.read_text()
+    # A header has no blanks at its ends.
+    key = key and key.strip()
+    if key is not None and (not key or not key.isascii() or not key.isprintable()):
         raise ValueError(f"the API key must be printable ASCII, got none; look at {path or KEY_VARIABLE}")
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

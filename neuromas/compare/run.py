@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -91,6 +91,8 @@ def make_comparison(
                     + (f"; {waiting} wait for the results of these" if waiting else "")
                 )
                 found |= _make(left, make_cells)
+        if report_only:
+            _require_any(found, out)
         resolved = [(spec, tuning.resolve(spec)) for spec in grid.cells]
         results = [
             (own, found.get(locate(own).path)) if own else (spec, Stored("", None, tuning.why_not(spec), 0.0))
@@ -103,6 +105,15 @@ def make_comparison(
         (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         write_report(report, out)
     return comparison
+
+
+def _require_any(found: Mapping[Path, Stored], out: Path) -> None:
+    """Raise ValueError if there is nothing to report: what an earlier report says stays."""
+    if not found:
+        raise ValueError(
+            f"--out {out} holds no cell of this comparison, so --report-only has nothing to report; name the folder in which "
+            "its cells were made, with the flags that they were made with"
+        )
 
 
 def check_questions(grid: Grid) -> None:

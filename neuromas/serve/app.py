@@ -2,7 +2,9 @@
 
 import asyncio
 import hmac
+import ipaddress
 import json
+import re
 import secrets
 import time
 from collections import Counter
@@ -33,7 +35,6 @@ T = TypeVar("T")
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 PAGE = Path(__file__).with_name("page.html").read_bytes()
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 RETRY_SECONDS = 1
 CHARACTERS = 32
 """No text has so many characters a token; a longer question is refused before the network's thread spends time on it."""
@@ -133,9 +134,12 @@ class App:
         return guarded
 
     def _check_key(self, request: Request) -> None:
-        if self.served.local_only and (host := request.url.hostname) not in LOCAL_HOSTS:
-            names = ", ".join(LOCAL_HOSTS)
-            raise ApiError(403, f"without an API key this server answers to {names} alone, got Host {host!r}")
+        # Not that of `request.url`, which takes our own address where a header is malformed.
+        host = re.sub(r":[0-9]+$", "", request.headers.get("host", ""))
+        if self.served.local_only and not is_loopback(host.strip("[]")):
+            raise ApiError(
+                403, f"without an API key this server answers to localhost and loopback addresses alone, got Host {host!r}"
+            )
         if (key := self.served.key) is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -169,7 +173,7 @@ class App:
 
     async def _complete(self, request: Request) -> Response:
         """Answer a request for a completion, with all nodes of the network."""
-        chat = request.url.path == "/v1/chat/completions"
+        chat = request.scope["route"].path == "/v1/chat/completions"
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # A page of another site may send anything else without asking this server first.
             raise ApiError(415, "the body must come with 'Content-Type: application/json'")
@@ -273,6 +277,14 @@ class _Waited:
             if not self.left:
                 return tuple(found[number] for number in sorted(found))
             number, event = await self.next()
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address or a name is that of this machine for itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 async def _events(waited: _Waited, reply: Reply, first: tuple[int, Event]) -> AsyncIterator[str]:

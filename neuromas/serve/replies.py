@@ -44,7 +44,7 @@ class Reply:
         if rollout.answers(node) and said.completion is None and rollout.answering == 1:
             chunks += self._text(number, self._safe(said.text))
         if self._asked.trace:
-            written = said.text.removesuffix("\ufffd") if said.completion is None else said.text
+            written = said.text.rstrip("\ufffd") if said.completion is None else said.text
             new = self._new((number, node), written)
             if said.completion is not None:
                 chunks.append(self._trace(number, trace_of(said.completion) | {"new": new}))

@@ -53,7 +53,8 @@ class _Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        # Who is answered, and still sends what was asked for, keeps the connection no longer than who asks nothing.
+        if self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE:
             self._watch()
         else:
             self._unwatch()

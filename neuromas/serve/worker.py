@@ -150,12 +150,11 @@ class Worker(threading.Thread):
 
     def _step(self) -> list[tuple[Job, Event]]:
         self.steps += 1
-        events: list[tuple[Job, Event]] = []
-        for said in self._rollouts.step():
-            events.append((self._running[said.rollout], said))
-            if said.rollout.result is not None and said.completion is not None:
-                events.append((self._running.pop(said.rollout), said.rollout.result))
-        return events
+        found = self._rollouts.step()
+        events: list[tuple[Job, Event]] = [(self._running[said.rollout], said) for said in found]
+        # Several nodes that answer may end with the same step.
+        ended = {said.rollout: result for said in found if (result := said.rollout.result) is not None}
+        return events + [(self._running.pop(rollout), result) for rollout, result in ended.items()]
 
     def _fail(self, new: Sequence[Job], error: Exception) -> list[tuple[Job, Event]]:
         """End everything that runs, say why, and start afresh: a step that has failed leaves rows in an unknown state."""

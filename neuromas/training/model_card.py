@@ -60,7 +60,10 @@ def _kind(export: Export) -> str:
         return f"A society of {count} agents that debate in {export.config.society.rounds} rounds and vote."
     if count == 1:
         return "One node."
-    return f"A network of {count} nodes that send each other messages; node {export.topology.output_node} answers."
+    answering = [node for node in export.topology.nodes if not export.topology.recipients(node)]
+    told = " that send each other messages" if len(answering) < count else ""
+    ends = f"node {answering[0]} answers" if len(answering) == 1 else f"{len(answering)} answer, and a majority vote decides"
+    return f"A network of {count} nodes{told}; {ends}."
 
 
 def _chosen(export: Export) -> str:

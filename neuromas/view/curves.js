@@ -12,10 +12,16 @@ function clearPlots() {
   plots = [];
 }
 
+// Tokens that a run which has grown from another one had sampled before its own first step: its ledger has them all.
+function sampledBefore({ ledger, curves: { steps, series } }) {
+  if (!ledger) return 0;
+  return (series["sampled_tokens/sum"] ?? []).reduce((left, tokens, at) => left - (steps[at] <= ledger.steps ? tokens : 0), ledger.sampled_tokens);
+}
+
 function positions(run, axis = chosen.axis) {
   const { steps, series } = run.curves;
   if (axis === "steps") return steps;
-  let sum = 0;
+  let sum = sampledBefore(run);
   return (series["sampled_tokens/sum"] ?? []).map((tokens) => (sum += tokens ?? 0));
 }
 
@@ -33,7 +39,7 @@ function growthMarks(runs) {
     return run.stages.slice(1).flatMap((stage) => {
       const first = run.curves.steps.findIndex((step) => step > stage.at_step);
       if (first < 0) return [];
-      const before = first ? at[first - 1] : chosen.axis === "steps" ? stage.at_step : 0;
+      const before = first ? at[first - 1] : chosen.axis === "steps" ? stage.at_step : sampledBefore(run);
       return [{ at: before, text: widthsText(stage.widths), stroke }];
     });
   });

@@ -224,7 +224,13 @@ function cell(column, [sender, recipient]) {
   const { said, rollout } = column;
   if (!sender) {
     const { verdict: className, text } = answerOf(column);
-    return [element("p", { className: "text", text: said.answer.text.trim() || "(nothing)" }), element("p", { className, text })];
+    const senders = new Set(said.messages.map(([from]) => from));
+    // Where several nodes answer, those whose text was not taken.
+    const others = Object.entries(said.written).filter(([node]) => !senders.has(Number(node)));
+    return [
+      element("p", { className: "text", text: said.answer.text.trim() || "(nothing)" }), element("p", { className, text }),
+      ...others.map(([node, other]) => element("p", { className: "text faint", text: `node ${node} answered: ${other}` })),
+    ];
   }
   const found = said.messages.find(([a, b]) => a === sender && b === recipient);
   if (!found) return [element("p", { className: "faint", text: "This network has no such edge." })];

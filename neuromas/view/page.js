@@ -15,6 +15,7 @@ function showTab(index) {
 }
 
 async function show(index) {
+  if (byId("search").value !== chosen.search) byId("search").value = chosen.search;
   if (!TABS.includes(chosen.tab) || (chosen.tab === "diagnosis" && !index.runs.some((run) => run.diagnosis))) chosen.tab = TABS[0];
   document.documentElement.dataset.theme = chosen.theme;
   showRuns(index.runs);
@@ -102,7 +103,6 @@ async function start() {
   const index = await readChunk(0);
   index.examples.forEach((example) => { example.runs = example.runs.map((rollouts) => rollouts.map(rolloutOf)); });
   readAddress();
-  byId("search").value = chosen.search;
   listen(index);
   await show(index);
   document.documentElement.dataset.ready = "yes";

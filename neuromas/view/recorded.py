@@ -3,7 +3,7 @@
 Loads no torch.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,11 +118,13 @@ class RunRecord:
 
     def rollouts(self, *, training_only: bool = False) -> list[Recorded]:
         """Return all rollouts in the order in which they were recorded, or those of training alone; ValueError if the file is
-        damaged or there are none.
+        damaged, or without any where all are asked for.
         """
         records = [each for each in self.run.rollouts() if not training_only or each.get("split", TRAIN) == TRAIN]
-        if not records:
-            raise ValueError(f"{self.run.path} has no rollouts yet, so there is nothing to see; train it first")
+        if not records and not training_only:
+            raise ValueError(
+                f"{self.run.path} has no rollouts, so there is nothing to see; train it, or import what export --rollouts wrote"
+            )
         if not all(map(_is_whole, records)):
             raise damaged(self.run.path / "rollouts.jsonl", "a rollout lacks a part")
         heard = [self._hear(record) for record in records]
@@ -178,8 +180,9 @@ class RunRecord:
     def _delivered(self, text: str, sender: int, recipients: Sequence[int]) -> tuple[Message, ...]:
         """Return the messages of a node's text, as they were delivered."""
         given = [messages.header(recipient) for recipient in recipients] if self._headers_given else []
-        if given and text.startswith(given[0]):
-            return messages.deliver(list(_texts_after(text, given)), sender, recipients)
+        # A copy of the bundled backbone under another name was not given any.
+        if texts := _texts_after(text, given):
+            return messages.deliver(texts, sender, recipients)
         return messages.parse(text, sender, recipients)
 
 
@@ -215,13 +218,17 @@ def _has(found: Json, parts: dict[str, type]) -> bool:
     return all(isinstance(found.get(name), kind if kind is not float else int | float) for name, kind in parts.items())
 
 
-def _texts_after(text: str, headers: Sequence[str]) -> Iterator[str]:
-    """Yield the text after each of the headers that a node was given, of which each but the first begins a line."""
-    rest = text.removeprefix(headers[0])
-    for header in headers[1:]:
-        part, _, rest = rest.partition(f"\n{header}")
-        yield part
-    yield rest
+def _texts_after(text: str, headers: Sequence[str]) -> list[str]:
+    """Return the text after each of the headers that a node was given, of which each but the first begins a line; empty if the
+    node was not given them.
+    """
+    texts, rest = [], f"\n{text}"
+    for header in headers:
+        part, found, rest = rest.partition(f"\n{header}")
+        if not found or (not texts and part):
+            return []
+        texts.append(part)
+    return [*texts[1:], rest] if headers else []
 
 
 def _holds_all(delivered: Sequence[Message], text: str) -> bool:

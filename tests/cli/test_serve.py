@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from commands import Call, assert_refused
 
+from neuromas.cli import serve
+
 
 def test_flags_that_make_no_sense(call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(call("serve", trained, "--port", "70000"), r"--port must be 0 to 65535, got 70000$")
@@ -25,3 +27,11 @@ def test_a_missing_extra_is_named(call: Call, trained: Path, monkeypatch: pytest
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else found(name))
     assert_refused(call("serve", trained), r"serve needs uvicorn, which is not installed: pip install 'neuromas\[serve\]'$")
+
+
+def test_a_key_has_no_blanks_at_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client cannot send them."""
+    monkeypatch.setenv("NEUROMAS_API_KEY", " a b ")
+    assert serve._key(None) == "a b"
+    (tmp_path / "key").write_text("c\n")
+    assert serve._key(tmp_path / "key") == "c"

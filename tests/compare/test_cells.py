@@ -208,6 +208,13 @@ def test_the_command_goes_on_where_it_was(
     out, err = run(monkeypatch, capsys, tmp_path, "--report-only")
     assert err == ""
     assert "seed 1 died" in out
+    # Where its cells are not, a report stays as it is.
+    report = (tmp_path / "out" / "report.json").read_bytes()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, tmp_path, "--report-only", "--seeds", "9")
+    message = "--out .*out holds no cell of this comparison, so --report-only has nothing to report; name the folder in which"
+    assert re.search(message, capsys.readouterr().err)
+    assert (tmp_path / "out" / "report.json").read_bytes() == report
 
     stored = next((tmp_path / "out" / "cells").glob("*seed0*"))
     now = json.loads(stored.read_text())["code"]

@@ -81,6 +81,19 @@ def test_the_command_writes_into_the_run(call: Call, trained: Path, tmp_path: Pa
     assert (run / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_without_its_rollouts_is_diagnosed_and_a_damaged_one_refused_at_once(
+    call: Call, trained: Path, tmp_path: Path
+) -> None:
+    """An import has none, unless it was exported with them."""
+    run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    (run / "rollouts.jsonl").unlink()
+    outcome = call("diagnose", run, "--limit", 2, "--interventions", "drop")
+    assert outcome.status == 0, outcome.err
+    assert json.loads((run / "diagnosis.json").read_text())["training"] == {"steps": [], "nodes": {}}
+    (run / "rollouts.jsonl").write_text("{}\n")
+    assert_refused(call("diagnose", run), r"rollouts.jsonl is damaged: a line is no record with a step")
+
+
 def test_mistakes_are_one_line(call: Call, trained: Path, tmp_path: Path) -> None:
     for flags, message in {
         ("--limit", "0"): r"--limit must be 1 to 999,999, got 0$",

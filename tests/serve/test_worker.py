@@ -2,12 +2,15 @@
 
 import queue
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
 
 from neuromas import Backbone, Network, Topology
-from neuromas.rollout.live import LiveRollouts, Terms
+from neuromas.rollout.live import LiveRollout, LiveRollouts, Said, Terms
+from neuromas.serve.protocol import Asked
+from neuromas.serve.replies import Reply
 from neuromas.serve.talk import Talk
 from neuromas.serve.worker import Begun, Event, Job, QueueFull, Refused, Worker
 from neuromas.tasks import get_task
@@ -19,8 +22,8 @@ def network(tiny_backbone: Backbone) -> Network:
     return Network(Topology.layered([1, 1]), tiny_backbone, max_new_tokens=3)
 
 
-@pytest.fixture
-def worker(network: Network) -> Iterator[Worker]:
+@contextmanager
+def running(network: Network) -> Iterator[Worker]:
     def deliver(events: object) -> None:
         for job, event in events:  # type: ignore[attr-defined]
             job.hear(event)
@@ -33,9 +36,15 @@ def worker(network: Network) -> Iterator[Worker]:
     assert not made.is_alive()
 
 
-def job(question: str) -> tuple[Job, "queue.Queue[Event]"]:
+@pytest.fixture
+def worker(network: Network) -> Iterator[Worker]:
+    with running(network) as made:
+        yield made
+
+
+def job(question: str, terms: Terms | None = None) -> tuple[Job, "queue.Queue[Event]"]:
     heard: queue.Queue[Event] = queue.Queue()
-    return Job(Example(question, question, "", "Say it."), 0, ("evaluate", 0), Terms(), heard.put), heard
+    return Job(Example(question, question, "", "Say it."), 0, ("evaluate", 0), terms or Terms(), heard.put), heard
 
 
 def last(heard: "queue.Queue[Event]") -> Event:
@@ -75,6 +84,18 @@ def test_a_step_that_fails_ends_what_runs_and_no_more(
     assert isinstance(last(heard), Rollout)
 
 
+def test_answers_of_a_vote_may_end_with_one_step(tiny_backbone: Backbone, capsys: pytest.CaptureFixture[str]) -> None:
+    topology = Topology.layered([1, 3], vote=True)
+    network = Network(topology, tiny_backbone, max_new_tokens=3, read=lambda text: text[-1:] or None)
+    with running(network) as worker:
+        asked, heard = job("a?", Terms(max_tokens=1))
+        worker.submit([asked])
+        event = last(heard)
+        assert isinstance(event, Rollout)
+        assert [len(c.sample.token_ids) for c in event.completions if not c.messages] == [1, 1, 1]
+    assert capsys.readouterr().err == ""
+
+
 def test_questions_of_strangers_are_forgotten(worker: Worker, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neuromas.serve.worker.REMEMBERED", 3000)
     for number in range(20):
@@ -88,6 +109,18 @@ def test_a_full_queue_takes_all_or_none(worker: Worker) -> None:
     with pytest.raises(QueueFull):
         worker.submit([job("a?")[0] for _ in range(4)])
     assert worker.waiting == 0
+
+
+def test_half_a_character_waits_for_its_other_half(network: Network) -> None:
+    """Tokenizers that fall back to bytes have a mark for each of them."""
+    asked = Asked(("a?",), True, 1, 0.0, None, None, (), True, False, True)
+    reply, rollout = Reply(asked, "team"), LiveRollout(Terms(), network.begin(Example("q", "q", "", "Say it."), 0, seed=("q",)))
+    for node in (1, 2):
+        texts = ("a\ufffd\ufffd", "a\u00e9", "a\u00e9b")
+        chunks = [chunk for text in texts for chunk in reply.said(0, Said(rollout, node, text, None))]
+        assert [chunk["trace"]["new"] for chunk in chunks if "trace" in chunk] == ["a", "\u00e9", "b"]
+    said = [choice["delta"]["content"] for chunk in chunks for choice in chunk["choices"]]
+    assert said == ["a", "\u00e9", "b"]
 
 
 def test_a_talk_in_the_terminal(network: Network) -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from neuromas.cli import main as cli
+from neuromas.graph.topology import Topology
 from neuromas.training.exported import collect
 from neuromas.training.load_run import load_run
 from neuromas.training.model_card import card
@@ -162,6 +163,16 @@ def test_adapters_that_act_behind_the_question_are_not_for_plain_lora(call: Call
     assert "1 for all nodes, rank 20" in text
     assert call("import", tmp_path / "out", "--run-dir", tmp_path / "made").status == 0
     assert call("eval", tmp_path / "made", "--size", 4, "--json").out == call("eval", run, "--size", 4, "--json").out
+
+
+def test_the_card_of_a_vote_names_no_node_that_answers(run: Path, speaker: Path) -> None:
+    export, backbone = collect(RunDirectory.open(run)), load_backbone(speaker)
+    for widths, said in {
+        (1, 3): "4 nodes that send each other messages; 3 answer, and a",
+        (3,): "3 nodes; 3 answer, and a",
+    }.items():
+        text = card(dataclasses.replace(export, topology=Topology.layered(widths, vote=True)), backbone)
+        assert f"A network of {said} majority vote decides.\n" in text
 
 
 def forge(export: Path, **changes: bytes) -> None:

@@ -118,6 +118,19 @@ def test_filters_and_the_search_narrow_the_list(page: Page, tmp_path: Path) -> N
     page.open(path, "#search=4+EVEN")
     assert page.texts("#filters button")[0] == "All 1"
     assert page.text("#question") == "Is 4 even?"
+    # A link that is followed on the page itself.
+    page.ask("location.hash = '#search=6+even'")
+    page.settle()
+    assert (page.text("#question"), page.ask("byId('search').value")) == ("Is 6 even?", "6 even")
+
+
+def test_all_answers_of_a_vote_are_told(page: Page, tmp_path: Path) -> None:
+    texts = {1: "Answer: No", 2: "Answer: Yes", 3: "Answer: Yes"}
+    page.open(
+        write_page(tmp_path / "one.html", record_run(tmp_path / "r", [rollout(texts, reward=1.0)], widths=(3,), vote=True))
+    )
+    told = ["Answer: Yes", "node 1 answered: Answer: No", "node 3 answered: Answer: Yes"]
+    assert page.texts("#transcript .text") == told
 
 
 def test_what_a_model_wrote_stays_text(page: Page, tmp_path: Path) -> None:
@@ -139,6 +152,12 @@ def test_two_runs_stand_side_by_side(page: Page, tmp_path: Path) -> None:
     page.press("2")
     assert page.ask("document.querySelectorAll('.plot canvas').length") == 3
     assert [label.split(":")[0] for label in page.texts("#learning .u-label")] == ["step", "a", "a", "b", "b"]
+    # A run that has grown from another one begins at what that had sampled, here 90 tokens.
+    grown = (
+        "{ ledger: { sampled_tokens: 100, steps: 41 }, curves: { steps: [41, 42], series: { 'sampled_tokens/sum': [10, 5] } } }"
+    )
+    assert page.ask(f"positions({grown}, 'tokens')") == [100, 105]
+    assert page.ask(f"positions({{ ...{grown}, ledger: null }}, 'tokens')") == [10, 15]
     page.press("3")
     assert page.text("#scoreTable tbody tr:last-child").split("\t")[:4] == ["b", "test", "after", "50.0%"]
     assert page.text("#growthTable tbody tr").split("\t") == ["b", "0", "[1, 1]", "[2, 1]"]

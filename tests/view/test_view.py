@@ -58,6 +58,10 @@ def test_headers_that_were_given_are_told_from_those_that_a_node_wrote(tmp_path:
     (written,) = heard(record_run(tmp_path / "written", records, widths=(1, 2, 1)))
     assert written.said["messages"][:2] == [[1, 2, "a", "ok"], [1, 3, "b\nc\nd", "ok"]]
     assert given.said["written"] == {}
+    # The bundled backbone under another name: it writes all messages in one line.
+    records = [rollout({1: "TO node 2: a TO node 3: b", 2: "TO node 4: e", 3: "TO node 4: f", 4: "Answer: Yes"}, reward=1.0)]
+    (copy,) = heard(record_run(tmp_path / "copy", records, widths=(1, 2, 1), backbone="copies/bundled"))
+    assert copy.said["messages"][:2] == [[1, 2, "a", "ok"], [1, 3, "b", "ok"]]
 
 
 def test_evaluations_are_rewarded_and_told_before_from_after(tmp_path: Path) -> None:
@@ -189,7 +193,10 @@ def test_what_cannot_be_shown_is_one_error(call: Call, tmp_path: Path) -> None:
     assert_refused(call("view", tmp_path), r"is no run: expected config.json in it, No such file or directory$")
     assert_refused(call("view", path, path), r"RUN must name each run once, got /")
     empty = record_run(tmp_path / "empty", [])
-    assert_refused(call("view", empty), r"empty has no rollouts yet, so there is nothing to see; train it first$")
+    assert_refused(
+        call("view", empty),
+        r"empty has no rollouts, so there is nothing to see; train it, or import what export --rollouts wrote$",
+    )
     other = record_run(tmp_path / "other", [rollout(TWO, reward=1.0)], task="boolean_expressions")
     message = r"r and .*other have different tasks, navigate and boolean_expressions, so no example is in both; give"
     assert_refused(call("view", path, other), message)
