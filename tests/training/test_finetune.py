@@ -234,6 +234,25 @@ def test_an_adapter_learns_the_mean_of_its_own_tokens(folder: Path, monkeypatch:
         assert not torch.equal(before[name][0], after[name][0])
 
 
+def test_an_adapter_without_a_text_in_a_step_keeps_its_weights_and_its_moments(folder: Path) -> None:
+    society = speaking(folder)
+    (rollout,) = society.rollout([A], 1, seed=("y",), temperature=1.0)[0]
+    of_first, of_last = rollout.completions[0], rollout.completions[-1]
+    learner = TorchLearner(society.policy, TrainConfig())
+
+    def held(index: int) -> list[torch.Tensor]:
+        moments = [tensor for name, tensor in learner.state().items() if not name.endswith(".step")]
+        return [stack[index].detach().clone() for stack in (*learner.bank.parameters().values(), *moments)]
+
+    learner.imitate([of_first, of_last], lr=0.1)
+    first, last = held(0), held(3)
+    learner.imitate([of_first], lr=0.1)
+    assert all(map(torch.equal, last, held(3)))
+    assert not any(map(torch.equal, first, held(0)))
+    learner.imitate([of_last], lr=0.1)
+    assert not any(map(torch.equal, last, held(3)))
+
+
 def finetune_batch(society: Society, texts: list[Completion]) -> Any:
     from neuromas.training.reinforce import Batch
 
