@@ -636,7 +636,10 @@ def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[st
     # The first of equals, and nothing of those before it.
     trainer.save()
     assert [folder.name for folder in sorted((config.run_path / "checkpoints").glob("best-*"))] == ["best-000002"]
+    version = trainer.bank.version
     assert checkpoint.load_best(trainer.run, trainer.bank) == 2
+    # An engine with copies of its own takes these over.
+    assert trainer.bank.version > version
     assert_bit_equal(dict(trainer.bank.parameters()), at[2])
     network, step = load_network(trainer.run, best=True)
     assert step == 2
