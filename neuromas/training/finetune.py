@@ -17,7 +17,7 @@ import torch
 from neuromas.rollout.network import Diverged
 from neuromas.rollout.society import Society
 from neuromas.system.files import damaged
-from neuromas.tasks import rewards_of
+from neuromas.tasks import rewards_of, with_repeats
 from neuromas.training import checkpoint, diversity
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE, Evaluation, evaluate
 from neuromas.training.learner import TorchLearner
@@ -127,7 +127,7 @@ class Finetuner:
 
     def draw_questions(self) -> list[Example]:
         """Return the questions of the iteration."""
-        return self.task.training_batch(self.config.seed, self.step, self.config.examples_per_step)
+        return with_repeats(self.task.training_batch(self.config.seed, self.step, self.config.examples_per_step))
 
     def debate(self, questions: Sequence[Example]) -> list[Rollout]:
         """Let the agents debate each question once, or, with a budget of tokens, let the agents answer until it is spent."""

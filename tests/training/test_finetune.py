@@ -27,7 +27,7 @@ from neuromas.model.sizes import sizes
 from neuromas.rollout.network import Diverged
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.rollout.society import Society
-from neuromas.tasks import Navigate
+from neuromas.tasks import Navigate, with_repeats
 from neuromas.training import diversity
 from neuromas.training.diversity import distinct_bigrams, measure
 from neuromas.training.finetune import finetuner_of, iterate_to_end
@@ -141,6 +141,16 @@ def test_an_answer_may_be_begun_and_that_is_not_sampled(tiny_backbone: Backbone)
     (rollout,) = society.rollout([A], 1, seed=(), temperature=1.0)[0]
     assert [c.text for c in rollout.completions] == ["Answer: Yes"] * 2 + [" Yes"] * 2 + ["Answer: Yes"] * 2
     assert read_by(society, engine)[0][1].endswith("Answer:")
+
+
+def test_a_question_that_is_debated_again_is_drawn_anew(tiny_backbone: Backbone) -> None:
+    society, engine = make_society(tiny_backbone)
+    engine._script = lambda request: "Answer: Yes"
+    society.rollout(with_repeats([A, B, A]), 1, seed=("x",), temperature=1.0)
+    seeds = [request.seed for request in engine.requests]
+    assert len(set(seeds)) == len(seeds) == 3 * 9
+    debated(society)
+    assert {request.seed for request in engine.requests[27:]} == {seed for seed in seeds if seed[-3] in ("a", "b")}
 
 
 # 2. The sets
