@@ -30,7 +30,7 @@ from neuromas.rollout.society import Society
 from neuromas.tasks import Navigate, with_repeats
 from neuromas.training import diversity
 from neuromas.training.diversity import distinct_bigrams, measure
-from neuromas.training.finetune import finetuner_of, iterate_to_end
+from neuromas.training.finetune import finetuner_of, iterate_to_end, read_iterations
 from neuromas.training.learner import TorchLearner
 from neuromas.training.plan import resolve
 from neuromas.training.pseudo_labels import Sets, collect, schedule
@@ -418,6 +418,17 @@ def test_a_single_agent_spends_its_tokens(config: TrainConfig) -> None:
     assert len(records) == ledger["questions"] == 8
     assert sum(len(record["texts"]) for record in records) == ledger["calls"] > 16
     assert "Nothing was validated" in write_run_report(run).read_text()
+
+
+def test_a_run_ends_by_the_iteration_that_spends_its_tokens(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = dataclasses.replace(
+        config, topology=TopologyConfig(widths=(1,)), society=SocietyConfig(rounds=1, batch=12), train_tokens=1, num_steps=3,
+        eval_every=3,
+    )  # fmt: skip
+    run = RunDirectory.open(run_to_end(alone, "alone"))
+    assert "--train-tokens are spent after 1 of 3 iterations" in capsys.readouterr().err
+    assert (run.step, len(run.metrics())) == (1, 1)
+    assert [measured["iteration"] for measured in read_iterations(run)] == [0, 1]
 
 
 def test_a_run_that_diverges_says_what_to_do(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
