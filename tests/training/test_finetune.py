@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from commands import Call, assert_refused
+from matplotlib import pyplot
 from models import load_backbone, make_model, randomise, save_model
 
 from neuromas import Backbone, Topology
 from neuromas.cli.finetune import SOCIETY
+from neuromas.cli.plot import plot_run
 from neuromas.compare.iterations import iterations_of, rows_of, write_run_report
 from neuromas.compare.methods import METHODS, CellSpec
 from neuromas.compare.methods.finetuned import Finetuned, spread
@@ -420,7 +422,9 @@ def test_a_single_agent_spends_its_tokens(config: TrainConfig) -> None:
     assert "Nothing was validated" in write_run_report(run).read_text()
 
 
-def test_a_run_ends_by_the_iteration_that_spends_its_tokens(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_ends_by_the_iteration_that_spends_its_tokens(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = dataclasses.replace(
         config, topology=TopologyConfig(widths=(1,)), society=SocietyConfig(rounds=1, batch=12), train_tokens=1, num_steps=3,
         eval_every=3,
@@ -429,6 +433,14 @@ def test_a_run_ends_by_the_iteration_that_spends_its_tokens(config: TrainConfig,
     assert "--train-tokens are spent after 1 of 3 iterations" in capsys.readouterr().err
     assert (run.step, len(run.metrics())) == (1, 1)
     assert [measured["iteration"] for measured in read_iterations(run)] == [0, 1]
+    drawn: list[Any] = []
+    run.write_json("evaluation.json", {"after": {"test": {"accuracy": 0.5, "low": 0.25, "high": 0.75, "floor": 0.5, "n": 2}}})
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    plot_run(run)
+    (axes,) = drawn[0].axes
+    points = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    assert "validation accuracy, by debate and vote, 95% interval" in points
+    assert points["test (n 2)"].lines[0].get_xdata().tolist() == [1]
 
 
 def test_a_run_that_diverges_says_what_to_do(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
