@@ -114,6 +114,8 @@ class Finetuner:
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
         run.forget_after(self.step)
         self.validation = Validation(self.config, self.task, self.sets, run)
+        # A list may hold a question twice, and what is measured is told by question.
+        self.validation.examples = list({example.id: example for example in self.validation.examples}.values())
         # A killed run may have measured what it has not saved.
         self.measured = [measured for measured in read_iterations(run) if measured["iteration"] <= self.step]
 

@@ -23,7 +23,7 @@ from neuromas.cli.plot import plot_run
 from neuromas.compare.iterations import iterations_of, rows_of, write_run_report
 from neuromas.compare.methods import METHODS, CellSpec
 from neuromas.compare.methods.finetuned import Finetuned, spread
-from neuromas.config import AdapterConfig, PromptConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.graph.society import SocietyConfig
 from neuromas.model.sizes import sizes
 from neuromas.rollout.network import Diverged
@@ -441,6 +441,16 @@ def test_a_run_ends_by_the_iteration_that_spends_its_tokens(
     points = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     assert "validation accuracy, by debate and vote, 95% interval" in points
     assert points["test (n 2)"].lines[0].get_xdata().tolist() == [1]
+
+
+def test_a_validation_question_that_a_list_holds_twice_is_measured_once(config: TrainConfig, tmp_path: Path) -> None:
+    file = tmp_path / "twice.jsonl"
+    numbers, splits = (0, 1, 2, 3, 3, 4), ("train", "train", "validation", "validation", "validation", "test")
+    records = [{"question": f"Is {n} even?", "answer": "Yes", "split": s} for n, s in zip(numbers, splits, strict=True)]
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    config = dataclasses.replace(config, task=TaskConfig(name=f"jsonl:{file}"), validation_size=3)
+    with finetuner_of(resolve(config), RunDirectory.find(config, resume=False)) as (finetuner, _):
+        assert [example.question for example in finetuner.validation.examples] == ["Is 2 even?", "Is 3 even?"]
 
 
 def test_a_run_that_diverges_says_what_to_do(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
