@@ -43,7 +43,7 @@ Glossary, in the order in which data flows:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -69,6 +69,13 @@ class Example:
     answer: str
     answer_format: str
     """The sentence that tells the output node how to write its answer."""
+    repeat: int = field(default=0, compare=False)
+    """How often its step has asked it before: each time has random numbers of its own."""
+
+    @property
+    def drawn_by(self) -> str:
+        """Return what its random numbers depend on: its id, and how often the step has asked it before."""
+        return f"{self.id}/{self.repeat}" if self.repeat else self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,7 @@ class Request:
 
     @property
     def example(self) -> int | str:
-        """Return the id of its question: a seed ends in question, rollout and node."""
+        """Return what its question is drawn by: a seed ends in question, rollout and node."""
         return self.seed[-3]
 
 

@@ -24,18 +24,19 @@ def plot_run(run: RunDirectory) -> Path:
     axes.plot(steps, smooth, color="tab:blue", label=f"training reward, mean of {SMOOTHING_STEPS} steps")
     validations = [record for record in records if "validation/accuracy/mean" in record]
     if validations:
+        how = "by debate and vote" if run.config.society.rounds else "greedy"
         accuracy = [record["validation/accuracy/mean"] for record in validations]
         below = [a - record["validation/low/value"] for a, record in zip(accuracy, validations, strict=True)]
         above = [record["validation/high/value"] - a for a, record in zip(accuracy, validations, strict=True)]
         axes.errorbar(
             [record["step"] + 1 for record in validations], accuracy, yerr=[below, above], color="tab:orange", marker="o",
-            capsize=3, label="validation accuracy, greedy, 95% interval",
+            capsize=3, label=f"validation accuracy, {how}, 95% interval",
         )  # fmt: skip
     scores = {when: run.scores(when) for when in ("before", "after")}
     for growth in run.config.growth:
         axes.axvline(growth.at_step, color="tab:gray", linestyle=":", linewidth=1)
     first = records[0]["step"] if records else 0
-    for when, at in (("before", first), ("after", run.config.num_steps)):
+    for when, at in (("before", first), ("after", run.step)):
         for name, color in zip(scores.get(when, {}), ("tab:green", "tab:red"), strict=False):
             score = scores[when][name]
             axes.errorbar(

@@ -263,7 +263,9 @@ def describe_pair(pair: Pair) -> str:
 
 def _training(specs: Sequence[CellSpec]) -> tuple[str, str]:
     """Return training rollouts and steps as text; a budget of tokens is named itself, as its rollouts depend on the texts."""
-    configs, method = [spec.config for spec in specs], find_method(specs[0].method)
+    method = find_method(specs[0].method)
+    change: Callable[[TrainConfig], TrainConfig] = getattr(method, "change", lambda config: config)
+    configs = [change(spec.config) for spec in specs]
     if other := getattr(method, "tokens_of", None):
         return f"tokens of {other}", "as many"
     steps = _range([config.num_steps for config in configs])

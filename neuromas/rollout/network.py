@@ -85,6 +85,7 @@ class Network:
         """Pass every example through the network `group_size` times and return one group per example, in order.
 
         Random numbers depend on (seed, example, rollout, node) alone, so batches and other nodes change nothing but rounding.
+        An example of another `repeat` has other ones.
         While a growth is not fully open, a group runs as a whole through the parent's topology or through the grown one; which
         one is drawn from (seed, example). If all groups are closed, they are what the parent itself writes, bit for bit.
         With `branches`, the network is a tree, and rollouts that share a node of the tree share its random numbers and so its
@@ -348,7 +349,7 @@ class MessagePassing:
         # The number of rollouts that share this node's text.
         topology = rollout.neighbours.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1
-        seed = (*rollout.seed, rollout.example.id, rollout.index // leaves, node)
+        seed = (*rollout.seed, rollout.example.drawn_by, rollout.index // leaves, node)
         request = Request(node, prompt, seed, self.policy.later_headers(begins))
         rollout.requests[node] = request
         self.keys.append((number, node))

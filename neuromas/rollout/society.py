@@ -149,7 +149,7 @@ class Society:
             Request(
                 call.node,
                 policy.prompt(call.debate.example.question, call.text, has_inbox=bool(call.debate.completions), begins=begin),
-                (*seed, call.debate.example.id, call.debate.index, call.key),
+                (*seed, call.debate.example.drawn_by, call.debate.index, call.key),
             )
             for call, begin in zip(calls, begins, strict=True)
         ]

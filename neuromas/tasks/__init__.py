@@ -23,6 +23,7 @@ from neuromas.tasks.task import (
     question_id,
     rewards_of,
     split_of,
+    with_repeats,
 )
 from neuromas.tasks.tracking_shuffled_objects import TrackingShuffledObjects
 from neuromas.tasks.user_tasks import JsonlCodeTask, JsonlTask, load_class
@@ -128,4 +129,5 @@ __all__ = [
     "question_id",
     "rewards_of",
     "split_of",
+    "with_repeats",
 ]

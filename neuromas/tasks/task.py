@@ -5,7 +5,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -262,6 +262,16 @@ def rewards_of(task: Task, pairs: Sequence[tuple[Example, str]]) -> list[float]:
     if wrong := [reward for reward in rewards if not 0 <= reward <= 1]:
         raise ValueError(f"task {task.name} gave the reward {wrong[0]}, expected a number from 0 to 1")
     return rewards
+
+
+def with_repeats(examples: Iterable[Example]) -> list[Example]:
+    """Return a step's questions, each of which says how often it has been asked before: a list may be shorter than a step."""
+    seen = Counter[str]()
+    found = []
+    for example in examples:
+        found.append(replace(example, repeat=seen[example.id]))
+        seen[example.id] += 1
+    return found
 
 
 def question_id(question: str) -> str:

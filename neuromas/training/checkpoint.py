@@ -87,4 +87,5 @@ def load_best(run: RunDirectory, bank: AdapterBank) -> int:
     folder, state = run.best() or run.newest()
     for node in bank.nodes:
         bank.load_peft(node, folder / "adapters" / str(node))
+    bank.version += 1  # an engine with copies of its own takes these over
     return state["step"]

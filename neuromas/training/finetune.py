@@ -17,7 +17,7 @@ import torch
 from neuromas.rollout.network import Diverged
 from neuromas.rollout.society import Society
 from neuromas.system.files import damaged
-from neuromas.tasks import rewards_of
+from neuromas.tasks import rewards_of, with_repeats
 from neuromas.training import checkpoint, diversity
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE, Evaluation, evaluate
 from neuromas.training.learner import TorchLearner
@@ -62,11 +62,13 @@ def iterate(finetuner: "Finetuner") -> dict[str, float]:
 def iterate_to_end(finetuner: "Finetuner", progress: Progress) -> None:
     """Measure the society, then do the iterations that are left, each with a checkpoint."""
     finetuner.measure_start()
-    while finetuner.step < finetuner.config.num_steps:
+    while not finetuner.finished:
         metrics = iterate(finetuner)
         progress.step(finetuner.step, metrics, finetuner.ledger.sampled_tokens)
         finetuner.save()
         finetuner.leave_if_asked()
+    if finetuner.step < finetuner.config.num_steps:
+        progress.note(f"--train-tokens are spent after {finetuner.step} of {finetuner.config.num_steps} iterations")
     finetuner.society.backbone.check_unchanged(finetuner.checksum)
 
 
@@ -112,12 +114,19 @@ class Finetuner:
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
         run.forget_after(self.step)
         self.validation = Validation(self.config, self.task, self.sets, run)
+        # A list may hold a question twice, and what is measured is told by question.
+        self.validation.examples = list({example.id: example for example in self.validation.examples}.values())
         # A killed run may have measured what it has not saved.
         self.measured = [measured for measured in read_iterations(run) if measured["iteration"] <= self.step]
 
     @property
     def tokens_per_micro_batch(self) -> int:
         return self.config.tokens_per_micro_batch or self.policy.backbone.tokens_per_micro_batch
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are done, or those that are have spent the whole budget of tokens."""
+        return self.step >= self.config.num_steps or 0 < self.config.train_tokens <= self.ledger.sampled_tokens
 
     def leave_if_asked(self) -> None:
         """Raise Interrupted if the user has asked to stop."""
@@ -127,7 +136,7 @@ class Finetuner:
 
     def draw_questions(self) -> list[Example]:
         """Return the questions of the iteration."""
-        return self.task.training_batch(self.config.seed, self.step, self.config.examples_per_step)
+        return with_repeats(self.task.training_batch(self.config.seed, self.step, self.config.examples_per_step))
 
     def debate(self, questions: Sequence[Example]) -> list[Rollout]:
         """Let the agents debate each question once, or, with a budget of tokens, let the agents answer until it is spent."""
@@ -186,7 +195,7 @@ class Finetuner:
         """Measure the tuned society if that is due, and log the iteration; return all its metrics."""
         step = self.step
         self.step = step + 1
-        if self.validation.examples and (self.step % self.config.eval_every == 0 or self.step == self.config.num_steps):
+        if self.validation.examples and (self.step % self.config.eval_every == 0 or self.finished):
             metrics |= {f"validation/{name}": value for name, value in self._measure().items()}
             accuracy = metrics["validation/accuracy/mean"]
             if self.validation.is_best(accuracy):
@@ -216,7 +225,7 @@ class Finetuner:
         """Let each agent answer all questions once, and then again and again, until the iteration's tokens are spent.
 
         The last pass asks a few questions at a time, so that what is spent exceeds the budget by a few texts at most. What an
-        iteration spends too much, the next one spends less.
+        iteration spends too much, the next one spends less; the first pass asks all questions, whatever that spends.
         """
         config, once = self.config, self.society.with_samples(1)
         budget = config.train_tokens * (self.step + 1) // config.num_steps - self.ledger.sampled_tokens

@@ -6,7 +6,7 @@ one, such as a service that trains, is any class with these methods.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,7 +97,11 @@ def check_gap(config: TrainConfig, policy: Policy, gap: float) -> None:
 
 
 class TorchLearner:
-    """AdamW over the adapters of a policy."""
+    """AdamW over the adapters of a policy.
+
+    An adapter without a gradient in a step keeps its weights and moments. The count of steps, by which AdamW corrects the start
+    of its moments, is that of all adapters that joined together.
+    """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         assert policy.adapters is not None
@@ -205,7 +209,22 @@ class TorchLearner:
             raise Diverged(f"the loss is {loss:g}, the largest gradient norm {max(grad_norms.values(), default=0.0):g}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # Momentum would go on moving an adapter that has learned nothing in this step.
+        idle = [node for node, norm in grad_norms.items() if norm == 0]
+        kept = [(row, row.clone()) for row in self._rows(idle)]
         self.optimizer.step()
+        for row, before in kept:
+            row.copy_(before)
         self.optimizer.zero_grad(set_to_none=True)
         self.bank.version += 1
         return grad_norms
+
+    def _rows(self, nodes: Collection[int]) -> Iterator[Tensor]:
+        """Yield what a step changes of some nodes' adapters, weights and moments, as views into what all nodes have stacked."""
+        for number, cohort in enumerate(self.bank.cohorts):
+            indices = [index for index, node in enumerate(cohort) if node in nodes]
+            for parameter in self.bank.parameters(number).values() if indices else ():
+                # Before its first step a parameter has no moments, and a gradient of 0 gives it none.
+                state = self.optimizer.state.get(parameter, {})
+                for stack in (parameter.data, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)):
+                    yield from (stack[index] for index in indices)

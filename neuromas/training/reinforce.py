@@ -52,6 +52,9 @@ def advantages(
         centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
     else:
         centred = rewards_PG - (running_mean if centring == "ema" else 0.0)
+    if centring in ("leave_one_out", "group_mean"):
+        # Sums of equal rewards are rounded: what they leave is no signal.
+        centred = centred.masked_fill((rewards_PG == rewards_PG[:, :1]).all(1, keepdim=True), 0.0)
     if normalize:
         # A group of equal rewards has nothing to compare: it teaches nothing, whatever is subtracted.
         spread_P1 = rewards_PG.std(1, keepdim=True) if group_size > 1 else torch.zeros_like(rewards_PG)

@@ -13,7 +13,7 @@ from neuromas.model.policy import Policy
 from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
 from neuromas.system.process import return_freed_memory
-from neuromas.tasks import rewards_of
+from neuromas.tasks import rewards_of, with_repeats
 from neuromas.training import checkpoint
 from neuromas.training.credit import SCHEMES, Step
 from neuromas.training.credit.critic import Critic
@@ -103,12 +103,12 @@ class Trainer:
         """Return the questions of a step; with a budget of tokens, the number that fits it."""
         config = self.config
         if not config.step_tokens:
-            drawn = self.task.training_batch(config.seed, step, config.examples_per_step)
+            drawn = with_repeats(self.task.training_batch(config.seed, step, config.examples_per_step))
             return drawn[: self._affordable()] if config.train_tokens else drawn
         calls = self.growths.expected_calls() * config.group_size
         count = self.pace.questions(config.step_tokens, config.examples_per_step, calls)
         # The same number is drawn always: the questions of a step are then a function of the step alone.
-        return self.task.training_batch(config.seed, step, config.drawn_per_step)[:count]
+        return with_repeats(self.task.training_batch(config.seed, step, config.drawn_per_step))[:count]
 
     def roll_out(self, examples: list[Example], step: int) -> list[Group]:
         """Pass each question through the network `group_size` times."""

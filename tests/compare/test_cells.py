@@ -288,6 +288,17 @@ def test_the_dry_run_counts_tokens_where_these_are_the_budget(
     assert "neuromas_7_grown - neuromas_7: matched in training steps, sampled tokens in training (to within" in out
 
 
+def test_the_dry_run_counts_one_debate_of_each_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text('methods = ["neuromas_3", "multiagent_ft"]\ntasks = ["navigate"]\nseeds = [0]\n[train]\nnum_steps = 5\n')
+    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(file), "--dry-run"])
+    cli.main()
+    counts = dict(re.findall(r"^(\w+) +yes +1 +[\d,]+ +(\d+) +5$", capsys.readouterr().out, re.MULTILINE))
+    assert counts == {"neuromas_3": str(5 * 16 * 8), "multiagent_ft": str(5 * 16)}
+
+
 def test_a_node_of_a_cluster_with_other_code_makes_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cell = rival_cell("Fine", tmp_path)

@@ -337,6 +337,8 @@ def test_any_trained_network_may_have_another_credit_scheme(spec: CellSpec) -> N
     assert isinstance(method, Trained)
     assert (method.name, method.trains_as, method.votes) == ("single_rl_vote_3:value", "single_rl:value", 3)
     assert method.title == "Single-LLM RL + vote@3, credit value"
+    # A method that is its credit scheme is another one without it.
+    assert find_method("collm_cc:replay").title == "CoLLM-CC-style, one critic, credit replay in place of central_critic"
     assert method.change(spec.config) == replace(trained("single_rl").change(spec.config), credit="value")
     # A change of the file that defines the method makes its cells anew.
     assert b"def collm_cc" in sources_of(find_method("collm_cc:value"))

@@ -14,23 +14,25 @@ from typing import Any
 import pytest
 import torch
 from commands import Call, assert_refused
+from matplotlib import pyplot
 from models import load_backbone, make_model, randomise, save_model
 
 from neuromas import Backbone, Topology
 from neuromas.cli.finetune import SOCIETY
+from neuromas.cli.plot import plot_run
 from neuromas.compare.iterations import iterations_of, rows_of, write_run_report
 from neuromas.compare.methods import METHODS, CellSpec
 from neuromas.compare.methods.finetuned import Finetuned, spread
-from neuromas.config import AdapterConfig, PromptConfig, TopologyConfig, TrainConfig
+from neuromas.config import AdapterConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.graph.society import SocietyConfig
 from neuromas.model.sizes import sizes
 from neuromas.rollout.network import Diverged
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.rollout.society import Society
-from neuromas.tasks import Navigate
+from neuromas.tasks import Navigate, with_repeats
 from neuromas.training import diversity
 from neuromas.training.diversity import distinct_bigrams, measure
-from neuromas.training.finetune import finetuner_of, iterate_to_end
+from neuromas.training.finetune import finetuner_of, iterate_to_end, read_iterations
 from neuromas.training.learner import TorchLearner
 from neuromas.training.plan import resolve
 from neuromas.training.pseudo_labels import Sets, collect, schedule
@@ -143,6 +145,16 @@ def test_an_answer_may_be_begun_and_that_is_not_sampled(tiny_backbone: Backbone)
     assert read_by(society, engine)[0][1].endswith("Answer:")
 
 
+def test_a_question_that_is_debated_again_is_drawn_anew(tiny_backbone: Backbone) -> None:
+    society, engine = make_society(tiny_backbone)
+    engine._script = lambda request: "Answer: Yes"
+    society.rollout(with_repeats([A, B, A]), 1, seed=("x",), temperature=1.0)
+    seeds = [request.seed for request in engine.requests]
+    assert len(set(seeds)) == len(seeds) == 3 * 9
+    debated(society)
+    assert {request.seed for request in engine.requests[27:]} == {seed for seed in seeds if seed[-3] in ("a", "b")}
+
+
 # 2. The sets
 
 
@@ -232,6 +244,25 @@ def test_an_adapter_learns_the_mean_of_its_own_tokens(folder: Path, monkeypatch:
         torch.testing.assert_close(before[name] - after[name], parameter.grad, rtol=1e-3, atol=1e-6)
         assert torch.equal(before[name][1:3], after[name][1:3])
         assert not torch.equal(before[name][0], after[name][0])
+
+
+def test_an_adapter_without_a_text_in_a_step_keeps_its_weights_and_its_moments(folder: Path) -> None:
+    society = speaking(folder)
+    (rollout,) = society.rollout([A], 1, seed=("y",), temperature=1.0)[0]
+    of_first, of_last = rollout.completions[0], rollout.completions[-1]
+    learner = TorchLearner(society.policy, TrainConfig())
+
+    def held(index: int) -> list[torch.Tensor]:
+        moments = [tensor for name, tensor in learner.state().items() if not name.endswith(".step")]
+        return [stack[index].detach().clone() for stack in (*learner.bank.parameters().values(), *moments)]
+
+    learner.imitate([of_first, of_last], lr=0.1)
+    first, last = held(0), held(3)
+    learner.imitate([of_first], lr=0.1)
+    assert all(map(torch.equal, last, held(3)))
+    assert not any(map(torch.equal, first, held(0)))
+    learner.imitate([of_last], lr=0.1)
+    assert not any(map(torch.equal, last, held(3)))
 
 
 def finetune_batch(society: Society, texts: list[Completion]) -> Any:
@@ -389,6 +420,37 @@ def test_a_single_agent_spends_its_tokens(config: TrainConfig) -> None:
     assert len(records) == ledger["questions"] == 8
     assert sum(len(record["texts"]) for record in records) == ledger["calls"] > 16
     assert "Nothing was validated" in write_run_report(run).read_text()
+
+
+def test_a_run_ends_by_the_iteration_that_spends_its_tokens(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = dataclasses.replace(
+        config, topology=TopologyConfig(widths=(1,)), society=SocietyConfig(rounds=1, batch=12), train_tokens=1, num_steps=3,
+        eval_every=3,
+    )  # fmt: skip
+    run = RunDirectory.open(run_to_end(alone, "alone"))
+    assert "--train-tokens are spent after 1 of 3 iterations" in capsys.readouterr().err
+    assert (run.step, len(run.metrics())) == (1, 1)
+    assert [measured["iteration"] for measured in read_iterations(run)] == [0, 1]
+    drawn: list[Any] = []
+    run.write_json("evaluation.json", {"after": {"test": {"accuracy": 0.5, "low": 0.25, "high": 0.75, "floor": 0.5, "n": 2}}})
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    plot_run(run)
+    (axes,) = drawn[0].axes
+    points = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    assert "validation accuracy, by debate and vote, 95% interval" in points
+    assert points["test (n 2)"].lines[0].get_xdata().tolist() == [1]
+
+
+def test_a_validation_question_that_a_list_holds_twice_is_measured_once(config: TrainConfig, tmp_path: Path) -> None:
+    file = tmp_path / "twice.jsonl"
+    numbers, splits = (0, 1, 2, 3, 3, 4), ("train", "train", "validation", "validation", "validation", "test")
+    records = [{"question": f"Is {n} even?", "answer": "Yes", "split": s} for n, s in zip(numbers, splits, strict=True)]
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    config = dataclasses.replace(config, task=TaskConfig(name=f"jsonl:{file}"), validation_size=3)
+    with finetuner_of(resolve(config), RunDirectory.find(config, resume=False)) as (finetuner, _):
+        assert [example.question for example in finetuner.validation.examples] == ["Is 2 even?", "Is 3 even?"]
 
 
 def test_a_run_that_diverges_says_what_to_do(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import build_network, check_memory, set_up
 from neuromas.training.trainer import Trainer
-from neuromas.types import Completion, Prompt, Sample
+from neuromas.types import Completion, Example, Prompt, Sample
 
 NUM_STEPS = 16
 FLAGS = [
@@ -318,6 +318,26 @@ def test_momentum_alone_moves_nothing(folders: dict[str, Path], tmp_path: Path) 
     before = {name: tensor.clone() for name, tensor in state_of(trainer).items()}
     assert train_step(trainer)["signal/frac"] == 0
     assert_bit_equal(state_of(trainer), before)
+
+
+def test_a_question_that_a_step_asks_again_is_drawn_anew(folders: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "few.jsonl"
+    splits = ("train", "train", "test")
+    records = [{"question": f"Is {n} even?", "answer": "Yes", "split": split} for n, split in enumerate(splits)]
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    trainer = start(make_config(folders["qwen3"], tmp_path / "run", task=TaskConfig(name=f"jsonl:{file}"), eval_size=1))
+    questions = trainer.draw_questions(0)
+    assert [question.repeat for question in questions] == [0, 0, 1, 1]
+
+    def said(asked: list[Example]) -> dict[tuple[str, int], list[tuple[int, ...]]]:
+        groups = zip(asked, trainer.roll_out(asked, 0), strict=True)
+        return {(q.id, q.repeat): [c.sample.token_ids for rollout in group for c in rollout.completions] for q, group in groups}
+
+    drawn, alone = said(questions), said(questions[:2])
+    assert {key: texts for key, texts in drawn.items() if key[1] == 0} == alone
+    assert all(drawn[question.id, 0] != drawn[question.id, 1] for question in questions)
+    # It is the same question for all else, such as a task that keeps its solutions by it.
+    assert len(set(questions)) == 2
 
 
 def test_a_step_leaves_the_backbone_alone(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -637,7 +657,10 @@ def test_the_best_validation_is_kept_beside_the_last_checkpoint(folders: dict[st
     # The first of equals, and nothing of those before it.
     trainer.save()
     assert [folder.name for folder in sorted((config.run_path / "checkpoints").glob("best-*"))] == ["best-000002"]
+    version = trainer.bank.version
     assert checkpoint.load_best(trainer.run, trainer.bank) == 2
+    # An engine with copies of its own takes these over.
+    assert trainer.bank.version > version
     assert_bit_equal(dict(trainer.bank.parameters()), at[2])
     network, step = load_network(trainer.run, best=True)
     assert step == 2

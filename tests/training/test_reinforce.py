@@ -87,7 +87,7 @@ def test_groups_are_centred_one_by_one() -> None:
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("centring", ["leave_one_out", "group_mean"])
-@pytest.mark.parametrize("reward", [0.0, 1.0])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.7])
 def test_equal_rewards_teach_nothing(centring: Centring, reward: float, normalize: bool) -> None:
     advantages_PG = reinforce.advantages(torch.full((2, 7), reward), centring, normalize=normalize)
     assert advantages_PG.tolist() == [[0.0] * 7] * 2

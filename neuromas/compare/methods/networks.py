@@ -94,8 +94,10 @@ def with_credit(method: Method, credit: str) -> Trained:
         change(TrainConfig()).check()
     except ValueError as error:
         raise ValueError(f"method {method.name}:{credit}: {error}") from error
+    own = method.change(TrainConfig()).credit
+    instead = "" if own in ("shared", credit) else f" in place of {own}"
     return replace(
-        method, name=f"{method.name}:{credit}", title=f"{method.title}, credit {credit}", change=change,
+        method, name=f"{method.name}:{credit}", title=f"{method.title}, credit {credit}{instead}", change=change,
         trains_as=f"{method.trains_as}:{credit}",
     )  # fmt: skip
 
