@@ -27,6 +27,9 @@ SPEED = Path(__file__).parent / "results" / "speed_full.json"
 CASE = "bundled [1,1,1] 16 x 8, prefix 128, new 48"
 WORKERS = (1, 4, 16, 64, 256, 1024, 4096)
 STEPS = 8
+"""Steps that count."""
+WARM_UP = 6
+"""Steps of a fleet before those: it begins with nothing to learn from, and takes a few steps to run as far ahead as it may."""
 REMARK = (
     "The rates are those of 128 rows at once: what has fewer rows a worker is too fast here (docs/scale.md says by how much)."
 )
@@ -196,6 +199,7 @@ def fleet(rates: Rates, workers: int, questions: int, bound: int) -> Outcome:
     # Adapters go down a binary tree of engines.
     broadcast = math.ceil(math.log2(engines + 1)) * (rates.adapter_bytes / rates.bytes_per_second + rates.latency)
     reached = [0]
+    began, parts_before = 0.0, dict(parts)
 
     def deliver(version: int) -> Iterator[Any]:
         nonlocal moved
@@ -223,8 +227,10 @@ def fleet(rates: Rates, workers: int, questions: int, bound: int) -> Outcome:
             yield ready.put((version, tokens))
 
     def learner() -> Iterator[Any]:
-        nonlocal done
-        while done < STEPS:
+        nonlocal done, began, parts_before
+        while done < WARM_UP + STEPS:
+            if done == WARM_UP:
+                began, parts_before, found.stale, found.tokens = env.now, dict(parts), [], 0
             groups = []
             for _ in range(questions):
                 groups.append((yield ready.get()))
@@ -241,7 +247,8 @@ def fleet(rates: Rates, workers: int, questions: int, bound: int) -> Outcome:
     for _ in range(engines):
         env.process(engine())
     env.run(env.process(learner()))
-    found.seconds, found.busy = env.now, parts
+    found.seconds = env.now - began
+    found.busy = {part: seconds - parts_before[part] for part, seconds in parts.items()}
     return found
 
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from neuromas.compare.cells import Cell, Stored, attempt, write
 from neuromas.compare.code_version import code_version
 from neuromas.compare.grid import find_method
 from neuromas.compare.workers import PATIENCE, chains_of, from_order, printing_to, to_order
-from neuromas.system.cluster import RETRIES, enter, load_ray, require_cores
+from neuromas.system.cluster import RETRIES, device_of, enter, load_ray, require_cores
 from neuromas.system.process import configure_process
 from neuromas.system.terminal import one_line
 
@@ -71,6 +72,8 @@ def make_remotely(order: str, folder: str) -> Stored:
     enter(folder, "--workers")
     configure_process()
     cell = from_order(order)
+    config = replace(cell.spec.config, device=device_of(cell.spec.config.device))
+    cell = replace(cell, spec=replace(cell.spec, config=config))
     if (code := code_version(find_method(cell.spec.method))) != cell.code:
         raise ValueError(
             f"node {os.uname().nodename} has other code ({code}) than this machine ({cell.code}); install the same"

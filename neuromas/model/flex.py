@@ -108,10 +108,15 @@ def _attend(query_KHD: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, sc
     return out[0].transpose(0, 1)
 
 
-@functools.cache
 def _compiled() -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    # Beyond the limit, without `fullgraph`, it would compute every score in silence.
+    # Torch keeps its settings by thread, and a server samples in another one than it loads in.
     torch._dynamo.config.recompile_limit = _KERNELS
+    return _kernel()
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    # Beyond the limit, without `fullgraph`, it would compute every score in silence.
     return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
 
 

@@ -5,6 +5,7 @@ own, and while it lasts the service is asked whether it is there: one that has n
 `EngineFault`. Whatever the package or the service raises becomes one too, of one line.
 """
 
+import http.client
 import importlib
 import io
 import json
@@ -174,8 +175,8 @@ class TinkerService:
                 return True
         except urllib.error.HTTPError:
             return True  # an answer, if not the one of every service
-        except (OSError, ValueError):
-            return False
+        except (OSError, ValueError, http.client.HTTPException):
+            return False  # nobody, or who speaks another protocol
 
 
 def _import_tinker() -> Any:

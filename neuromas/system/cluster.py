@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from neuromas.system.terminal import one_line
 
@@ -82,6 +82,12 @@ def require_cores(resources: Mapping[str, float], device: str, count: int, of: s
     kind = "GPU" if device == "cuda" else "CPU"
     if (there := int(min(resources.get("CPU", 0), resources.get(kind, 0)))) < count:
         raise ValueError(f"--workers needs {count} or more {kind}s, one for each {of}, and the cluster has {there}")
+
+
+def device_of(device: str) -> Literal["cpu", "cuda"]:
+    """Return where work on a cluster runs: `auto` on a CPU. Ray gives a GPU to what asks for one, and hides none from the rest,
+    all of which would take the first one of their machine."""
+    return "cuda" if device == "cuda" else "cpu"
 
 
 def enter(folder: str, node_of: str) -> None:

@@ -7,13 +7,15 @@ them, so that a run may go on with one worker or with eight, and without Ray. Wh
 import os
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neuromas.config import TrainConfig
-from neuromas.system.cluster import RETRIES, enter, joined, load_ray, require_cores
+from neuromas.system.cluster import RETRIES, device_of, enter, joined, load_ray, require_cores
+from neuromas.system.engines import describe_engine
 from neuromas.system.files import checksum_of
 from neuromas.system.process import configure_process
 from neuromas.system.terminal import one_line
@@ -111,28 +113,35 @@ def _cause(failures: list[BaseException]) -> str:
 
 def _fit(config: TrainConfig, workers: tuple[int, int], board: Any, kept: str, failures: list[BaseException]) -> None:
     """Let Ray Train run the workers to the end, or until they have died too often."""
+    try:
+        _trainer(config, workers, board, kept).fit()
+    except Exception as error:  # told to the user by the thread that waits
+        failures.append(error)
+
+
+def _trainer(config: TrainConfig, workers: tuple[int, int], board: Any, kept: str) -> Any:
+    """Return Ray's trainer of a run; Ray of another version raises whatever its settings lack."""
     train, least, most = load_ray("ray.train"), *workers
+    own = replace(config, device=device_of(config.device))
     # What a node of another machine is told is what it would read itself: its working folder is this one.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     # A busy machine takes its minutes to load torch; Ray would begin anew after one.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    trainer = load_ray("ray.train.torch").TorchTrainer(
+    return load_ray("ray.train.torch").TorchTrainer(
         work,
-        train_loop_config={"config": to_json(config), "folder": str(Path.cwd()), "board": board},
+        train_loop_config={"config": to_json(own), "folder": str(Path.cwd()), "board": board},
         # Messages are megabytes, and most are of Python objects: gloo carries those, between processors of any kind.
         torch_config=load_ray("ray.train.torch").TorchConfig(backend="gloo"),
         scaling_config=train.ScalingConfig(
             num_workers=most if least == most else (least, most), use_gpu=config.device == "cuda",
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
+        # Ray counts apart how often it has not found the cores for all workers, and would look for them for ever.
         run_config=train.RunConfig(
-            storage_path=kept, name="run", failure_config=train.FailureConfig(max_failures=RETRIES),
+            storage_path=kept, name="run",
+            failure_config=train.FailureConfig(max_failures=RETRIES, controller_failure_limit=RETRIES),
         ),
     )  # fmt: skip
-    try:
-        trainer.fit()
-    except Exception as error:  # told to the user by the thread that waits
-        failures.append(error)
 
 
 def work(order: dict[str, Any]) -> None:
@@ -171,18 +180,20 @@ def _train(order: dict[str, Any], exchange: Exchange, board: Any) -> None:
     with run.locked(), Told(config, board) as progress:
         run.initialise(task.held_out, checksums)
         if board is not None:
-            _note_start(run, progress, board, exchange.workers)
+            engine = describe_engine(config.engine.name, setup.network.backbone.device.type)
+            _note_start(run, progress, board, exchange.workers, engine)
         exchange.gather(None)
         trainer = begin(setup, run, progress)
         with tracked(config.track if exchange.rank == 0 else "none", run, progress.note):
             train_and_score(trainer, progress, exchange.stop)
 
 
-def _note_start(run: RunDirectory, progress: Progress, board: Any, workers: int) -> None:
-    """Say with how many workers a run begins, and after a loss what of it is done again."""
+def _note_start(run: RunDirectory, progress: Progress, board: Any, workers: int, engine: str) -> None:
+    """Say with how many workers a run begins and what its engine keeps, and after a loss what of it is done again."""
     by = f"{workers} {'worker' if workers == 1 else 'workers'}"
     if load_ray().get(board.start.remote()) == 1:
         progress.note(f"{by}: questions, rewards and gradients are shared out; what dies is begun again")
+        progress.note(engine)
         return
     logged = max((int(record["step"]) + 1 for record in run.metrics()), default=0)
     again = f"steps {run.step + 1} to {logged} are done again" if logged > run.step else "no finished step is done again"

@@ -1,5 +1,7 @@
 """Attention for other devices, on a CPU: torch's flex attention gives what the CPU's attention gives, gradients included."""
 
+from threading import Thread
+
 import pytest
 import torch
 from accelerator import flex_on_cpu
@@ -109,3 +111,22 @@ def test_the_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neuromas.model.flex.uses_flex", lambda _: True)
     assert type(prefix_attention(packed)) is FlexPrefixAttention
     assert type(suffix_attention(packed, prefixes, prefix_of_row)) is FlexSuffixAttention
+
+
+def test_as_many_kernels_are_compiled_in_any_thread() -> None:
+    """A server samples in another thread than it loads in, and torch keeps its settings by thread."""
+    limits: list[int] = []
+
+    def ask() -> None:
+        flex._compiled()
+        limits.append(torch._dynamo.config.recompile_limit)
+
+    before = torch._dynamo.config.recompile_limit
+    try:
+        ask()
+        other = Thread(target=ask)
+        other.start()
+        other.join()
+    finally:
+        torch._dynamo.config.recompile_limit = before
+    assert limits == [flex._KERNELS] * 2

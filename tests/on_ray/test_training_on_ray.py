@@ -45,7 +45,8 @@ def test_two_and_four_workers_and_what_dies(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "neuromas.cli", "train", *FLAGS, "--run-dir", one], check=True)
     with cluster(2, cpus=2) as (nodes, (_, second)):
         for run, count in ((two, 2), (four, 4)):
-            finish(train(run.name, "--workers", str(count)))
+            told = finish(train(run.name, "--workers", str(count)))
+            assert "engine torch: torch samples and learns; kept: bit-exact resume" in told
             assert rollouts_of(run) == rollouts_of(one)
             assert farthest(run, one) < TOLERANCE
 

@@ -26,7 +26,7 @@ from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.system import cluster
 from neuromas.system.engines import EngineConfig
 from neuromas.training.loop import begin, train_and_score
-from neuromas.training.on_ray import _cause, _check_alike, check_workers
+from neuromas.training.on_ray import _cause, _check_alike, _fit, check_workers
 from neuromas.training.plan import resolve
 from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
@@ -273,6 +273,30 @@ def test_a_cluster_that_is_too_small_is_told() -> None:
         kind = "GPU" if device == "cuda" else "CPU"
         with pytest.raises(ValueError, match=f"--workers needs 5 or more {kind}s, one for each worker, and the cluster has 4"):
             cluster.require_cores(found, device, 5, "worker")
+
+
+def test_what_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    parts = SimpleNamespace(
+        TorchTrainer=lambda _, **settings: SimpleNamespace(fit=lambda: asked.update(settings)),
+        TorchConfig=dict, ScalingConfig=dict, RunConfig=dict, FailureConfig=dict,
+    )  # fmt: skip
+    for variable in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setattr("neuromas.training.on_ray.load_ray", lambda _: parts)
+    failures: list[BaseException] = []
+    # Ray hides no GPU from workers that have none of their own.
+    for device, own in (("auto", "cpu"), ("cpu", "cpu"), ("cuda", "cuda")):
+        _fit(replace(CONFIG, device=device), (2, 3), None, str(tmp_path), failures)
+        assert json.loads(asked["train_loop_config"]["config"])["device"] == own
+        assert asked["scaling_config"]["use_gpu"] == (own == "cuda")
+    # Where a node does not come back, Ray looks for its cores some times and not for ever.
+    assert asked["run_config"]["failure_config"] == {"max_failures": 3, "controller_failure_limit": 3}
+    assert failures == []
+    # Another version of Ray, or RAY_TRAIN_V2_ENABLED=0.
+    parts.ScalingConfig = int
+    _fit(CONFIG, (2, 2), None, str(tmp_path), failures)
+    assert "keyword argument" in _cause(failures)
 
 
 def test_why_ray_has_given_up_is_one_line() -> None:

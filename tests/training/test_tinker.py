@@ -6,10 +6,12 @@
 import dataclasses
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -342,6 +344,15 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         TinkerService("http://127.0.0.1:9", SHAPE)
 
 
-def test_an_address_where_nothing_answers_is_one_line(service: FakeTinker) -> None:
-    with pytest.raises(EngineFault, match=r"no Tinker service answers at --engine.url http://127.0.0.1:9: start it there, or"):
-        TinkerService("http://127.0.0.1:9/", SHAPE)
+def test_an_address_where_no_service_answers_is_one_line(service: FakeTinker) -> None:
+    def greet() -> None:
+        with other.accept()[0] as caller:
+            caller.send(b"SSH-2.0-other\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        greets = Thread(target=greet)
+        greets.start()
+        for url in ("http://127.0.0.1:9", f"http://127.0.0.1:{other.getsockname()[1]}", "http://127.0.0.1:80x"):
+            with pytest.raises(EngineFault, match=f"no Tinker service answers at --engine.url {url}: start it there, or"):
+                TinkerService(f"{url}/", SHAPE)
+        greets.join()
