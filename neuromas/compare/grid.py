@@ -235,6 +235,9 @@ class _Layers:
             if fixed := [key for key in values if key in refused]:
                 raise ValueError(f"{self.where}: [{table}] may not set {fixed[0]!r}: it is the same for all methods")
             config = from_dict(TrainConfig, dict(values), where=self.where, prefix=f"{table}.", base=config)
+        if config.engine.name == "tinker":
+            # Its service would go on answering with the last adapters, where a comparison scores the best ones too.
+            raise ValueError(f"{self.where}: --engine tinker is for `neuromas train`; a comparison runs on torch or vllm")
         named = dataclasses.replace(config.task, name=task)
         config = dataclasses.replace(config, task=named)
         try:

@@ -85,6 +85,7 @@ def test_the_reference_meets_every_method_that_no_pair_names(tmp_path: Path) -> 
         ("[quick]\nfast = 1", "unknown key 'quick.fast'"),
         ("[train]\nspeed = 1", "unknown key 'train.speed'"),
         ("[train]\nseed = 1", r"\[train\] may not set 'seed': it is the same for all methods"),
+        ("[train.engine]\nname = 'tinker'", "--engine tinker is for `neuromas train`; a comparison runs on torch or vllm"),
         ("[method.direct]\neval_size = 1", r"\[method.direct\] may not set 'eval_size'"),
         ("[method.malt]\nlr = 1", r"\[method.malt\] is about none of the methods direct, neuromas_3, single_rl"),
         ("[task.dyck]\nlr = 1", r"\[task.dyck\] is about none of the tasks navigate, web_of_lies"),
