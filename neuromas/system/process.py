@@ -9,7 +9,7 @@ from pathlib import Path
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1)}
 """Settings of glibc's allocator: environment variable -> (parameter of mallopt, bytes)."""
-_MUCH = 2**29
+_MUCH = 3 * 2**29
 """Bytes of freed memory that a process keeps."""
 
 
