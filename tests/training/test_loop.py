@@ -244,14 +244,14 @@ def test_where_nothing_is_right_entropy_rises_and_divergence_falls(
 
     def measured(name: str, *, resumed: bool, **coefficient: float) -> list[float]:
         config = make_config(
-            folders["qwen3"], tmp_path / f"{name}{resumed}", num_steps=8, warmup_steps=0, lr=0.005,
+            folders["qwen3"], tmp_path / f"{name}{resumed}", num_steps=10, warmup_steps=0, lr=0.005,
             **{**changes, **coefficient},
         )  # fmt: skip
         values, trainer = [], start(config)
         trainer.task.parse_answer = lambda text: None
         if "kl_coef" in coefficient:
             randomise(trainer.bank, 0.3)
-        for step in range(8):
+        for step in range(10):
             if resumed and step == 3:
                 trainer.save()
                 trainer = start(config, resume=True)
@@ -264,9 +264,10 @@ def test_where_nothing_is_right_entropy_rises_and_divergence_falls(
     entropies = measured("entropy/mean", resumed=False, entropy_coef=1.0)
     divergences = measured("kl/mean", resumed=False, kl_coef=1.0)
     # From step 2 on the network that grows has its size.
-    assert sum(entropies[-3:]) > sum(entropies[2:5])
-    assert sum(divergences[-3:]) < sum(divergences[2:5])
+    assert sum(entropies[-4:]) > sum(entropies[2:6])
+    assert sum(divergences[-4:]) < sum(divergences[2:6])
     assert measured("kl/mean", resumed=True, kl_coef=1.0) == divergences
+    assert measured("entropy/mean", resumed=True, entropy_coef=1.0) == entropies
 
 
 def test_without_a_coefficient_the_bare_backbone_is_not_asked(
