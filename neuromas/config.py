@@ -65,14 +65,14 @@ class TopologyConfig:
     def build(self) -> Topology:
         """Return the topology; ValueError says what makes it no network."""
         for role in self.roles:
-            require_text("topology.roles", role)
+            require_text("--topology.roles", role)
         if self.edges:
             if self.skip or self.widths != TopologyConfig().widths:
                 given = "topology.skip" if self.skip else f"topology.widths {list(self.widths)}"
                 raise ValueError(
                     f"topology.edges takes the place of widths and skip, got it and {given}; leave one of them out"
                 )
-            require(not self.vote, "topology.vote", "left out with topology.edges", self.vote)
+            require(not self.vote, "--topology.vote", "left out with --topology.edges", self.vote)
             return Topology.from_edges(self.edges).with_roles(self.roles)
         return Topology.layered(self.widths, skip=self.skip, vote=self.vote).with_roles(self.roles)
 
@@ -121,7 +121,7 @@ class PromptConfig:
         fitting = "terse" if bundled else "chat" if has_chat_template else "plain"
         wording = WORDINGS[fitting if self.wording == "auto" else self.wording]
         for name in ("place", "message", "write", "begin_answer"):
-            require_text(f"prompt.{name}", getattr(self, name) or "")
+            require_text(f"--prompt.{name}", getattr(self, name) or "")
         for name, needed in (("place", ()), ("message", ("sender", "text")), ("write", ())):
             if given := getattr(self, name):
                 check_template(name, given, needed)
@@ -153,12 +153,12 @@ class AdapterConfig:
     computation all nodes then share."""
 
     def check(self) -> None:
-        require(self.rank is None or self.rank >= 1, "adapter.rank", "at least 1", self.rank)
-        require(self.budget is None or self.budget >= 1, "adapter.budget", "at least 1", self.budget)
-        require(self.alpha is None or self.alpha > 0, "adapter.alpha", "above 0", self.alpha)
-        require(len(self.target_modules) > 0, "adapter.target_modules", "one or more module names", self.target_modules)
+        require(self.rank is None or self.rank >= 1, "--adapter.rank", "at least 1", self.rank)
+        require(self.budget is None or self.budget >= 1, "--adapter.budget", "at least 1", self.budget)
+        require(self.alpha is None or self.alpha > 0, "--adapter.alpha", "above 0", self.alpha)
+        require(len(self.target_modules) > 0, "--adapter.target_modules", "one or more module names", self.target_modules)
         if self.rank is not None and self.budget is not None:
-            raise ValueError("adapter.rank and adapter.budget exclude each other; give one of them")
+            raise ValueError("--adapter.rank and --adapter.budget exclude each other; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

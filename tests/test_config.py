@@ -134,10 +134,10 @@ NAN = float("nan")
         ({"growth": (GrowthConfig(noise=float("inf")),)}, "--growth.0.noise must be a finite number, got inf"),
         ({"num_steps": 10**6}, "--num-steps must be at most 999,999, got 1000000"),
         ({"max_new_tokens": 10**12 - 1}, "--max-new-tokens must be at most 999,999, got 999999999999"),
-        ({"topology": TopologyConfig(widths=(10**9, 1))}, "topology.widths must make at most 512 nodes, got 1,000,000,001"),
+        ({"topology": TopologyConfig(widths=(10**9, 1))}, "--topology.widths must make at most 512 nodes, got 1,000,000,001"),
         (
             {"topology": TopologyConfig(edges=((1, 2), (2, 10**12)))},
-            "topology.edges must use node ids up to 512, got 1,000,000,000,000",
+            "--topology.edges must use node ids up to 512, got 1,000,000,000,000",
         ),
         (
             {"branches": 2, "centring": "group_mean"},
@@ -152,15 +152,15 @@ NAN = float("nan")
         ({"group_size": 0, "centring": "none"}, "--group-size must be at least 1 with --centring none, got 0"),
         ({"prompt_date": "26 Jul 2024"}, "--prompt-date must be a date YYYY-MM-DD, got '26 Jul 2024'"),
         ({"prompt_date": "20240726"}, "--prompt-date must be a date YYYY-MM-DD, got '20240726'"),
-        ({"adapter": AdapterConfig(rank=0)}, "adapter.rank must be at least 1, got 0"),
-        ({"adapter": AdapterConfig(budget=0)}, "adapter.budget must be at least 1, got 0"),
-        ({"adapter": AdapterConfig(alpha=0.0)}, "adapter.alpha must be above 0, got 0.0"),
-        ({"adapter": AdapterConfig(target_modules=())}, "adapter.target_modules must be one or more module names, got ()"),
+        ({"adapter": AdapterConfig(rank=0)}, "--adapter.rank must be at least 1, got 0"),
+        ({"adapter": AdapterConfig(budget=0)}, "--adapter.budget must be at least 1, got 0"),
+        ({"adapter": AdapterConfig(alpha=0.0)}, "--adapter.alpha must be above 0, got 0.0"),
+        ({"adapter": AdapterConfig(target_modules=())}, "--adapter.target_modules must be one or more module names, got ()"),
         (
             {"adapter": AdapterConfig(rank=1, budget=9)},
-            "adapter.rank and adapter.budget exclude each other; give one of them",
+            "--adapter.rank and --adapter.budget exclude each other; give one of them",
         ),
-        ({"topology": TopologyConfig(widths=(1, 2))}, "topology.widths must end in 1 (one output node), got [1, 2]"),
+        ({"topology": TopologyConfig(widths=(1, 2))}, "--topology.widths must end in 1 (one output node), got [1, 2]"),
         (
             {"topology": TopologyConfig(edges=((1, 2),), widths=(2, 1))},
             "topology.edges takes the place of widths and skip, got it and topology.widths [2, 1]; leave one of them out",
@@ -171,7 +171,7 @@ NAN = float("nan")
         ),
         (
             {"topology": TopologyConfig(edges=((1, 2), (2, 1)))},
-            "topology.edges must not form a cycle; nodes [1, 2] wait for each other",
+            "--topology.edges must not form a cycle; nodes [1, 2] wait for each other",
         ),
     ],
 )

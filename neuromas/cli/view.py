@@ -54,6 +54,11 @@ def _watch(records: Sequence[RunRecord], out: Path) -> None:
     """Keep the page as new as the runs until Ctrl-C."""
     seen = None
     try:
+        for record in records:
+            if not record.has_rollouts():
+                print(f"{record.run.path} has no rollouts yet; waiting for its first", file=sys.stderr)
+            while not record.has_rollouts():
+                time.sleep(WATCH_SECONDS)
         while True:
             if (state := [record.state() for record in records]) != seen:
                 write_page(out, build_page(records, watched=True))

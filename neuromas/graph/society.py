@@ -61,11 +61,11 @@ class SocietyConfig:
             return
         for name in ("rounds", "samples", "epochs", "batch"):
             if (got := getattr(self, name)) < 1:
-                yield f"society.{name} must be at least 1, got {got}"
+                yield f"--society.{name} must be at least 1, got {got}"
         if not 0 < self.corrections <= 1:
-            yield f"society.corrections must be above 0 and at most 1, got {self.corrections}"
+            yield f"--society.corrections must be above 0 and at most 1, got {self.corrections}"
         if self.epochs > MOST_EPOCHS:
-            yield f"society.epochs must be at most {MOST_EPOCHS:,}, got {self.epochs}"
+            yield f"--society.epochs must be at most {MOST_EPOCHS:,}, got {self.epochs}"
         yield from self._faults_of_layers(settings["topology"])
         texts = settings["examples_per_step"] * self.calls(settings["topology"].widths[0])
         if texts > MOST_TEXTS:
@@ -75,9 +75,9 @@ class SocietyConfig:
             )
         for name in ("place", "message", "write", "begin_messages"):
             if got := getattr(settings["prompt"], name):
-                yield f"prompt.{name} must be left out in a society: agents that debate have prompts of their own, got {got!r}"
+                yield f"--prompt.{name} must be left out in a society: agents that debate have prompts of their own, got {got!r}"
         if self.samples > 1 and self.rounds > 1:
-            yield f"society.samples must be 1 with more than one round, got {self.samples}"
+            yield f"--society.samples must be 1 with more than one round, got {self.samples}"
         if settings["train_tokens"] and self.rounds > 1:
             yield "--train-tokens must be 0 with more than one round: it sets how often each agent of one round answers"
         for name, (expected, why) in LEFT_ALONE.items():
@@ -97,13 +97,13 @@ class SocietyConfig:
     def _faults_of_layers(self, topology: Any) -> Iterator[str]:
         widths: Sequence[int] = topology.widths
         if topology.edges or topology.skip or topology.roles:
-            yield "topology.edges, skip and roles must be left out in a society: who reads whom follows from the rounds"
+            yield "--topology.edges, --topology.skip and --topology.roles must be left out in a society: who reads whom follows from the rounds"
         if len(widths) > 2 or widths[0] != widths[-1]:
-            yield f"topology.widths must be N N (generation agents and critics) or N in a society, got {list(widths)}"
+            yield f"--topology.widths must be N N (generation agents and critics) or N in a society, got {list(widths)}"
         if len(widths) == 2 and self.rounds == 1:
-            yield f"society.rounds must be at least 2 where there are critics (topology.widths {list(widths)}), got 1"
+            yield f"--society.rounds must be at least 2 where there are critics (topology.widths {list(widths)}), got 1"
         if list(widths) == [1] and self.rounds > 1:
-            yield "topology.widths must hold more than one agent to debate in several rounds, got [1]"
+            yield "--topology.widths must hold more than one agent to debate in several rounds, got [1]"
 
 
 def _as_text(value: object) -> str:

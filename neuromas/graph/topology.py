@@ -32,11 +32,11 @@ class Topology:
         """
         widths = tuple(widths)
         if not widths or min(widths) < 1:
-            raise ValueError(f"topology.widths must be positive, e.g. 1 1 1, got {list(widths)}")
+            raise ValueError(f"--topology.widths must be positive, e.g. 1 1 1, got {list(widths)}")
         if widths[-1] != 1 and not vote:
-            raise ValueError(f"topology.widths must end in 1 (one output node), got {list(widths)}")
+            raise ValueError(f"--topology.widths must end in 1 (one output node), got {list(widths)}")
         if sum(widths) > MOST_NODES:
-            raise ValueError(f"topology.widths must make at most {MOST_NODES} nodes, got {sum(widths):,}")
+            raise ValueError(f"--topology.widths must make at most {MOST_NODES} nodes, got {sum(widths):,}")
         layer_of = [layer for layer, width in enumerate(widths, start=1) for _ in range(width)]
         layers = tuple(enumerate(layer_of, start=1))
         edges = tuple((a, b) for a, la in layers for b, lb in layers if (la < lb if skip else la + 1 == lb))
@@ -51,22 +51,22 @@ class Topology:
         """
         edges = tuple(sorted((int(a), int(b)) for a, b in edges))
         if not edges:
-            raise ValueError("topology.edges must name at least one edge, got none; one node is --topology.widths 1")
+            raise ValueError("--topology.edges must name at least one edge, got none; one node is --topology.widths 1")
         if twice := [edge for edge, count in Counter(edges).items() if count > 1]:
-            raise ValueError(f"topology.edges names {list(twice[0])} more than once; remove the repetition")
+            raise ValueError(f"--topology.edges names {list(twice[0])} more than once; remove the repetition")
         named = {node for edge in edges for node in edge}
         if min(named) < 1:
-            raise ValueError(f"topology.edges must use node ids from 1, got {min(named)}")
+            raise ValueError(f"--topology.edges must use node ids from 1, got {min(named)}")
         if max(named) > MOST_NODES:
-            raise ValueError(f"topology.edges must use node ids up to {MOST_NODES}, got {max(named):,}")
+            raise ValueError(f"--topology.edges must use node ids up to {MOST_NODES}, got {max(named):,}")
         nodes = range(1, max(named) + 1)
         if lost := next((node for node in nodes if node not in named), None):
-            raise ValueError(f"topology.edges leaves node {lost} unreachable; add an edge or renumber the nodes")
+            raise ValueError(f"--topology.edges leaves node {lost} unreachable; add an edge or renumber the nodes")
         layers = _longest_path_layers(nodes, edges)
         sinks = sorted(set(nodes) - {a for a, _ in edges})
         if len(sinks) > 1:
             raise ValueError(
-                f"topology.edges must lead to one output node, got {len(sinks)} nodes that send to nobody: {sinks}; "
+                f"--topology.edges must lead to one output node, got {len(sinks)} nodes that send to nobody: {sinks}; "
                 "connect all but one of them onward"
             )
         return cls(tuple(sorted(layers.items())), edges)
@@ -75,7 +75,7 @@ class Topology:
         """Return the same graph with a sentence for each node to read; ValueError if there are more or fewer of them."""
         if len(roles) not in (0, len(self.layers)):
             expected = f"{len(self.layers)} sentences, one for each node, or none"
-            raise ValueError(f"topology.roles must be {expected}, got {len(roles)}: {list(roles)}")
+            raise ValueError(f"--topology.roles must be {expected}, got {len(roles)}: {list(roles)}")
         return dataclasses.replace(self, roles=tuple(roles))
 
     def role(self, node: int) -> str:
@@ -119,7 +119,7 @@ def _longest_path_layers(nodes: Iterable[int], edges: tuple[tuple[int, int], ...
     while waiting:
         ready = {n for n in waiting if all(a in layers for a, b in edges if b == n)}
         if not ready:
-            raise ValueError(f"topology.edges must not form a cycle; nodes {sorted(waiting)} wait for each other")
+            raise ValueError(f"--topology.edges must not form a cycle; nodes {sorted(waiting)} wait for each other")
         layers |= {n: 1 + max((layers[a] for a, b in edges if b == n), default=0) for n in ready}
         waiting -= ready
     return layers

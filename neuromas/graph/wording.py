@@ -119,11 +119,11 @@ def check_template(name: str, text: str, needed: tuple[str, ...]) -> None:
     try:
         fields = [(field, spec, kind) for _, field, spec, kind in string.Formatter().parse(text) if field is not None]
     except ValueError as error:
-        raise ValueError(f"prompt.{name}: {error} in {text!r}; write a brace that is meant as {{{{ or }}}}") from error
+        raise ValueError(f"--prompt.{name}: {error} in {text!r}; write a brace that is meant as {{{{ or }}}}") from error
     found = {field for field, _, _ in fields}
     # A format after a colon may hold fields of its own, and a width of any length.
     formatted = [f"{field}:{spec}" if spec else f"{field}!{kind}" for field, spec, kind in fields if spec or kind]
     if unknown := [*sorted(found - set(known)), *formatted]:
-        raise ValueError(f"prompt.{name} may hold {', '.join(f'{{{field}}}' for field in known)}, got {{{unknown[0]}}}")
+        raise ValueError(f"--prompt.{name} may hold {', '.join(f'{{{field}}}' for field in known)}, got {{{unknown[0]}}}")
     if missing := [field for field in needed if field not in found]:
-        raise ValueError(f"prompt.{name} must hold {{{missing[0]}}}, got {text!r}")
+        raise ValueError(f"--prompt.{name} must hold {{{missing[0]}}}, got {text!r}")

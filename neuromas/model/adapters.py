@@ -305,7 +305,7 @@ def find_targets(model: nn.Module, target_modules: Sequence[str]) -> dict[str, n
     missing = set(target_modules) - {name.rpartition(".")[2] for name in found}
     if missing:
         available = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"adapter.target_modules must be among {available} for this backbone, got {sorted(missing)}")
+        raise ValueError(f"--adapter.target_modules must be among {available} for this backbone, got {sorted(missing)}")
     return found
 
 
@@ -318,7 +318,7 @@ def resolve_rank(config: AdapterConfig, num_nodes: int, parameters_per_rank: int
     rank = config.budget // (num_nodes * parameters_per_rank)
     if rank < 1:
         raise ValueError(
-            f"adapter.budget {config.budget:,} is too small for rank 1: {num_nodes} nodes need at least "
+            f"--adapter.budget {config.budget:,} is too small for rank 1: {num_nodes} nodes need at least "
             f"{num_nodes * parameters_per_rank:,} trainable parameters"
         )
     return rank

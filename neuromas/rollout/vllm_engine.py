@@ -61,7 +61,7 @@ class VllmEngine:
         self.policy, self.bank = policy, policy.adapters
         rank = next((rank for rank in RANKS if rank >= self.bank.rank), None)
         if rank is None:
-            raise ValueError(f"adapter.rank must be at most {RANKS[-1]} with --engine vllm, got {self.bank.rank}")
+            raise ValueError(f"--adapter.rank must be at most {RANKS[-1]} with --engine vllm, got {self.bank.rank}")
         self._vllm = _import_vllm()
         self._llm = _start(self._vllm, policy.backbone, rank, 1 if self.bank.shared else most_nodes)
         self._folder = Path(tempfile.mkdtemp(prefix="neuromas-vllm-"))

@@ -93,15 +93,15 @@ class EngineConfig:
     def faults(self, settings: Mapping[str, Any]) -> Iterator[str]:
         """Yield what is wrong with these settings, or with those of a run that has them."""
         if self.logprob_bound is not None and self.logprob_bound <= 0:
-            yield f"engine.logprob_bound must be above 0, got {self.logprob_bound}"
+            yield f"--engine.logprob_bound must be above 0, got {self.logprob_bound}"
         if self.name == "torch":
             for key in ("logprob_bound", "mismatch", "url", "base_model"):
                 if (got := getattr(self, key)) != getattr(EngineConfig(), key):
-                    yield f"engine.{key} must be left out with --engine torch, which samples as it learns, got {got!r}"
+                    yield f"--engine.{key} must be left out with --engine torch, which samples as it learns, got {got!r}"
             return
         scope, temperature, rounds = settings["adapter"].scope, settings["temperature"], settings["society"].rounds
         if scope != "all":
-            yield f"adapter.scope must be all with --engine {self.name}, which applies an adapter to every token, got {scope!r}"
+            yield f"--adapter.scope must be all with --engine {self.name}, which applies an adapter to every token, got {scope!r}"
         if self.name == "vllm" and temperature < COLDEST_OF_VLLM:
             yield f"--temperature must be at least {COLDEST_OF_VLLM} with --engine vllm, its coldest, got {temperature}"
         if rounds:
@@ -112,7 +112,7 @@ class EngineConfig:
     def _faults_of_service(self, settings: Mapping[str, Any]) -> Iterator[str]:
         """Yield what in the settings of a run no service that learns can do."""
         if not self.url:
-            yield "engine.url must be the address of a service with --engine tinker, e.g. http://127.0.0.1:8000, got None"
+            yield "--engine.url must be the address of a service with --engine tinker, e.g. http://127.0.0.1:8000, got None"
         copies = [start for growth in settings["growth"] for start in growth.start if "copy" in start]
         checks = (
             ("--temperature", settings["temperature"], 1.0, "gives log-probabilities of untempered logits"),

@@ -214,7 +214,7 @@ def plug_service(config: TrainConfig, policy: Policy) -> tuple[Engine, Learner]:
     modules = frozenset(bank.target_modules)
     if modules not in (ATTENTION, MLP, ATTENTION | MLP):
         raise ValueError(
-            f"adapter.target_modules must be {' '.join(sorted(ATTENTION))}, {' '.join(sorted(MLP))}, or both with --engine "
+            f"--adapter.target_modules must be {' '.join(sorted(ATTENTION))}, {' '.join(sorted(MLP))}, or both with --engine "
             f"tinker, which names no single modules, got {' '.join(sorted(modules))}"
         )
     base_model = settings.base_model or folder_of(config.backbone)

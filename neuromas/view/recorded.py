@@ -116,6 +116,11 @@ class RunRecord:
         # An old checkpoint may vanish at any time.
         return [(path.name, path.stat().st_mtime_ns) for path in logs] + [(path.name, 0) for path in self.run.checkpoints()]
 
+    def has_rollouts(self) -> bool:
+        """Say whether the run has recorded a rollout."""
+        path = self.run.path / "rollouts.jsonl"
+        return path.exists() and path.stat().st_size > 0
+
     def rollouts(self, *, training_only: bool = False) -> list[Recorded]:
         """Return all rollouts in the order in which they were recorded, or those of training alone; ValueError if the file is
         damaged, or without any where all are asked for.

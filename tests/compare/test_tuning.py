@@ -108,7 +108,7 @@ def test_a_network_that_grows_is_judged_as_what_it_has_grown_to(tmp_path: Path) 
 
 def test_settings_that_a_method_cannot_train_with_are_told_before_the_first_cell(tmp_path: Path) -> None:
     text = HEAD + "rank = [2]\n[train.adapter]\nbudget = 100000\n"
-    with pytest.raises(ValueError, match=r"adapter.rank and adapter.budget exclude each other"):
+    with pytest.raises(ValueError, match=r"adapter.rank and --adapter.budget exclude each other"):
         tuning_of(tmp_path, lambda spec: None, text).check_settings()
     scaled = tuning_of(tmp_path, lambda spec: None, HEAD + "rank = [2, 8]\n[train.adapter]\nrank = 4\nalpha = 8.0\n")
     alphas = {(t.config.adapter.rank, t.config.adapter.alpha) for t in scaled.trials()}

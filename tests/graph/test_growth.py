@@ -107,7 +107,7 @@ DIAMOND = Topology.from_edges(edges("12 13 24 34"))
             lambda: grow_to(Topology.layered([3, 1]), [2, 2, 1]),
             r"widths \[3, 1\] does not fit into \[2, 2, 1\]; .* never removed$",
         ),
-        (lambda: grow_to(CHAIN, [2, 2, 2]), r"^topology\.widths must end in 1 \(one output node\), got \[2, 2, 2\]$"),
+        (lambda: grow_to(CHAIN, [2, 2, 2]), r"^--topology\.widths must end in 1 \(one output node\), got \[2, 2, 2\]$"),
         (
             lambda: grow_to(CHAIN, [1, 1, 1, 1], new_layers=[4]),
             r"^growth\.new_layers must name 1 of the layers 1 to 3, got \[4\]$",

@@ -33,11 +33,11 @@ def test_one_node_is_a_network_without_edges() -> None:
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ([], "topology.widths must be positive, e.g. 1 1 1, got []"),
-        ([0, 1], "topology.widths must be positive, e.g. 1 1 1, got [0, 1]"),
-        ([-1, 1], "topology.widths must be positive, e.g. 1 1 1, got [-1, 1]"),
-        ([2, 2], "topology.widths must end in 1 (one output node), got [2, 2]"),
-        ([1, 2], "topology.widths must end in 1 (one output node), got [1, 2]"),
+        ([], "--topology.widths must be positive, e.g. 1 1 1, got []"),
+        ([0, 1], "--topology.widths must be positive, e.g. 1 1 1, got [0, 1]"),
+        ([-1, 1], "--topology.widths must be positive, e.g. 1 1 1, got [-1, 1]"),
+        ([2, 2], "--topology.widths must end in 1 (one output node), got [2, 2]"),
+        ([1, 2], "--topology.widths must end in 1 (one output node), got [1, 2]"),
     ],
 )
 def test_widths_that_are_no_network(widths: list[int], message: str) -> None:
@@ -67,17 +67,17 @@ def test_a_chain_is_the_same_network_by_widths_and_by_edges() -> None:
 @pytest.mark.parametrize(
     ("edges", "message"),
     [
-        ([], "topology.edges must name at least one edge, got none; one node is --topology.widths 1"),
-        ([(1, 2), (2, 3), (1, 2)], "topology.edges names [1, 2] more than once; remove the repetition"),
-        ([(0, 1)], "topology.edges must use node ids from 1, got 0"),
-        ([(1, 2), (-4, 2)], "topology.edges must use node ids from 1, got -4"),
-        ([(1, 3)], "topology.edges leaves node 2 unreachable; add an edge or renumber the nodes"),
-        ([(1, 1)], "topology.edges must not form a cycle; nodes [1] wait for each other"),
-        ([(1, 2), (2, 1)], "topology.edges must not form a cycle; nodes [1, 2] wait for each other"),
-        ([(1, 2), (2, 3), (3, 2), (3, 4)], "topology.edges must not form a cycle; nodes [2, 3, 4] wait for each other"),
+        ([], "--topology.edges must name at least one edge, got none; one node is --topology.widths 1"),
+        ([(1, 2), (2, 3), (1, 2)], "--topology.edges names [1, 2] more than once; remove the repetition"),
+        ([(0, 1)], "--topology.edges must use node ids from 1, got 0"),
+        ([(1, 2), (-4, 2)], "--topology.edges must use node ids from 1, got -4"),
+        ([(1, 3)], "--topology.edges leaves node 2 unreachable; add an edge or renumber the nodes"),
+        ([(1, 1)], "--topology.edges must not form a cycle; nodes [1] wait for each other"),
+        ([(1, 2), (2, 1)], "--topology.edges must not form a cycle; nodes [1, 2] wait for each other"),
+        ([(1, 2), (2, 3), (3, 2), (3, 4)], "--topology.edges must not form a cycle; nodes [2, 3, 4] wait for each other"),
         (
             [(1, 2), (1, 3)],
-            "topology.edges must lead to one output node, got 2 nodes that send to nobody: [2, 3]; "
+            "--topology.edges must lead to one output node, got 2 nodes that send to nobody: [2, 3]; "
             "connect all but one of them onward",
         ),
     ],

@@ -329,7 +329,7 @@ def test_a_model_whose_config_names_no_size_of_its_feed_forward_is_read_and_lear
 
 
 def test_the_head_takes_no_adapter(bare: Backbone) -> None:
-    with pytest.raises(ValueError, match=r"adapter.target_modules must be among \['down_proj', .*got \['lm_head'\]"):
+    with pytest.raises(ValueError, match=r"--adapter.target_modules must be among \['down_proj', .*got \['lm_head'\]"):
         Policy(bare, (1, 2), AdapterConfig(rank=2, target_modules=("q_proj", "lm_head")))
 
 
@@ -627,7 +627,7 @@ def test_a_budget_gives_the_largest_rank_that_fits(budget: int, rank: int) -> No
 
 
 def test_a_budget_below_rank_1_says_what_is_needed() -> None:
-    expected = "adapter.budget 599 is too small for rank 1: 3 nodes need at least 600 trainable parameters"
+    expected = "--adapter.budget 599 is too small for rank 1: 3 nodes need at least 600 trainable parameters"
     with pytest.raises(ValueError, match=expected):
         resolve_rank(AdapterConfig(budget=599), 3, 200)
 
@@ -643,7 +643,7 @@ def test_trainable_parameters_are_the_banks_tensors_within_the_budget(bare: Back
 
 
 def test_an_unknown_target_module_lists_the_known_ones(bare: Backbone) -> None:
-    expected = r"adapter.target_modules must be among \['down_proj', .*'v_proj'\] for this backbone, got \['qkv'\]"
+    expected = r"--adapter.target_modules must be among \['down_proj', .*'v_proj'\] for this backbone, got \['qkv'\]"
     with pytest.raises(ValueError, match=expected):
         Policy(bare, (1,), AdapterConfig(target_modules=("q_proj", "qkv")))
 

@@ -197,7 +197,7 @@ def test_a_missing_package_is_said_with_how_to_get_it(tiny_backbone: Backbone, m
 
 def test_a_rank_that_vllm_refuses(tiny_backbone: Backbone) -> None:
     network = Network(Topology.layered([1]), tiny_backbone, adapter=AdapterConfig(rank=513))
-    with pytest.raises(ValueError, match=r"adapter.rank must be at most 512 with --engine vllm, got 513"):
+    with pytest.raises(ValueError, match=r"--adapter.rank must be at most 512 with --engine vllm, got 513"):
         VllmEngine(network.policy, 1)
 
 
@@ -214,11 +214,11 @@ def test_what_vllm_refuses_is_passed_on(tiny_folder: Path, vllm: StandIn, monkey
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": AdapterConfig(scope="suffix")}, "adapter.scope must be all with --engine vllm, .*got 'suffix'"),
+        ({"adapter": AdapterConfig(scope="suffix")}, "--adapter.scope must be all with --engine vllm, .*got 'suffix'"),
         ({"temperature": 0.005}, "--temperature must be at least 0.01 with --engine vllm, .*got 0.005"),
-        ({"engine": EngineConfig(logprob_bound=0.5)}, "engine.logprob_bound must be left out with --engine torch, .*got 0.5"),
-        ({"engine": EngineConfig(mismatch="weight")}, "engine.mismatch must be left out with --engine torch, .*got 'weight'"),
-        ({"engine": EngineConfig(name="vllm", logprob_bound=0.0)}, "engine.logprob_bound must be above 0, got 0.0"),
+        ({"engine": EngineConfig(logprob_bound=0.5)}, "--engine.logprob_bound must be left out with --engine torch, .*got 0.5"),
+        ({"engine": EngineConfig(mismatch="weight")}, "--engine.mismatch must be left out with --engine torch, .*got 'weight'"),
+        ({"engine": EngineConfig(name="vllm", logprob_bound=0.0)}, "--engine.logprob_bound must be above 0, got 0.0"),
     ],
 )
 def test_settings_that_do_not_go_with_an_engine(changes: dict[str, Any], message: str) -> None:

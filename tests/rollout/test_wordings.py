@@ -178,7 +178,7 @@ def test_a_template_that_cannot_be_filled_is_one_error(name: str, template: str,
 
 
 def test_a_role_is_text() -> None:
-    with pytest.raises(ValueError, match=r"topology.roles must be UTF-8 text, got '\\udcff' in it"):
+    with pytest.raises(ValueError, match=r"--topology.roles must be UTF-8 text, got '\\udcff' in it"):
         TopologyConfig(widths=(1,), roles=("\udcff",)).build()
 
 

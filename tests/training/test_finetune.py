@@ -471,20 +471,20 @@ ALONE = TopologyConfig(widths=(1,))
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"society": SocietyConfig(rounds=-1)}, "society.rounds must be at least 1, got -1"),
-        ({"society": SocietyConfig(rounds=2, epochs=0)}, "society.epochs must be at least 1, got 0"),
-        ({"society": SocietyConfig(rounds=2, batch=0)}, "society.batch must be at least 1, got 0"),
-        ({"society": SocietyConfig(rounds=2, epochs=1001)}, "society.epochs must be at most 1,000, got 1001"),
+        ({"society": SocietyConfig(rounds=-1)}, "--society.rounds must be at least 1, got -1"),
+        ({"society": SocietyConfig(rounds=2, epochs=0)}, "--society.epochs must be at least 1, got 0"),
+        ({"society": SocietyConfig(rounds=2, batch=0)}, "--society.batch must be at least 1, got 0"),
+        ({"society": SocietyConfig(rounds=2, epochs=1001)}, "--society.epochs must be at most 1,000, got 1001"),
         ({"society": SocietyConfig(rounds=10**9)}, "--examples-per-step x calls of an answer .* at most 100,000, got 2"),
         ({"credit": "replay"}, r"--credit must be shared with --society.rounds \(there are no advantages\), got 'replay'"),
-        ({"prompt": PromptConfig(place="You are {node}.")}, "prompt.place must be left out in a society: .* got 'You are"),
-        ({"society": SocietyConfig(rounds=2, corrections=0.0)}, "society.corrections must be above 0 and at most 1, got 0.0"),
-        ({"society": SocietyConfig(rounds=2, samples=2)}, "society.samples must be 1 with more than one round, got 2"),
-        ({"society": SocietyConfig(rounds=1)}, r"society.rounds must be at least 2 where there are critics .*\[3, 3\]"),
+        ({"prompt": PromptConfig(place="You are {node}.")}, "--prompt.place must be left out in a society: .* got 'You are"),
+        ({"society": SocietyConfig(rounds=2, corrections=0.0)}, "--society.corrections must be above 0 and at most 1, got 0.0"),
+        ({"society": SocietyConfig(rounds=2, samples=2)}, "--society.samples must be 1 with more than one round, got 2"),
+        ({"society": SocietyConfig(rounds=1)}, r"--society.rounds must be at least 2 where there are critics .*\[3, 3\]"),
         ({"topology": TopologyConfig(widths=(3, 2), vote=True)},
-         r"topology.widths must be N N .* or N in a society, got \[3, 2\]"),
-        ({"topology": ALONE}, r"topology.widths must hold more than one agent to debate in several rounds, got \[1\]"),
-        ({"topology": TopologyConfig(widths=(3, 3), vote=True, skip=True)}, "topology.edges, skip and roles must be left out"),
+         r"--topology.widths must be N N .* or N in a society, got \[3, 2\]"),
+        ({"topology": ALONE}, r"--topology.widths must hold more than one agent to debate in several rounds, got \[1\]"),
+        ({"topology": TopologyConfig(widths=(3, 3), vote=True, skip=True)}, "--topology.edges, --topology.skip and --topology.roles must be left out"),
         ({"train_tokens": 5}, "--train-tokens must be 0 with more than one round"),
         ({"group_size": 8}, r"--group-size must be 1 with --society.rounds \(there is one debate of each question\), got 8"),
         ({"kl_coef": 0.5}, r"--kl-coef must be 0.0 with --society.rounds \(there is no reward in its loss\), got 0.5"),
@@ -530,7 +530,7 @@ def test_all_rows_have_equal_parameters_and_single_agents_equal_calls() -> None:
         calls = {name: config.society.calls(config.topology.widths[0]) for name, config in changed.items()}
         assert calls == dict.fromkeys(NAMES, 9) | {"multiagent_ft_no_summary": 6}
     assert spread(AdapterConfig(rank=4, alpha=8.0), 6) == AdapterConfig(rank=2, alpha=4.0)
-    with pytest.raises(ValueError, match=r"adapter.rank must be such that 3 times it is a multiple of 6, .* got 3"):
+    with pytest.raises(ValueError, match=r"--adapter.rank must be such that 3 times it is a multiple of 6, .* got 3"):
         spread(AdapterConfig(rank=3), 6)
 
 

@@ -257,9 +257,9 @@ def test_sampler_and_learner_far_apart_stop_the_run(service: FakeTinker, monkeyp
             {"adapter": AdapterConfig(rank=2)},
             "--adapter.alpha must be 32.0 with --engine tinker, which fixes it there, got None",
         ),
-        ({"engine": EngineConfig(name="tinker")}, "engine.url must be the address of a service with --engine tinker"),
-        ({"engine": EngineConfig(url="http://x")}, "engine.url must be left out with --engine torch"),
-        ({"engine": EngineConfig(base_model="x")}, "engine.base_model must be left out with --engine torch"),
+        ({"engine": EngineConfig(name="tinker")}, "--engine.url must be the address of a service with --engine tinker"),
+        ({"engine": EngineConfig(url="http://x")}, "--engine.url must be left out with --engine torch"),
+        ({"engine": EngineConfig(base_model="x")}, "--engine.base_model must be left out with --engine torch"),
         (
             {"growth": (GrowthConfig(at_step=1, widths=(2, 1), start=("copy:1",)),)},
             "growth.start must be zero with --engine tinker, which cannot be given an adapter to begin with",
@@ -273,7 +273,7 @@ def test_settings_that_no_service_has_are_refused(service: FakeTinker, changes: 
 
 def test_single_modules_are_refused(service: FakeTinker) -> None:
     with pytest.raises(
-        ValueError, match=r"adapter.target_modules must be k_proj o_proj.*which names no single modules, got q_proj"
+        ValueError, match=r"--adapter.target_modules must be k_proj o_proj.*which names no single modules, got q_proj"
     ):
         plugged(service, adapter=AdapterConfig(rank=2, alpha=32.0, target_modules=("q_proj",)))
 

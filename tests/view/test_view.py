@@ -237,3 +237,21 @@ def test_a_watched_page_is_as_new_as_the_run(call: Call, tmp_path: Path, monkeyp
     assert outcome.err.count("rewritten; Ctrl-C ends this") == 2
     assert outcome.out == f"{path}/view.html: 0.2 MB\n"
     assert b"data-watched>" not in (path / "view.html").read_bytes()
+
+
+def test_a_watched_run_may_have_no_rollouts_yet(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = record_run(tmp_path / "r", [])
+    waited: list[bool] = []
+
+    def wait(seconds: float) -> None:
+        waited.append((path / "view.html").exists())
+        if len(waited) == 2:
+            RunDirectory.open(path).log_rollouts(0, [rollout(TWO, split="test")])
+        if len(waited) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", wait)
+    outcome = call("view", path, "--watch")
+    assert waited == [False, False, True]
+    assert outcome.err.count(f"{path} has no rollouts yet; waiting for its first") == 1
+    assert outcome.out == f"{path}/view.html: 0.2 MB\n"

@@ -67,7 +67,7 @@ def spread(adapter: AdapterConfig, adapters: int) -> AdapterConfig:
     assert whole.rank is not None
     if whole.rank % adapters:
         raise ValueError(
-            f"adapter.rank must be such that {NODES} times it is a multiple of {adapters}, the adapters of a society, got "
+            f"--adapter.rank must be such that {NODES} times it is a multiple of {adapters}, the adapters of a society, got "
             f"{adapter.rank}"
         )
     alpha = None if whole.alpha is None else whole.alpha / adapters
