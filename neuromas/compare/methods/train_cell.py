@@ -10,9 +10,9 @@ from neuromas.compare.methods.converse import answer_in_parts, answers_of, major
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint
 from neuromas.config import TrainConfig
 from neuromas.model.adapters import AdapterBank
-from neuromas.rollout.network import Network
 from neuromas.tasks import Task, from_config
 from neuromas.training import checkpoint
+from neuromas.training.evaluate import Answering
 from neuromas.training.ledger import Ledger
 from neuromas.training.loop import train_to_end, trainer_of
 from neuromas.training.plan import resolve
@@ -26,7 +26,7 @@ Answers = dict[str, tuple[Answer, ...]]
 
 
 def answer_sets(
-    network: Network,
+    network: Answering,
     task: Task,
     sets: dict[str, list[Example]],
     *,
@@ -35,7 +35,7 @@ def answer_sets(
     seed: int,
     between: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """Answer every set by the majority vote of `votes` rollouts for each example."""
+    """Answer every set by the majority vote of `votes` rollouts of a network, or debates of a society, for each example."""
 
     def answer(examples: Sequence[Example]) -> list[Answered]:
         groups = network.rollout(examples, votes, seed=("evaluate", seed), temperature=temperature)
