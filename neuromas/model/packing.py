@@ -118,11 +118,6 @@ class Packed:
         ids_T, lengths_B, row_T, column_T = tensors
         return cls(ids_T, lengths_B, row_T, column_T, int(lengths.max()))
 
-    @classmethod
-    def column(cls, ids_B: Tensor) -> "Packed":
-        """Return packed rows of one token each."""
-        return cls(ids_B, torch.ones_like(ids_B), torch.arange(len(ids_B), device=ids_B.device), torch.zeros_like(ids_B), 1)
-
     def pad(self, stream: Tensor) -> Tensor:
         """Return a stream (T, ...) as a padded batch (B, width, ...), with 0 after a row's end."""
         if self._indices is None:
