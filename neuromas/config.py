@@ -29,7 +29,7 @@ Credit = Literal[
 Device = Literal["auto", "cpu", "cuda"]
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 Split = Literal["test", "validation", "train", "dev", "first200"]
-Verifier = Literal["exact", "choice", "number", "regex", "math", "python"]
+VerifierName = Literal["exact", "choice", "number", "regex", "math", "python"]
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -92,7 +92,7 @@ class TaskConfig:
     """File or folder of a benchmark's items. None: from the Hugging Face hub."""
     split: Split = "test"
     """What is scored before and after training; `first200` are the first 200 items of test."""
-    verifier: Verifier = "exact"
+    verifier: VerifierName = "exact"
     """How the answers of a task jsonl:PATH are checked."""
     train_on_evaluation: bool = False
     """Train a benchmark on the very items that it is scored on. The score then says nothing about new questions."""
