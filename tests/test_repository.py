@@ -100,7 +100,7 @@ LAW: dict[str, set[str]] = {
     "bundled": set(),
     "tasks": {"types", "config", "system", "sandbox"},
     "model": {"types", "config", "system", "bundled"},
-    "rollout": {"types", "config", "graph", "model"},
+    "rollout": {"types", "config", "graph", "model", "system"},
     "training": {"types", "config", "graph", "system", "tasks", "model", "rollout"},
     "view": {"types", "graph", "rollout", "system", "tasks", "training"},
     "diagnose": {"types", "graph", "model", "rollout", "tasks", "training", "view"},

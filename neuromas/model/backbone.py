@@ -34,6 +34,7 @@ from neuromas.model.packing import ATTENTION, Packed
 from neuromas.model.rms_norm import replace_norms
 from neuromas.model.sources import find_backbone, is_gguf
 from neuromas.model.turns import Frame, chat_frame, plain_frame
+from neuromas.system.terminal import in_short
 
 MICRO_BATCH_TOKENS = 10_000
 MICRO_BATCH_BYTES = 3 * 2**29
@@ -107,9 +108,8 @@ class Backbone:
             backbone = cls(model, tokenizer, name, prompt_date)
             backbone._probe()
         except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
-            reason = " ".join(str(error).split())[:300]
             where = "" if Path(source).exists() else " (no local folder; offline, a hub id must be in the cache already)"
-            raise ValueError(f"--backbone {name}: cannot be loaded{where}: {reason}") from error
+            raise ValueError(f"--backbone {name}: cannot be loaded{where}: {in_short(error)}") from error
         return backbone
 
     def _fitting(self, frame: Frame) -> Frame:
@@ -272,7 +272,7 @@ def config_of(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(_converted(source), trust_remote_code=False)
     except Exception as error:  # a damaged config raises whatever reading it meets
-        raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"--backbone {name}: no config can be loaded: {in_short(error)}") from error
 
 
 def folder_of(name: str) -> str:

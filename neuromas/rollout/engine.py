@@ -46,8 +46,3 @@ def uniforms(seed: tuple[int | str, ...], count: int) -> np.ndarray:
     """
     key = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=16).digest())
     return np.random.Generator(np.random.Philox(key=key)).random(count)
-
-
-def in_short(error: BaseException) -> str:
-    """Return what another program's error says, in one line."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
