@@ -104,7 +104,7 @@ LAW: dict[str, set[str]] = {
     "training": {"types", "config", "graph", "system", "tasks", "model", "rollout"},
     "view": {"types", "graph", "rollout", "system", "tasks", "training"},
     "diagnose": {"types", "graph", "model", "rollout", "tasks", "training", "view"},
-    "serve": {"types", "config", "graph", "system", "tasks", "rollout", "training"},
+    "serve": {"types", "config", "system", "tasks", "rollout", "training"},
     "compare": {"types", "config", "graph", "system", "tasks", "model", "rollout", "training"},
     "recipes": {"types", "graph", "tasks", "model", "rollout", "training"},
     "cli": {"types", "config", "graph", "system", "tasks", "model", "training", "view", "diagnose", "serve", "compare"},
