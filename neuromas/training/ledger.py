@@ -64,6 +64,7 @@ class Spending:
 
 
 def spending(groups: Sequence[Group], replays: Sequence[Replay] = ()) -> Spending:
+    """Return what rollouts have cost, and what was sampled for replays."""
     completions = [c for group in groups for rollout in group for c in rollout.completions]
     completions += [c for replay in replays for c in replay.written]
     return Spending(

@@ -115,7 +115,7 @@ def rollout_metrics(
     rollouts = [rollout for group in groups for rollout in group]
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     statuses = [message.status for completion in completions for message in completion.messages]
-    spent, replayed = spending(groups), spending([], credits.replays)
+    spent, replayed = spending(groups), spending((), credits.replays)
 
     def share(status: MessageStatus) -> float:
         return sum(s is status for s in statuses) / max(1, len(statuses))
