@@ -35,7 +35,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 PROMPT_DATE = "2024-07-26"
 """The date that chat templates of Llama 3.2 and 4 name themselves where they are told none."""
-MOST = 4
+MOST_TIMES_FIRST = 4
 """With a budget of tokens: times the first step's questions that a step asks at most."""
 COLDEST = 1e-3
 """Temperature from which on logits divided by it are finite."""
@@ -357,7 +357,7 @@ class TrainConfig:
     @property
     def drawn_per_step(self) -> int:
         """Questions drawn for a step; with a budget of tokens, a step asks the first of them."""
-        return self.examples_per_step * (MOST if self.step_tokens else 1)
+        return self.examples_per_step * (MOST_TIMES_FIRST if self.step_tokens else 1)
 
     def growths(self) -> tuple[Growth, ...]:
         """Return the growths of the run; ValueError if one is impossible or begins before the one before it is open."""
