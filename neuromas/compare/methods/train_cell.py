@@ -74,7 +74,7 @@ def run_trained(name: str, config: TrainConfig, spec: CellSpec, folder: Path, *,
         return trained_cell(name, trainer, answer, evaluation_temperature=temperature, votes=votes)
 
 
-class Trained(Protocol):
+class EndedRun(Protocol):
     """A run that has ended: of a network, or of a society."""
 
     config: TrainConfig
@@ -86,7 +86,7 @@ class Trained(Protocol):
 
 
 def trained_cell(
-    name: str, trained: Trained, answer: Callable[[], Answers], *, evaluation_temperature: float, **settings: int
+    name: str, trained: EndedRun, answer: Callable[[], Answers], *, evaluation_temperature: float, **settings: int
 ) -> CellResult:
     """Return the cell of a run: what the last adapters answer, and what the best on validation do, which are then loaded."""
     answers, best_answers, curve = answer(), {}, curve_of(trained.run)
