@@ -62,7 +62,7 @@ def make_config(speaker: Path, run_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def start(config: TrainConfig, *, resume: bool = False) -> Trainer:
-    run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+    run = RunDirectory.find(config, resume=resume)
     setup = set_up(resolve(config))
     run.initialise(setup.plan.questions.task.held_out, setup.plan.questions.checksums())
     return Trainer(setup, run)

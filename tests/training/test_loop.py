@@ -77,7 +77,7 @@ def make_config(backbone: Path, run_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def start(config: TrainConfig, *, resume: bool = False) -> Trainer:
-    run = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+    run = RunDirectory.find(config, resume=resume)
     setup = set_up(resolve(config))
     run.initialise()
     return Trainer(setup, run)

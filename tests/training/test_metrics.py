@@ -31,11 +31,6 @@ def test_the_documentation_is_the_generated_page() -> None:
     )
 
 
-def test_the_page_explains_every_metric() -> None:
-    for name, meaning in METRICS.items():
-        assert f"| `{name}` | {meaning} |" in metrics_page().splitlines()
-
-
 def test_an_unknown_name_raises() -> None:
     check_names(["reward/mean", "completion_tokens/node/12/mean", "grad_norm/node/1/max"])
     message = "metric 'reward/avg' is not in METRICS; describe it there before logging it"

@@ -138,9 +138,7 @@ def test_three_workers_train_what_one_trains(folder: Path, tmp_path: Path) -> No
     assert by_workers(3, lambda exchange: train_sharded(shared, exchange)) == [scores] * 3
     one, three = RunDirectory.open(tmp_path / "alone"), RunDirectory.open(tmp_path / "shared")
     assert three.rollouts() == one.rollouts()
-    assert json.loads((three.newest()[0] / "ledger.json").read_text()) == json.loads(
-        (one.newest()[0] / "ledger.json").read_text()
-    )
+    assert ledger_of(three) == ledger_of(one)
     for got, expected in zip(three.metrics(), one.metrics(), strict=True):
         assert got.keys() == expected.keys()
         timed = {name for name in got if "second" in name}
@@ -199,12 +197,12 @@ def test_what_stops_one_worker_stops_all_with_its_words(folder: Path, tmp_path: 
     def work(exchange: Exchange) -> Any:
         if exchange.rank == 1:
             # The first worker is in the midst of a step then.
-            set_up_again = SharedRun.log_rollouts
+            log_rollouts = SharedRun.log_rollouts
 
             def full(self: SharedRun, *args: Any) -> None:
                 if self.exchange.rank == 0 and args[0] == 1:
                     raise ValueError("the disk is full")
-                set_up_again(self, *args)
+                log_rollouts(self, *args)
 
             monkeypatch.setattr(SharedRun, "log_rollouts", full)
         return train_sharded(config, exchange)
