@@ -30,7 +30,7 @@ from neuromas.training.scores import Validation, as_metrics, score_sets
 from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
 from neuromas.training.watch import Asked, Watch
-from neuromas.types import Example, Group
+from neuromas.types import Example, Group, MessageStatus
 
 
 class Trainer:
@@ -278,7 +278,7 @@ def _records(groups: list[Group], rewards: list[list[float]] | None = None, spli
             "rollout": rollout.index,
             "texts": {c.node: c.text for c in rollout.completions},
             "faults": [[m.sender, m.recipient, m.status.value] for c in rollout.completions for m in c.messages
-                       if m.status.value != "ok"],
+                       if m.status is not MessageStatus.OK],
             **({"reward": rewards[i][j]} if rewards else {}),
         }
         for i, group in enumerate(groups)

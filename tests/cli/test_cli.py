@@ -13,9 +13,11 @@ from commands import FLAGS, Call, Outcome, assert_refused
 
 from neuromas import Backbone
 from neuromas.cli import main as cli
+from neuromas.cli.describe import print_rollout
 from neuromas.sandbox import choose_isolation
 from neuromas.tasks import code, get_task
 from neuromas.training.run_directory import RunDirectory
+from neuromas.types import Completion, Example, Prompt, Rollout, Sample
 
 CHAIN = ["--widths", "1", "1", "1"]
 """Resets widths to the default: explicit edges replace them."""
@@ -433,6 +435,15 @@ def test_ask_json_and_text_tell_the_same(call: Call, trained: Path) -> None:
     assert (text.status, text.err) == (0, "")
     assert "node 1 ─▶ node 2" in text.out
     assert "node 2 answers" in text.out
+
+
+def test_the_node_whose_answer_won_the_vote_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [Sample((1,), (0.0,), (f"Answer: {word}",), stopped=True, adapter_version=0) for word in ("Yes", "No")]
+    answers = tuple(Completion(node, Prompt((), (1,)), sample, ()) for node, sample in enumerate(samples, start=1))
+    print_rollout(Rollout(Example("id", "?", "Yes", ""), 0, answers, winner=0), get_task("navigate"))
+    out = capsys.readouterr().out
+    assert "node 1 answers" in out
+    assert out.endswith("answer: Yes\n")
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(call: Call, tmp_path: Path, tiny_folder: Path) -> None:
