@@ -29,7 +29,7 @@ from neuromas.training.run_directory import RunDirectory
 from neuromas.training.scores import Validation, as_metrics, score_sets
 from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
-from neuromas.training.watch import Asked, Watch
+from neuromas.training.watch import GroupAnswers, Watch
 from neuromas.types import Example, Group, MessageStatus
 
 
@@ -151,7 +151,7 @@ class Trainer:
     def describe_step(
         self,
         groups: list[Group],
-        questions: list[Asked],
+        questions: list[GroupAnswers],
         rewards_PG: Tensor,
         credits: Credits,
         divergence: Divergence | None,
@@ -181,7 +181,7 @@ class Trainer:
         return {name: value for name, value in found.items() if value is not None} | norms
 
     def finish_step(
-        self, groups: list[Group], questions: list[Asked], rewards_PG: Tensor, metrics: dict[str, float]
+        self, groups: list[Group], questions: list[GroupAnswers], rewards_PG: Tensor, metrics: dict[str, float]
     ) -> dict[str, float]:
         """Validate if that is due, and log the step with all its rollouts; return all its metrics."""
         step = self.step
