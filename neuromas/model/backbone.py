@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.bundled import BUNDLED
-from neuromas.config import PROMPT_DATE
+from neuromas.config import PROMPT_DATE, TrainConfig
 from neuromas.model.adapters import AdapterBank, require_memory
 from neuromas.model.decoder import Decoder, slides
 from neuromas.model.flex import prefix_attention, suffix_attention
@@ -111,6 +111,11 @@ class Backbone:
             where = "" if Path(source).exists() else " (no local folder; offline, a hub id must be in the cache already)"
             raise ValueError(f"--backbone {name}: cannot be loaded{where}: {in_short(error)}") from error
         return backbone
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Backbone":
+        """Load the backbone of a run as its settings say; ValueError as `load`."""
+        return cls.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
 
     def _fitting(self, frame: Frame) -> Frame:
         """Return a frame; ValueError if the model knows no such tokens."""
