@@ -9,6 +9,7 @@ import tyro
 
 from neuromas.cli.flags import parse_flags, require_temperature
 from neuromas.config import MOST_COUNTED, Split
+from neuromas.diagnose import KINDS
 from neuromas.model.sources import find_backbone
 from neuromas.system.files import replace_file, require_writable
 from neuromas.system.schema import require
@@ -16,8 +17,6 @@ from neuromas.system.terminal import printable
 from neuromas.training.progress import StatusLine
 from neuromas.training.questions import open_run
 from neuromas.view.recorded import RunRecord
-
-KINDS = ("silence", "drop", "shuffle", "swap", "bare", "exchange")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
