@@ -64,22 +64,20 @@ class Measured:
         self.seconds: list[float] = []
         self.replay_seconds: list[float] = []
 
-    def credits(self, network: Network, task: Task, groups: list[Group], seed: tuple[int, int], config: TrainConfig) -> Step:
-        """Credit the rollouts, and return the step with what was sampled beyond them."""
+    def step(self, network: Network, task: Task, groups: list[Group], seed: tuple[int, int], config: TrainConfig) -> Step:
+        """Return the rollouts as the scheme credits them; it then holds what the scheme samples beyond them."""
         rewards_PG = torch.tensor([task.rewards([(r.example, r.answer) for r in group]) for group in groups])
-        step = Step(config=replace(config, credit=self.credit), network=network, task=task, seed=seed, groups=groups,
+        return Step(config=replace(config, credit=self.credit), network=network, task=task, seed=seed, groups=groups,
                     terminal_PG=rewards_PG, critic=self.critic)  # fmt: skip
-        started = time.perf_counter()
-        self.found = SCHEMES[self.credit].credit(step)
-        self.took = time.perf_counter() - started
-        return step
 
     def add(self, network: Network, task: Task, groups: list[Group], seed: tuple[int, int], config: TrainConfig) -> None:
-        step = self.credits(network, task, groups, seed, config)
-        self.gradients.append(gradient(network, self.found, config))
+        step = self.step(network, task, groups, seed, config)
+        started = time.perf_counter()
+        credits = SCHEMES[self.credit].credit(step)
+        self.seconds.append(time.perf_counter() - started)
+        self.gradients.append(gradient(network, credits, config))
         self.tokens.append(spending(groups, step.replays).sampled_tokens)
         self.replayed.append(spending([], step.replays).sampled_tokens)
-        self.seconds.append(self.took)
         self.replay_seconds.append(step.metrics.get("seconds/replay/sum", 0.0))
 
 
@@ -155,7 +153,7 @@ def main() -> None:
             if index >= options.warm:
                 scheme.add(network, task, groups, seed, config)
             elif scheme.critic:
-                scheme.credits(network, task, groups, seed, config)
+                SCHEMES[scheme.credit].credit(scheme.step(network, task, groups, seed, config))
         done = index + 1 - options.warm
         if done == options.estimates or (done > 3 and done % 4 == 0):
             write(options, schemes, nodes, base, loaded.step)

@@ -29,13 +29,13 @@ Credit = Literal[
 Device = Literal["auto", "cpu", "cuda"]
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 Split = Literal["test", "validation", "train", "dev", "first200"]
-Verifier = Literal["exact", "choice", "number", "regex", "math", "python"]
+VerifierName = Literal["exact", "choice", "number", "regex", "math", "python"]
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 PROMPT_DATE = "2024-07-26"
 """The date that chat templates of Llama 3.2 and 4 name themselves where they are told none."""
-MOST = 4
+MOST_TIMES_FIRST = 4
 """With a budget of tokens: times the first step's questions that a step asks at most."""
 COLDEST = 1e-3
 """Temperature from which on logits divided by it are finite."""
@@ -92,7 +92,7 @@ class TaskConfig:
     """File or folder of a benchmark's items. None: from the Hugging Face hub."""
     split: Split = "test"
     """What is scored before and after training; `first200` are the first 200 items of test."""
-    verifier: Verifier = "exact"
+    verifier: VerifierName = "exact"
     """How the answers of a task jsonl:PATH are checked."""
     train_on_evaluation: bool = False
     """Train a benchmark on the very items that it is scored on. The score then says nothing about new questions."""
@@ -357,7 +357,7 @@ class TrainConfig:
     @property
     def drawn_per_step(self) -> int:
         """Questions drawn for a step; with a budget of tokens, a step asks the first of them."""
-        return self.examples_per_step * (MOST if self.step_tokens else 1)
+        return self.examples_per_step * (MOST_TIMES_FIRST if self.step_tokens else 1)
 
     def growths(self) -> tuple[Growth, ...]:
         """Return the growths of the run; ValueError if one is impossible or begins before the one before it is open."""

@@ -87,6 +87,10 @@ class Message:
     text: str
     status: MessageStatus
 
+    def to_json(self) -> dict[str, int | str]:
+        """Return the message as `ask` and the server word it."""
+        return {"from": self.sender, "to": self.recipient, "text": self.text, "status": self.status.value}
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -9,6 +9,7 @@ import tyro
 
 from neuromas.cli.flags import parse_flags
 from neuromas.config import Device
+from neuromas.system.schema import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +47,7 @@ class CompareArguments:
 def run(args: Sequence[str]) -> None:
     """Run the command `compare`."""
     parsed = parse_flags(CompareArguments, args, "compare")
-    if parsed.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {parsed.jobs}")
+    require(parsed.jobs >= 1, "--jobs", "at least 1", parsed.jobs)
     if parsed.workers and parsed.jobs != 1:
         raise ValueError("--jobs and --workers exclude each other: a cluster makes as many cells at a time as it has cores")
     from neuromas.compare.grid import load_grid

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from neuromas.graph.growth import describe as describe_growth
 from neuromas.graph.topology import Topology
 from neuromas.model.backbone import resolve_device
 from neuromas.model.sizes import sizes
+from neuromas.serve.talk import answer_line, message_panel, panel
 from neuromas.system.files import damaged
 from neuromas.system.terminal import one_line, printable
 from neuromas.tasks import Task, from_config
@@ -209,29 +209,16 @@ def print_rollout(rollout: Rollout, task: Task) -> None:
     console = Console(highlight=False, markup=False)
     for completion in rollout.completions:
         for message in completion.messages:
-            fault = "" if message.status.value == "ok" else f"  ({message.status.value})"
-            console.print(
-                Panel(
-                    Text(printable(message.text)),
-                    title=f"node {message.sender} ─▶ node {message.recipient}{fault}",
-                    title_align="left",
-                )
-            )
-    console.print(
-        Panel(Text(printable(rollout.answer)), title=f"node {rollout.completions[-1].node} answers", title_align="left")
-    )
-    console.print(printable(f"answer: {task.parse_answer(rollout.answer) or '(none that the task can parse)'}"))
+            console.print(message_panel(message))
+    console.print(panel(f"node {rollout.completions[rollout.winner].node} answers", rollout.answer))
+    console.print(answer_line(rollout, task))
 
 
 def rollout_json(rollout: Rollout, task: Task) -> dict[str, Any]:
     """Return a rollout's messages and answer as JSON-ready data."""
     return {
         "question": rollout.example.question,
-        "messages": [
-            {"from": m.sender, "to": m.recipient, "text": m.text, "status": m.status.value}
-            for completion in rollout.completions
-            for m in completion.messages
-        ],
+        "messages": [message.to_json() for completion in rollout.completions for message in completion.messages],
         "text": rollout.answer,
         "answer": task.parse_answer(rollout.answer),
         "calls": len(rollout.completions),

@@ -9,14 +9,14 @@ import tyro
 
 from neuromas.cli.flags import parse_flags, require_temperature
 from neuromas.config import MOST_COUNTED, Split
+from neuromas.diagnose import KINDS
 from neuromas.model.sources import find_backbone
 from neuromas.system.files import replace_file, require_writable
 from neuromas.system.schema import require
 from neuromas.system.terminal import printable
+from neuromas.training.progress import StatusLine
 from neuromas.training.questions import open_run
 from neuromas.view.recorded import RunRecord
-
-KINDS = ("silence", "drop", "shuffle", "swap", "bare", "exchange")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +63,6 @@ def run(args: Sequence[str]) -> None:
     in_training = recorded.rollouts(training_only=True)
     find_backbone(opened.config.backbone)
     # These load torch: mistakes and damaged files are reported before.
-    from rich.console import Console
-
     from neuromas.diagnose.diagnosis import diagnose
     from neuromas.diagnose.history import history
     from neuromas.diagnose.picture import draw
@@ -72,20 +70,11 @@ def run(args: Sequence[str]) -> None:
     from neuromas.training.load_run import load_network
 
     network, step = load_network(opened)
-    console = Console(stderr=True, highlight=False, markup=False)
-    with console.status("") as status:
-
-        def tell(text: str) -> None:
-            # A terminal shows the last line alone, a log all.
-            if console.is_terminal:
-                status.update(printable(text))
-            else:
-                console.print(printable(text), soft_wrap=True)
-
+    with StatusLine() as status:
         found = diagnose(
-            network, task, examples, parsed.interventions, temperature=parsed.temperature, seed=parsed.seed, tell=tell
+            network, task, examples, parsed.interventions, temperature=parsed.temperature, seed=parsed.seed, tell=status.tell
         )
-        tell("texts of training")
+        status.tell("texts of training")
         diagnosis = {"step": step, "split": parsed.split, **found, "training": history(in_training, task)}
         replace_file(opened.path / "diagnosis.json", json.dumps(diagnosis, indent=2, allow_nan=False).encode())
         replace_file(opened.path / "diagnosis.png", draw(diagnosis))

@@ -11,6 +11,7 @@ import tyro
 from neuromas.cli.flags import parse_flags, require_best, require_temperature
 from neuromas.config import MOST_COUNTED, Split
 from neuromas.model.sources import find_backbone
+from neuromas.system.schema import require
 from neuromas.system.terminal import printable
 from neuromas.training.questions import drawn_in_training, open_run
 
@@ -46,8 +47,7 @@ class EvalArguments:
 def run(args: Sequence[str]) -> None:
     """Run the command `eval`."""
     parsed = parse_flags(EvalArguments, args, "eval")
-    if not 1 <= parsed.size <= MOST_COUNTED:
-        raise ValueError(f"--size must be 1 to {MOST_COUNTED:,}, got {parsed.size}")
+    require(1 <= parsed.size <= MOST_COUNTED, "--size", f"1 to {MOST_COUNTED:,}", parsed.size)
     require_temperature(parsed.temperature)
     if parsed.best and parsed.untrained:
         raise ValueError("--best and --untrained exclude each other; give one of them")

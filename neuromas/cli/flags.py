@@ -52,7 +52,7 @@ def require_best(run: RunDirectory) -> None:
         raise ValueError(f"{run.path} holds no best checkpoint: no validation was its best yet; leave --best out")
 
 
-def require_temperature(temperature: float) -> None:
-    """Raise ValueError if nothing can be sampled at this temperature; 0 is greedy."""
+def require_temperature(temperature: float | None) -> None:
+    """Raise ValueError if nothing can be sampled at this temperature; 0 is greedy, None is not given."""
     if temperature and not COLDEST <= temperature < math.inf:
         raise ValueError(f"--temperature must be 0 (greedy) or at least {COLDEST}, got {temperature}")

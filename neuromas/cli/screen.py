@@ -16,6 +16,7 @@ from neuromas.system.files import replace_file, require_writable
 from neuromas.system.schema import require
 from neuromas.system.terminal import printable
 from neuromas.training.config_file import to_json
+from neuromas.training.progress import StatusLine
 from neuromas.training.questions import questions_to_screen
 
 ONE_NODE = TrainConfig(topology=TopologyConfig(widths=(1,)))
@@ -58,41 +59,29 @@ def run(args: Sequence[str]) -> None:
     find_backbone(config.backbone)
     asked = questions_to_screen(configs, parsed.questions)
     # These load torch: mistakes are reported before.
-    from rich.console import Console
-
     from neuromas.training.screen import RULE, screen, table
     from neuromas.training.setup import build_network
 
     network, done = build_network(config), []
     for _, examples in asked:
         network.check_lengths(examples)
-    console = Console(stderr=True, highlight=False, markup=False)
     chosen = dataclasses.replace(
         config,
         dtype=str(network.backbone.model.dtype).removeprefix("torch."),
         prompt=dataclasses.replace(config.prompt, wording=network.wording.name),
     )
     report = {"config": json.loads(to_json(chosen)), "rule": RULE, "tasks": []}
-    with console.status("") as status:
-
-        def tell(text: str) -> None:
-            # A terminal shows the last line alone, a log all.
-            if console.is_terminal:
-                status.update(printable(text))
-            else:
-                console.print(printable(text), soft_wrap=True)
-
+    with StatusLine() as status:
         for task, examples in asked:
             network.read = task.parse_answer
-            done.append(
-                screen(
-                    network, task, examples, parsed.samples, temperature=config.temperature, seed=config.seed, tell=tell
-                )
-            )  # fmt: skip
-            report["tasks"].append(done[-1].to_json())
+            found = screen(
+                network, task, examples, parsed.samples, temperature=config.temperature, seed=config.seed, tell=status.tell
+            )
+            done.append(found)
+            report["tasks"].append(found.to_json())
             if parsed.out:
                 replace_file(parsed.out, json.dumps(report, indent=2).encode())
-            console.print(printable(f"{task.name}: {done[-1].verdict}, {done[-1].seconds:.0f} s"), soft_wrap=True)
+            status.note(f"{task.name}: {found.verdict}, {found.seconds:.0f} s")
     nodes = len(network.topology.nodes)
     settings = (
         f"{config.backbone} in {chosen.dtype}, {nodes} {'node' if nodes == 1 else 'nodes'}, wording {network.wording.name}, "

@@ -11,6 +11,7 @@ import tyro
 
 from neuromas.cli.flags import parse_flags, require_best
 from neuromas.model.sources import find_backbone
+from neuromas.system.schema import require
 from neuromas.training.questions import open_run
 
 KEY_VARIABLE = "NEUROMAS_API_KEY"
@@ -55,12 +56,11 @@ def run(args: Sequence[str]) -> None:
     """Run the command `serve`."""
     parsed = parse_flags(ServeArguments, args, "serve")
     for name in ("max_running", "max_waiting", "max_choices"):
-        if not 1 <= getattr(parsed, name) <= MOST:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 to {MOST:,}, got {getattr(parsed, name)}")
-    if parsed.max_body_bytes < 1 or not 0 < parsed.timeout <= MOST:
-        raise ValueError(f"--max-body-bytes must be at least 1 and --timeout above 0 and at most {MOST:,}")
-    if not 0 <= parsed.port <= 65535:
-        raise ValueError(f"--port must be 0 to 65535, got {parsed.port}")
+        value = getattr(parsed, name)
+        require(1 <= value <= MOST, f"--{name.replace('_', '-')}", f"1 to {MOST:,}", value)
+    require(parsed.max_body_bytes >= 1, "--max-body-bytes", "at least 1", parsed.max_body_bytes)
+    require(0 < parsed.timeout <= MOST, "--timeout", f"above 0 and at most {MOST:,}", parsed.timeout)
+    require(0 <= parsed.port <= 65535, "--port", "0 to 65535", parsed.port)
     if missing := [name for name in ("starlette", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]:
         raise ValueError(f"serve needs {missing[0]}, which is not installed: pip install 'neuromas[serve]'")
     key = _key(parsed.api_key_file)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from neuromas.cli.flags import parse_flags
-from neuromas.config import PromptConfig, Split, TaskConfig, Verifier
+from neuromas.config import PromptConfig, Split, TaskConfig, VerifierName
 from neuromas.system.terminal import printable
 
 
@@ -38,7 +38,7 @@ class TasksShowArguments:
     """Split whose first example is shown; the first other split where the data lacks it."""
     difficulty: Annotated[int | None, tyro.conf.arg(aliases=["--task.difficulty"])] = None
     """How hard generated problems are, in the task's own unit."""
-    verifier: Annotated[Verifier, tyro.conf.arg(aliases=["--task.verifier"])] = "exact"
+    verifier: Annotated[VerifierName, tyro.conf.arg(aliases=["--task.verifier"])] = "exact"
     """How the answers of a task jsonl:PATH are checked."""
     prompt: PromptConfig = field(default_factory=lambda: PromptConfig(wording="terse"))
     json: bool = False

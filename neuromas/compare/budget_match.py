@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from neuromas.system.terminal import shortened
+
 QUANTITIES: dict[str, str] = {
     "trainable_parameters": "trainable parameters",
     "training_questions": "training questions",
@@ -32,10 +34,9 @@ def format_amount(amount: int | float) -> str:
     return f"{amount:,.0f}" if amount >= 1000 or float(amount).is_integer() else f"{amount:,.3g}"
 
 
-def shorten(text: str, length: int = 30) -> str:
+def shorten(text: str) -> str:
     """Return an answer as one short line: it may be a program of many lines."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+    return shortened(" ".join(text.split()), 30)
 
 
 def compare_amounts(name: str, first: float, second: float) -> str:

@@ -20,6 +20,7 @@ from neuromas.compare.code_version import code_version, digest, sources_of
 from neuromas.compare.grid import find_method
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint
 from neuromas.system.files import replace_file
+from neuromas.system.terminal import in_short
 from neuromas.training.config_file import MAY_DIFFER, to_json
 from neuromas.training.signals import Interrupted
 
@@ -128,9 +129,5 @@ def attempt(cell: Cell) -> Stored:
         # The user's Ctrl-C is no result: the cell resumes when the comparison does.
         if isinstance(raised, Interrupted):
             raise
-        error = _one_line(raised)
+        error = f"{type(raised).__name__}: {in_short(raised)}"
     return Stored(cell.code, result, error, time.monotonic() - started)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

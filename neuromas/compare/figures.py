@@ -8,20 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from neuromas.compare.budget_match import QUANTITIES
+
 Data = dict[str, Any]
 WIDTH = 11.0
 THUMBNAIL = (1.4, 0.7)
 FLOOR_STYLE = {"color": "0.45", "linestyle": "--", "linewidth": 1}
-AXES = {
-    "trainable_parameters": "trainable parameters",
-    "calls_per_answer": "calls per answer",
-    "tokens_per_answer": "sampled tokens per answer",
-}
-
-
-def name_of(problem: Data) -> str:
-    """Return the title of a problem's panel."""
-    return problem["name"]
+AXES = ("trainable_parameters", "calls_per_answer", "tokens_per_answer")
+"""Costs that accuracy is drawn against."""
 
 
 def scores_picture(data: Data) -> str:
@@ -43,7 +37,7 @@ def scores_picture(data: Data) -> str:
                           color=style["color"], alpha=0.5, linewidths=0)  # fmt: skip
             error = [[score["accuracy"] - score["low"]], [score["high"] - score["accuracy"]]]
             panel.errorbar([score["accuracy"]], [index], xerr=error, markersize=5, capsize=2, linewidth=1.2, **style)
-        panel.set_title(name_of(problem), fontsize=8.5)
+        panel.set_title(problem["name"], fontsize=8.5)
         panel.set(xlim=(0, 1), yticks=range(len(methods)), ylim=(len(methods) - 0.4, -0.6))
         panel.set_yticklabels([title_of(data, method) for method in methods], fontsize=8)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -57,7 +51,7 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
 
     methods = [method for method in data["methods"] if all(method in problem["scores"] for problem in problems)]
     figure, axes = make_panels(3, 3, (WIDTH, 4.1), sharey=True)
-    for panel, (key, label) in zip(axes, AXES.items(), strict=True):
+    for panel, key in zip(axes, AXES, strict=True):
         points = {method: _mean_point(problems, method, key) for method in methods}
         frontier = _frontier(list(points.values()))
         panel.step(*zip(*frontier, strict=True), where="post", color="0.75", linewidth=1.5, zorder=0)
@@ -68,7 +62,7 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
             panel.set_xscale("log")
         else:
             panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        panel.set_xlabel(label)
+        panel.set_xlabel(QUANTITIES[key])
         panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.0f}")
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         panel.grid(alpha=0.25)
@@ -106,7 +100,7 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
         floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
         if floors:
             panel.axhline(floors[0], **FLOOR_STYLE)
-        panel.set_title(name_of(problem), fontsize=8.5)
+        panel.set_title(problem["name"], fontsize=8.5)
         panel.set(ylim=(0, 1), xlim=(0, None))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e5 else f"{value:,.0f}")

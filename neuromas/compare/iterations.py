@@ -156,8 +156,9 @@ def iterations_picture(data: figures.Data) -> str | None:
                 panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
             if name == "accuracy":
                 floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
-                panel.axhline(floors[0], **figures.FLOOR_STYLE) if floors else None
-                panel.set_ylabel(figures.name_of(problem), fontsize=8)
+                if floors:
+                    panel.axhline(floors[0], **figures.FLOOR_STYLE)
+                panel.set_ylabel(problem["name"], fontsize=8)
             panel.set_title(label, fontsize=8.5)
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.25)

@@ -12,7 +12,6 @@ from neuromas.compare.statistics import SIGNIFICANT
 
 Data = dict[str, Any]
 TEMPLATES = Path(__file__).parent
-SPENT = tuple(QUANTITIES)
 ANSWERS_SHOWN = 4
 MINUS = "\N{MINUS SIGN}"
 
@@ -44,7 +43,7 @@ def _view(data: Data) -> Data:
         "summary": _summary(data),
         "problems": [{"index": index} | _problem(problem, data, title) for index, problem in enumerate(data["problems"])],
         "spent": [_spent(name, data, title) for name in data["methods"]],
-        "quantities": [QUANTITIES[name] for name in SPENT],
+        "quantities": list(QUANTITIES.values()),
         "code": ", ".join(data["code"]),
         "backbones": [f"{name} ({checksum})" for name, checksum in data["backbone_checksums"].items()],
         "single_run": len(data["seeds"]) == 1,
@@ -71,7 +70,6 @@ def _iterated(problem: Data, title: dict[str, str]) -> Data:
 
 def _tried(entry: Data, title: dict[str, str]) -> Data:
     """Return the trials of a method on a task as text; the chosen one is marked."""
-
     tried = [trial["lr"] for trial in entry["trials"]]
 
     def format_trial(trial: Data) -> str:
@@ -191,7 +189,7 @@ def _spent(name: str, data: Data, title: dict[str, str]) -> Data:
     scores = [problem["scores"][name] for problem in data["problems"] if name in problem["scores"]]
     if not scores:
         return {"title": title[name], "amounts": None}
-    means = (sum(score["amounts"][key] for score in scores) / len(scores) for key in SPENT)
+    means = (sum(score["amounts"][key] for score in scores) / len(scores) for key in QUANTITIES)
     return {"title": title[name], "amounts": [format_amount(round(mean, 1)) for mean in means]}
 
 

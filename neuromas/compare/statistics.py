@@ -26,6 +26,8 @@ Table = Float[ndarray, "runs questions"]
 
 RESAMPLES = 10_000
 SIGNIFICANT = 0.05
+POWER = 0.8
+"""Chance of finding a difference that is called detectable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,10 @@ class Estimate:
     standard_error: float
     degrees_of_freedom: float
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         """Return Student's confidence interval of the mean."""
         margin = (
-            self.standard_error * float(stats.t.ppf(0.5 + level / 2, self.degrees_of_freedom)) if self.standard_error else 0.0
+            self.standard_error * float(stats.t.ppf(0.5 + LEVEL / 2, self.degrees_of_freedom)) if self.standard_error else 0.0
         )
         return self.mean - margin, self.mean + margin
 
@@ -49,12 +51,12 @@ class Estimate:
             return 1.0 if self.mean == 0 else 0.0
         return float(2 * stats.t.sf(abs(self.mean) / self.standard_error, self.degrees_of_freedom))
 
-    def detectable(self, power: float = 0.8, level: float = LEVEL) -> float:
-        """Return the true difference that a test like this one finds with a probability of about `power`.
+    def detectable(self) -> float:
+        """Return the true difference that a test like this one finds with a chance of about `POWER`.
 
         The standard error counts as known: with five runs, 0.8 means 0.65 to 0.8 in simulation.
         """
-        quantiles = stats.t.ppf([0.5 + level / 2, power], self.degrees_of_freedom)
+        quantiles = stats.t.ppf([0.5 + LEVEL / 2, POWER], self.degrees_of_freedom)
         return self.standard_error * float(sum(quantiles))
 
 
@@ -103,13 +105,13 @@ def share_interval(right: Table, questions: float | None = None) -> tuple[float,
     return wilson(share * effective, effective, freedom=estimate.degrees_of_freedom)
 
 
-def bootstrap_interval(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(table: Table, *, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Return the percentile interval of the mean over resampled questions; runs are fixed, and a question keeps all its runs.
 
     It says nothing about runs that were not trained: for that see `crossed_estimate`.
     """
     question_means = table.mean(0)
-    rng, means = np.random.default_rng(seed), []
+    rng, means = np.random.default_rng(0), []
     for count in _chunk_sizes(resamples, question_means.size):
         weights = rng.multinomial(question_means.size, np.full(question_means.size, 1 / question_means.size), size=count)
         means.append(weights @ question_means / question_means.size)
@@ -117,7 +119,7 @@ def bootstrap_interval(table: Table, *, resamples: int = RESAMPLES, seed: int = 
     return float(low), float(high)
 
 
-def permutation_test(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+def permutation_test(table: Table, *, resamples: int = RESAMPLES) -> float:
     """Return the two-sided p-value of paired differences under random signs, one sign for a question in all its runs.
 
     Under the null hypothesis the names of the two methods can be exchanged for any question. A separate sign for each run and
@@ -125,7 +127,7 @@ def permutation_test(table: Table, *, resamples: int = RESAMPLES, seed: int = 0)
     """
     question_means = table.mean(0)
     observed = abs(float(question_means.sum()))
-    rng, extreme = np.random.default_rng(seed), 0
+    rng, extreme = np.random.default_rng(0), 0
     for count in _chunk_sizes(resamples, question_means.size):
         signs = rng.integers(0, 2, size=(count, question_means.size)) * 2 - 1
         # Equal sums of sevenths and fifths may differ in the last bit.

@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from neuromas.diagnose import Kind
 from neuromas.diagnose.adapters import distances
 from neuromas.diagnose.effects import Undisturbed
 from neuromas.diagnose.history import faults
-from neuromas.diagnose.interventions import Kind, Sampling, interventions
+from neuromas.diagnose.interventions import Sampling, interventions
 from neuromas.diagnose.texts import of_rollout, specialisation
 from neuromas.graph.growth import widths_of
 from neuromas.rollout.network import Network

@@ -12,17 +12,15 @@ the undisturbed rollouts: nobody who writes one reads another.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, get_args
 
 import numpy as np
 
+from neuromas.diagnose import Kind
 from neuromas.graph.messages import NOTHING
 from neuromas.rollout.network import Network
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE
 from neuromas.types import Message, Rollout
 
-Kind = Literal["silence", "drop", "shuffle", "swap", "bare", "exchange"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 Edge = tuple[int, int]
 Texts = Mapping[tuple[str, Edge], str]
 """What arrives on an edge in place of its message, by the question's id."""

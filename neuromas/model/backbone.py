@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromas.bundled import BUNDLED
-from neuromas.config import PROMPT_DATE
+from neuromas.config import PROMPT_DATE, TrainConfig
 from neuromas.model.adapters import AdapterBank, require_memory
 from neuromas.model.decoder import Decoder, slides
 from neuromas.model.flex import prefix_attention, suffix_attention
@@ -34,6 +34,7 @@ from neuromas.model.packing import ATTENTION, Packed
 from neuromas.model.rms_norm import replace_norms
 from neuromas.model.sources import find_backbone, is_gguf
 from neuromas.model.turns import Frame, chat_frame, plain_frame
+from neuromas.system.terminal import in_short
 
 MICRO_BATCH_TOKENS = 10_000
 MICRO_BATCH_BYTES = 3 * 2**29
@@ -107,10 +108,14 @@ class Backbone:
             backbone = cls(model, tokenizer, name, prompt_date)
             backbone._probe()
         except Exception as error:  # transformers, safetensors, jinja and the hub each raise classes of their own
-            reason = " ".join(str(error).split())[:300]
             where = "" if Path(source).exists() else " (no local folder; offline, a hub id must be in the cache already)"
-            raise ValueError(f"--backbone {name}: cannot be loaded{where}: {reason}") from error
+            raise ValueError(f"--backbone {name}: cannot be loaded{where}: {in_short(error)}") from error
         return backbone
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Backbone":
+        """Load the backbone of a run as its settings say; ValueError as `load`."""
+        return cls.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
 
     def _fitting(self, frame: Frame) -> Frame:
         """Return a frame; ValueError if the model knows no such tokens."""
@@ -272,7 +277,7 @@ def config_of(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(_converted(source), trust_remote_code=False)
     except Exception as error:  # a damaged config raises whatever reading it meets
-        raise ValueError(f"--backbone {name}: no config can be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"--backbone {name}: no config can be loaded: {in_short(error)}") from error
 
 
 def folder_of(name: str) -> str:

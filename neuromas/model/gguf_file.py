@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neuromas.model.sources import cache_folder, cache_workplace, writing_to_cache
 from neuromas.system.files import digest_of
 from neuromas.system.process import total_memory
-from neuromas.system.terminal import one_line
+from neuromas.system.terminal import in_short, one_line
 
 COPIES = 2
 """Times the weights in float32 that a conversion holds at once: as read, and as loaded."""
@@ -101,7 +101,7 @@ def _check(file: Path) -> int:
     try:
         tensors = Reader(file).tensors
     except Exception as error:  # the reader raises what numpy and struct raise
-        raise ValueError(f"it is no GGUF file, or cut off: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"it is no GGUF file, or cut off: {in_short(error)}") from error
     for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors}.items():
         try:
             dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)

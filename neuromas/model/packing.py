@@ -5,7 +5,7 @@ transformers call `attend` of the object that their forward is given as `packed`
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ ATTENTION = "neuromas"
 """The name under which transformers finds this attention."""
 
 
-@runtime_checkable
 class Attention(Protocol):
     """Computes attention in a stream of T tokens; it knows which keys and values each query attends to."""
 
@@ -117,11 +116,6 @@ class Packed:
         tensors = (torch.from_numpy(array).to(device) for array in (ids, lengths, rows, columns))
         ids_T, lengths_B, row_T, column_T = tensors
         return cls(ids_T, lengths_B, row_T, column_T, int(lengths.max()))
-
-    @classmethod
-    def column(cls, ids_B: Tensor) -> "Packed":
-        """Return packed rows of one token each."""
-        return cls(ids_B, torch.ones_like(ids_B), torch.arange(len(ids_B), device=ids_B.device), torch.zeros_like(ids_B), 1)
 
     def pad(self, stream: Tensor) -> Tensor:
         """Return a stream (T, ...) as a padded batch (B, width, ...), with 0 after a row's end."""

@@ -88,9 +88,7 @@ def write_card(folder: Path, step_accuracy: dict[str, float], step_examples: int
         shares = []
         for index in (0, -1):
             counts = Counter(behaviour(group[0].completions[index].text) for group in groups)
-            shares.append(
-                ", ".join(f"{kind} {counts[kind] / len(groups):.0%}" for kind in ("work", "guess", "restate", "chatter"))
-            )
+            shares.append(", ".join(f"{kind} {counts[kind] / len(groups):.0%}" for kind in KINDS))
         behaviours.append(f"| `{name}` | {shares[0]} | {shares[1]} |")
     text = CARD.format(
         parameters=sum(p.numel() for p in network.backbone.model.parameters()) - network.adapters.trainable_parameters,

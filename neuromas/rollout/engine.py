@@ -5,7 +5,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -19,7 +19,6 @@ class EngineFault(ValueError):
     """Says that an engine, or what it has sampled, cannot be used: the run ends, and goes on from its last checkpoint."""
 
 
-@runtime_checkable
 class Engine(Protocol):
     """Samples completions. A request is started as soon as it is ready, and does not wait for a whole layer to end.
 
@@ -46,8 +45,3 @@ def uniforms(seed: tuple[int | str, ...], count: int) -> np.ndarray:
     """
     key = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=16).digest())
     return np.random.Generator(np.random.Philox(key=key)).random(count)
-
-
-def in_short(error: BaseException) -> str:
-    """Return what another program's error says, in one line."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -343,11 +343,11 @@ class MessagePassing:
         rollout = self.rollouts[number]
         senders = rollout.neighbours.senders[node]
         inbox = [m for sender in senders for m in rollout.completions[sender].messages if m.recipient == node]
-        text = self.wording.render(rollout.neighbours.topology, node, rollout.example, inbox)
+        topology = rollout.neighbours.topology
+        text = self.wording.render(topology, node, rollout.example, inbox)
         begins = self.wording.begins(rollout.neighbours.recipients[node], rollout.example.answer_format)
         prompt = self.policy.prompt(rollout.example.question, text, has_inbox=bool(senders), begins=begins)
         # The number of rollouts that share this node's text.
-        topology = rollout.neighbours.topology
         leaves = self.branches ** (topology.depth - topology.layer(node)) if self.branches > 1 else 1
         seed = (*rollout.seed, rollout.example.drawn_by, rollout.index // leaves, node)
         request = Request(node, prompt, seed, self.policy.later_headers(begins))
@@ -359,12 +359,11 @@ class MessagePassing:
         """Record what a node has written, and return the requests of the recipients that have become ready."""
         number, node = self.keys[key]
         rollout = self.rollouts[number]
-        neighbours = rollout.neighbours
-        recipients = neighbours.recipients[node]
+        recipients = rollout.neighbours.recipients[node]
         begins = self.wording.begins(recipients, rollout.example.answer_format)
         sent = messages.deliver(sample.texts, node, recipients) if begins else messages.parse(sample.text, node, recipients)
         rollout.completions[node] = Completion(node, rollout.requests[node].prompt, sample, sent, begins)
-        return [self._request(number, recipient) for recipient in neighbours.recipients[node] if rollout.is_ready(recipient)]
+        return [self._request(number, recipient) for recipient in recipients if rollout.is_ready(recipient)]
 
     def text_so_far(self, node: int, sample: Sample) -> str:
         """Return what a node of the first rollout has written so far, each text with what it was begun by."""

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Any, TypeVar
 
-from neuromas.rollout.engine import EngineFault, in_short
+from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.row import seed_of
+from neuromas.system.terminal import in_short
 
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 MLP = frozenset({"gate_proj", "up_proj", "down_proj"})

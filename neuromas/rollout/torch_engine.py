@@ -80,7 +80,7 @@ class DecodingBatch:
         self.live_rows: LiveRows | None = None
         """None after a row has started or finished, until the next step."""
         self.sharing: PrefixSharing | None = None
-        self.slots: Slots | None = None
+        self._slots: Slots | None = None
         self.fixed: FixedSharing | None = None
         """The buffers that rows decode over where their shapes are fixed."""
         # Other layers than ours may read something back from a GPU, which cannot be recorded.
@@ -92,6 +92,12 @@ class DecodingBatch:
         """Return the number of live rows."""
         return len(self.rows)
 
+    @property
+    def slots(self) -> Slots:
+        """Return the state of the rows, which the first of them has made room for."""
+        assert self._slots is not None
+        return self._slots
+
     def room(self, waiting: Collection[Keyed]) -> int:
         """Return how many more rows may decode now: on a CPU, as many as keep the cache at `CACHE_BYTES`, but one at least."""
         # New rows wait for each other: a prefill of a few rows costs nearly as much as one of many.
@@ -100,8 +106,8 @@ class DecodingBatch:
         backbone, most = self.backbone, self.max_rows
         if backbone.device.type == "cpu" and backbone.token_bytes:
             columns = max(len(request.prompt.suffix_ids) for _, request in waiting) + self.max_new_tokens
-            if self.slots is not None:
-                columns = max(columns, self.slots.keys[0].shape[2])
+            if self._slots is not None:
+                columns = max(columns, self._slots.keys[0].shape[2])
             most = max(1, min(most, CACHE_BYTES // (columns * backbone.token_bytes)))
         return most - self.live
 
@@ -119,7 +125,6 @@ class DecodingBatch:
         texts = self.max_new_tokens + given
         self._reserve(self.live + len(prompts), max(len(prompt.suffix_ids) for prompt in prompts) + texts, texts)
         slots, prefixes, first, device = self.slots, self.prefixes, self.live, self.backbone.device
-        assert slots is not None
         assert prefixes is not None
         new = slice(first, first + len(prompts))
         self.rows += [key for key, _ in requests]
@@ -153,7 +158,6 @@ class DecodingBatch:
             self._decode_chunk()
         elif self.live:
             slots, prefixes = self.slots, self.prefixes
-            assert slots is not None
             assert prefixes is not None
             if self.live_rows is None:
                 self.live_rows = LiveRows(slots, self.live)
@@ -168,7 +172,6 @@ class DecodingBatch:
     def _decode_chunk(self) -> None:
         """Sample the next few tokens of every row, over buffers of fixed shapes; a row that ends waits for the others."""
         slots, prefixes = self.slots, self.prefixes
-        assert slots is not None
         assert prefixes is not None
         left = int((slots.limit[: self.live] - slots.count[: self.live]).max())
         # A row that is cut may be at its end in the midst of a header, which it still writes.
@@ -183,7 +186,6 @@ class DecodingBatch:
 
     def _fixed_step(self) -> None:
         slots, fixed = self.slots, self.fixed
-        assert slots is not None
         assert fixed is not None
         rows, attention = fixed.slot_B, fixed.attention(self.policy.ops)
         first = slice(0, len(rows))
@@ -204,7 +206,6 @@ class DecodingBatch:
     def _ended(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return which of the first rows have ended a text, and which of those by a stop token."""
         slots = self.slots
-        assert slots is not None
         stopped = (slots.last_token[:rows, None] == self.stop_ids).any(1)
         ended = stopped | (slots.count[:rows] >= slots.limit[:rows])
         if self.gives_tokens or self.fixed is not None:
@@ -216,7 +217,6 @@ class DecodingBatch:
     def _advance(self, logits_BV: Tensor, written_B: Tensor, slot_B: Tensor) -> None:
         """Count the written tokens, and sample each slot's next one: invert the distribution function at its uniform draw."""
         slots = self.slots
-        assert slots is not None
         slots.length[slot_B] += written_B
         count_B = slots.count[slot_B]
         tokens_B, logprobs_B = self._draw(logits_BV, slots.uniforms[slot_B, count_B], slot_B)
@@ -232,7 +232,6 @@ class DecodingBatch:
         """Return the token that each slot samples at its temperature, and its log-probability."""
         if len(self.temperatures) == 1:
             return self.policy.ops.sample(logits_BV, uniform_B, next(iter(self.temperatures)))
-        assert self.slots is not None
         temperature_B = self.slots.temperature[slot_B]
         tokens_B, logprobs_B = torch.empty_like(slot_B), logits_BV.new_empty(len(slot_B))
         for temperature in temperature_B.unique().tolist():
@@ -242,23 +241,18 @@ class DecodingBatch:
 
     def written(self, keys: Collection[int]) -> dict[int, Sample]:
         """Return what these rows have written so far; those that are not live are left out."""
-        slots = self.slots
         rows = [row for row, key in enumerate(self.rows) if key in keys]
-        if slots is None or not rows:
-            return {}
-        return dict(zip((self.rows[row] for row in rows), self._samples(rows), strict=True))
+        return dict(zip((self.rows[row] for row in rows), self._samples(rows), strict=True)) if rows else {}
 
     def cut(self, key: int, tokens: int) -> None:
         """Let a live row end with so many tokens at most after its prompt, and with the text that it is at."""
         if key in self.rows:
-            assert self.slots is not None
             self.slots.limit[self.rows.index(key)].clamp_(max=tokens)
             self.headers.pop(key, None)
 
     def _take_finished(self) -> list[tuple[int, Sample]]:
         """Remove the rows that have finished and return their samples; later rows move into their slots."""
         slots = self.slots
-        assert slots is not None
         ended, stopped = self._ended(self.live)
         done = []
         for row in ended.nonzero()[:, 0].tolist():
@@ -284,7 +278,6 @@ class DecodingBatch:
     def _begin_next_text(self, row: int, stopped: bool) -> None:
         """Have a row that has ended a text go on with the header of the next one, and give that its share of tokens."""
         slots, key = self.slots, self.rows[row]
-        assert slots is not None
         header, left = self.headers[key][0], len(self.headers[key])
         tokens = header if stopped else (*self.policy.frame.end, *header)
         count = int(slots.count[row])
@@ -298,7 +291,6 @@ class DecodingBatch:
     def _samples(self, rows: list[int]) -> list[Sample]:
         """Return what live rows have written."""
         slots = self.slots
-        assert slots is not None
         counts, tokens, logprobs = slots.count[rows].tolist(), slots.tokens[rows].tolist(), slots.logprobs[rows].tolist()
         is_given = (slots.given[rows] != NOT_GIVEN).tolist()
         return [
@@ -332,7 +324,7 @@ class DecodingBatch:
 
     def _drop_prefixes(self, prefix_keys: Sequence[PrefixKey]) -> None:
         """Drop the prefixes that neither a live row nor a new one continues, if all take much and those are half of them."""
-        slots, indices = self.slots, self.index_of_prefix
+        slots, indices = self._slots, self.index_of_prefix
         if slots is None or self.prefixes is None or self.prefixes.nbytes <= self.prefix_bytes:
             return
         kept = {*slots.prefix[: self.live].tolist(), *(indices[key] for key in prefix_keys if key in indices)}
@@ -351,7 +343,7 @@ class DecodingBatch:
 
     def _reserve(self, rows: int, columns: int, texts: int) -> None:
         """Make the cache at least this large, with room for so many tokens after a prompt, and keep its content."""
-        old = self.slots
+        old = self._slots
         if old is not None:
             had_rows, _, had_columns, _ = old.keys[0].shape
             had_texts = old.tokens.shape[1]
@@ -360,4 +352,4 @@ class DecodingBatch:
             # The cache grows by more than is needed, because it is copied every time.
             rows, columns, texts = max(rows, had_rows), max(columns + 32, had_columns), max(texts, had_texts)
         assert self.prefixes is not None
-        self.slots, self.fixed = Slots.of(self.prefixes.past, rows, columns, texts, old), None
+        self._slots, self.fixed = Slots.of(self.prefixes.past, rows, columns, texts, old), None

@@ -24,13 +24,14 @@ from typing import Any
 
 from neuromas.model.backbone import Backbone, folder_of
 from neuromas.model.policy import Policy
-from neuromas.rollout.engine import EngineFault, OnSample, in_short
+from neuromas.rollout.engine import EngineFault, OnSample
 from neuromas.rollout.row import Row
 from neuromas.rollout.torch_engine import MAX_ROWS
+from neuromas.system.terminal import in_short
 from neuromas.types import Request
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of `max_lora_rank`."""
+"""What vLLM 0.32 takes as `max_lora_rank`."""
 SEED_BITS = 63
 """Of the number that vLLM takes."""
 CPU_CACHE_BYTES = 2**31

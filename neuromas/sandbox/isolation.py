@@ -13,7 +13,7 @@ import select
 import shutil
 import signal
 import subprocess
-from typing import IO, TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 from neuromas.sandbox.files import DEVICES, HERE, copy_into_memory, environment, hidden, interpreter, readable
 
@@ -36,7 +36,6 @@ main()
 """
 
 
-@runtime_checkable
 class Process(Protocol):
     """An isolated process with pipes to its standard input and output."""
 
@@ -50,8 +49,6 @@ class Process(Protocol):
 
 class Sandlock:
     """Landlock rules and a system call filter. Raises ValueError with the reason if this machine lacks them."""
-
-    name: IsolationName = "sandlock"
 
     def __init__(self) -> None:
         if importlib.util.find_spec("sandlock") is None:
@@ -110,8 +107,6 @@ class _Group:
 
 class Bubblewrap:
     """Own namespaces, by the program `bwrap`. Raises ValueError if it is not installed."""
-
-    name: IsolationName = "bubblewrap"
 
     def __init__(self, program: str = "bwrap") -> None:
         path = shutil.which(program)

@@ -21,7 +21,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from neuromas.graph.topology import Topology
 from neuromas.rollout.live import Said, Terms
 from neuromas.rollout.network import Network
 from neuromas.serve.metrics import Metrics
@@ -167,9 +166,9 @@ class App:
         return JSONResponse(self._card())
 
     def _card(self) -> JSON:
-        topology: Topology = self.served.network.topology
+        network = self.served.network
         card = {"id": self.served.name, "object": "model", "created": self.started, "owned_by": "neuromas"}
-        return card | {"topology": topology.to_json(), "max_tokens": self.served.network.max_new_tokens}
+        return card | {"topology": network.topology.to_json(), "max_tokens": network.max_new_tokens}
 
     async def _complete(self, request: Request) -> Response:
         """Answer a request for a completion, with all nodes of the network."""
@@ -219,8 +218,10 @@ class App:
         """Queue the rollouts of a request; `hear` gets the number of the choice and what becomes of it."""
         drawn = 0 if asked.temperature == 0 else secrets.randbits(63)
         seed = ("evaluate", drawn if asked.seed is None else asked.seed)
-        shows = asked.stream
-        terms = Terms(asked.temperature, asked.max_tokens, asked.stop, shows, shows and asked.trace)
+        terms = Terms(
+            asked.temperature, asked.max_tokens, asked.stop, hears_answer=asked.stream,
+            hears_messages=asked.stream and asked.trace,
+        )  # fmt: skip
         longest = self.served.network.backbone.max_tokens
         if longest is not None and (most := longest * CHARACTERS) < max(map(len, asked.questions)):
             raise ApiError(400, f"a question must have at most {most:,} characters", code="context_length_exceeded")

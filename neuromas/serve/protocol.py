@@ -179,9 +179,7 @@ def trace_of(completion: Completion) -> JSON:
     return {
         "node": completion.node,
         "text": completion.text,
-        "messages": [
-            {"from": m.sender, "to": m.recipient, "text": m.text, "status": m.status.value} for m in completion.messages
-        ],
+        "messages": [message.to_json() for message in completion.messages],
         "tokens": len(completion.sample.logprobs),
         "stopped": completion.sample.stopped,
     }

@@ -14,7 +14,7 @@ from neuromas.rollout.live import LiveRollouts, Terms
 from neuromas.rollout.network import Network
 from neuromas.system.terminal import printable
 from neuromas.tasks import Task, question_id
-from neuromas.types import Completion, Example, Rollout
+from neuromas.types import Completion, Example, Message, MessageStatus, Rollout
 
 HELP = """A question is a line of its own, or several lines between two lines of three double quotes. Commands:
   /again         answer the last question once more, from other random numbers (at temperature 1 if it is 0)
@@ -92,29 +92,36 @@ class Talk:
                 live.update(Group(*self._panels(texts, done)))
         if not self.console.is_terminal:
             self.console.print()
-        self.console.print(printable(f"answer: {self._parsed(rollout.result)}"))
+        self.console.print(answer_line(rollout.result, self.task))
 
     def _panels(self, texts: dict[int, str], done: dict[int, Completion]) -> list[Panel]:
         topology, panels = self.network.topology, list[Panel]()
         for node in [node for node in topology.nodes if node in texts]:
             recipients = topology.recipients(node)
             if not recipients:
-                panels.append(_panel(f"node {node} answers", texts[node], node in done))
+                panels.append(panel(f"node {node} answers", texts[node], ended=node in done))
             elif self.shows_trace and node in done:
-                for message in done[node].messages:
-                    fault = "" if message.status.value == "ok" else f"  ({message.status.value})"
-                    panels.append(_panel(f"node {node} ─▶ node {message.recipient}{fault}", message.text, True))
+                panels += map(message_panel, done[node].messages)
             elif self.shows_trace:
                 named = ", ".join(map(str, recipients))
-                panels.append(_panel(f"node {node} ─▶ node {named}", texts[node], False))
+                panels.append(panel(f"node {node} ─▶ node {named}", texts[node], ended=False))
         return panels
 
-    def _parsed(self, rollout: Rollout) -> str:
-        return self.task.parse_answer(rollout.answer) or "(none that the task can parse)"
 
-
-def _panel(title: str, text: str, ended: bool) -> Panel:
+def panel(title: str, text: str, *, ended: bool = True) -> Panel:
+    """Return a text with its title; one that is still written ends in a mark."""
     return Panel(Text(printable(text if ended else f"{text}▌")), title=title, title_align="left")
+
+
+def message_panel(message: Message) -> Panel:
+    """Return a message on its edge, with what is wrong with it."""
+    fault = "" if message.status is MessageStatus.OK else f"  ({message.status.value})"
+    return panel(f"node {message.sender} ─▶ node {message.recipient}{fault}", message.text)
+
+
+def answer_line(rollout: Rollout, task: Task) -> str:
+    """Return the answer that a task reads."""
+    return printable(f"answer: {task.parse_answer(rollout.answer) or '(none that the task can parse)'}")
 
 
 def _temperature(text: str) -> float:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from neuromas.system.terminal import one_line
+from neuromas.system.terminal import in_short
 
 ADDRESS = r"ray(://[^\s/:]+:\d{1,5})?"
 RETRIES = 3
@@ -50,13 +50,13 @@ def joined(flag: str, address: str = "ray") -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ValueError(
             f"{flag}: Ray {ray.__version__} on Python {sys.version.split()[0]} cannot join {where or 'a cluster of its own'}: "
-            f"{one_line(str(error))[:300]}"
+            f"{in_short(error)}"
         ) from error
     try:
         yield
     except ray.exceptions.RayError as error:
         raise ValueError(
-            f"{flag}: the cluster has failed ({type(error).__name__}: {one_line(str(error))[:300]}); where it runs again, the "
+            f"{flag}: the cluster has failed ({type(error).__name__}: {in_short(error)}); where it runs again, the "
             "same command goes on from what is on disk (`train` with --resume)"
         ) from error
     finally:

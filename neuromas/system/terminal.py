@@ -27,3 +27,8 @@ def shortened(text: str, most: int = 40) -> str:
 def one_line(text: str) -> str:
     """Return a text as one line for a terminal."""
     return printable(text, keep="")
+
+
+def in_short(error: BaseException) -> str:
+    """Return what another program's error says, in one line of 300 characters at most; its type if it says nothing."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from neuromas.config import TaskConfig
+from neuromas.config import TaskConfig, VerifierName
 from neuromas.tasks.boolean_expressions import BooleanExpressions
 from neuromas.tasks.code import HumanEval, HumanEvalPlus, Mbpp
 from neuromas.tasks.dyck_languages import DyckLanguages
@@ -27,7 +27,6 @@ from neuromas.tasks.task import (
 )
 from neuromas.tasks.tracking_shuffled_objects import TrackingShuffledObjects
 from neuromas.tasks.user_tasks import JsonlCodeTask, JsonlTask, load_class
-from neuromas.tasks.verifiers import VerifierName
 from neuromas.tasks.web_of_lies import WebOfLies
 
 TASKS: dict[str, Callable[[int | None], GeneratedTask]] = {

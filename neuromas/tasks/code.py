@@ -5,7 +5,7 @@ import atexit
 import re
 import textwrap
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -92,7 +92,7 @@ class Mbpp(CodeBenchmark):
     hub_splits: ClassVar = {"test": "test", "validation": "validation", "dev": "prompt", "train": "train"}
     file_names: ClassVar = {"test": ("mbpp.jsonl", "mbpp/mbpp.jsonl")}
 
-    def split_file(self, path: Path, records: Any, split: str | None = None) -> dict[str, list[Record]]:
+    def split_file(self, path: Path, records: Iterator[Record], split: str | None = None) -> dict[str, list[Record]]:
         """Split by task_id as published: 1-10 (prompt) dev, 11-510 test, 511-600 validation, 601-974 train."""
         splits: dict[str, list[Record]] = {"test": [], "validation": [], "dev": [], "train": []}
         for record in records:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+from neuromas.system.terminal import in_short
 from neuromas.tasks.item_files import Record
 
 PROBE_SECONDS = 5.0
@@ -33,9 +34,8 @@ def load(task: str, hub_id: str, config: str | None, splits: Mapping[str, str]) 
         try:
             rows = datasets.load_dataset(hub_id, config, split=hub_name)
         except Exception as error:
-            reason = " ".join(str(unreachable or error).split())[:200]
             raise ValueError(
-                f"task {task}: {hub_id} cannot be read from the Hugging Face hub ({reason}); "
+                f"task {task}: {hub_id} cannot be read from the Hugging Face hub ({in_short(unreachable or error)}); "
                 "give its files instead: --task.data FILE or FOLDER (docs/tasks.md says which)"
             ) from error
         source = f"{hub_id} {config or ''} {hub_name}"

@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+from neuromas.config import VerifierName
 from neuromas.tasks import dataset_hub, item_files
 from neuromas.tasks.answers import bracket_form, read_exact, read_open
 from neuromas.tasks.item_files import Record
 from neuromas.tasks.task import DatasetTask, Problem, Task
-from neuromas.tasks.verifiers import Reader, Verifier, VerifierName, choice, make_verifier, words
+from neuromas.tasks.verifiers import Reader, Verifier, choice, make_verifier, words
 from neuromas.types import Example
 
 DATA_FLAG = "task.data"

@@ -9,12 +9,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 
+from neuromas.config import VerifierName
 from neuromas.sandbox import Program
 from neuromas.tasks import item_files
 from neuromas.tasks.code import CodeTask, with_answer
 from neuromas.tasks.item_files import Record
 from neuromas.tasks.task import SPLITS, DatasetTask, Problem, Task, split_of
-from neuromas.tasks.verifiers import Verifier, VerifierName, make_verifier
+from neuromas.tasks.verifiers import Verifier, make_verifier
 from neuromas.types import Example
 
 OWN_CODE = "class:"

@@ -9,13 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cache
 from textwrap import dedent
-from typing import Literal, get_args
 
+from neuromas.config import VerifierName
 from neuromas.tasks.answers import number_form, option_form, read_exact, read_open, unboxed, words_form
 from neuromas.tasks.math_process import Judge
-
-VerifierName = Literal["exact", "choice", "number", "regex", "math", "python"]
-VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
 
 JUDGE_SECONDS = 5.0
 """Most seconds for one comparison in the judge's process."""

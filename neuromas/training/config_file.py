@@ -1,13 +1,12 @@
 """Configs as files, and what makes two configs the same run: which settings a resumed run may change, and which it may not."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from neuromas.config import PRETRAINED, TrainConfig
-from neuromas.system.files import read_toml
+from neuromas.system.files import checksum_of, read_toml
 from neuromas.system.schema import from_dict, require
 
 MAY_DIFFER = ("run_dir", "device", "save_every", "track", "task.file", "engine.logprob_bound", "engine.url", "grad_checkpoint")
@@ -53,7 +52,7 @@ def from_json(text: str | bytes, where: str) -> TrainConfig:
 def identity(config: TrainConfig) -> str:
     """Return a checksum of the settings that a resumed run may not change."""
     flat = {key: value for key, value in _flatten(dataclasses.asdict(config)).items() if key not in MAY_DIFFER}
-    return hashlib.blake2b(json.dumps(flat, default=str, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return checksum_of(json.dumps(flat, default=str, sort_keys=True).encode())
 
 
 def differences(stored: TrainConfig, given: TrainConfig) -> str:

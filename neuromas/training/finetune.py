@@ -33,7 +33,7 @@ from neuromas.training.scores import Validation, as_metrics, score_sets
 from neuromas.training.setup import build_society, check_memory
 from neuromas.training.signals import Stop, stop_signals
 from neuromas.training.tracking import tracked
-from neuromas.training.watch import asked
+from neuromas.training.watch import group_answers
 from neuromas.types import Completion, Example, Group, Rollout
 
 ITERATIONS = "iterations.json"
@@ -179,8 +179,8 @@ class Finetuner:
         """Return the metrics of an iteration's debates and sets, and count what the debates have cost."""
         groups = [(debate,) for debate in debates]
         rewards = torch.tensor(rewards_of(self.task, [(debate.example, debate.answer) for debate in debates]))[:, None]
-        nobodys = Credits((), len(groups))
-        found = rollout_metrics(asked(self.task, groups, rewards), groups, rewards, nobodys, self.society.topology.output_node)
+        answers, nobodys = group_answers(self.task, groups, rewards), Credits((), len(groups))
+        found = rollout_metrics(answers, groups, rewards, nobodys, self.society.topology.output_node)
         self.ledger.record(groups, updated=False)
         kept = {
             f"kept/{kind}/sum": float(sum(map(len, of_kind.values())))

@@ -8,9 +8,9 @@ from scipy import stats
 LEVEL = 0.95
 
 
-def wilson(right: float | int, n: float | int, *, level: float = LEVEL, freedom: float = math.inf) -> tuple[float, float]:
+def wilson(right: float | int, n: float | int, *, freedom: float = math.inf) -> tuple[float, float]:
     """Return the interval of a share (Wilson 1927), with Student's t instead of the normal where `freedom` is finite."""
-    z2 = float(stats.t.ppf(0.5 + level / 2, freedom)) ** 2
+    z2 = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) ** 2
     share = right / n
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
@@ -27,7 +27,7 @@ def independent(counts: Sequence[int]) -> float:
     return sum(counts) ** 2 / sum(count * count for count in counts)
 
 
-def paired(differences: Sequence[float], *, level: float = LEVEL) -> tuple[float, float]:
+def paired(differences: Sequence[float]) -> tuple[float, float]:
     """Return the interval of a mean difference of rewards between 0 and 1 on the same questions (Agresti and Min 2005).
 
     As if two more questions had been asked: one that half gains and half loses, and one that stays. So the interval has a width
@@ -36,5 +36,5 @@ def paired(differences: Sequence[float], *, level: float = LEVEL) -> tuple[float
     n, total = len(differences) + 2, math.fsum(differences)
     mean = total / n
     deviation = math.sqrt(max(0.0, (math.fsum(d * d for d in differences) + 1) / n - mean * mean) / n)
-    reach = float(stats.norm.ppf(0.5 + level / 2)) * deviation
+    reach = float(stats.norm.ppf(0.5 + LEVEL / 2)) * deviation
     return max(-1.0, mean - reach), min(1.0, mean + reach)

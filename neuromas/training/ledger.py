@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from neuromas.config import MOST
+from neuromas.config import MOST_TIMES_FIRST
 from neuromas.types import Group, Replay
 
 
@@ -64,6 +64,7 @@ class Spending:
 
 
 def spending(groups: Sequence[Group], replays: Sequence[Replay] = ()) -> Spending:
+    """Return what rollouts have cost, and what was sampled for replays."""
     completions = [c for group in groups for rollout in group for c in rollout.completions]
     completions += [c for replay in replays for c in replay.written]
     return Spending(
@@ -78,8 +79,8 @@ class Pace:
     """How many questions a step gets so that every step costs about `step_tokens` sampled tokens, whatever the network's size.
 
     What a step spends too much or too little, the next one makes up for; so a run's total stays within about one step of its
-    number of steps times `step_tokens`. A step aims at half to twice of that, and asks at most `MOST` times the first step's
-    questions.
+    number of steps times `step_tokens`. A step aims at half to twice of that, and asks at most
+    `MOST_TIMES_FIRST` times the first step's questions.
     """
 
     owed: int = 0
@@ -98,7 +99,7 @@ class Pace:
         if not self.tokens_per_call:
             return first
         wanted = min(max(step_tokens + self.owed, step_tokens / 2), 2 * step_tokens)
-        return min(max(1, round(wanted / (self.tokens_per_call * calls_per_question))), MOST * first)
+        return min(max(1, round(wanted / (self.tokens_per_call * calls_per_question))), MOST_TIMES_FIRST * first)
 
     def update(self, step_tokens: int, groups: Sequence[Group], replays: Sequence[Replay] = ()) -> None:
         """Count what a step has spent."""

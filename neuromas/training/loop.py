@@ -16,7 +16,7 @@ from neuromas.training.setup import Setup, network_of, start_engine
 from neuromas.training.signals import Stop, stop_signals
 from neuromas.training.tracking import tracked
 from neuromas.training.trainer import Trainer
-from neuromas.training.watch import asked
+from neuromas.training.watch import group_answers
 
 
 def train_step(trainer: Trainer) -> dict[str, float]:
@@ -27,7 +27,7 @@ def train_step(trainer: Trainer) -> dict[str, float]:
     groups = trainer.roll_out(examples, step)
     sampled = time.perf_counter()
     rewards_PG = trainer.rewards(groups)
-    questions = asked(trainer.task, groups, rewards_PG)
+    questions = group_answers(trainer.task, groups, rewards_PG)
     divergence = trainer.divergence(groups)
     credits, metrics = trainer.credit(rewards_PG, groups, divergence)
     metrics |= trainer.describe_step(groups, questions, rewards_PG, credits, divergence)

@@ -9,7 +9,7 @@ from neuromas.graph.messages import drops_text
 from neuromas.tasks import Task
 from neuromas.training.ledger import spending
 from neuromas.training.reinforce import Credits
-from neuromas.training.watch import Asked, mixed_share, top_answer
+from neuromas.training.watch import GroupAnswers, mixed_share, top_answer
 from neuromas.types import Group, MessageStatus, Rollout
 
 METRICS = {
@@ -109,13 +109,13 @@ def own_form(task: Task, rollout: Rollout, node: int) -> float:
 
 
 def rollout_metrics(
-    questions: Sequence[Asked], groups: Sequence[Group], rewards_PG: Tensor, credits: Credits, output: int
+    questions: Sequence[GroupAnswers], groups: Sequence[Group], rewards_PG: Tensor, credits: Credits, output: int
 ) -> dict[str, float]:
     """Return what a step's rollouts and their credits tell; `output` is the network's output node."""
     rollouts = [rollout for group in groups for rollout in group]
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     statuses = [message.status for completion in completions for message in completion.messages]
-    spent, replayed = spending(groups), spending([], credits.replays)
+    spent, replayed = spending(groups), spending((), credits.replays)
 
     def share(status: MessageStatus) -> float:
         return sum(s is status for s in statuses) / max(1, len(statuses))

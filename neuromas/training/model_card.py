@@ -13,12 +13,10 @@ from neuromas.graph.growth import widths_of
 from neuromas.model.backbone import Backbone
 from neuromas.model.sources import SHIPPED, is_gguf
 from neuromas.rollout.network import worded
+from neuromas.rollout.vllm_engine import RANKS
 from neuromas.tasks.user_tasks import OWN_CODE
 from neuromas.training.evaluate import Evaluation
 from neuromas.training.exported import Export
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM 0.32 takes as --max-lora-rank."""
 
 
 def card(export: Export, backbone: Backbone) -> str:
@@ -29,7 +27,7 @@ def card(export: Export, backbone: Backbone) -> str:
         {name: Evaluation.from_json(score, "evaluation.json") for name, score in scores.get(when, {}).items()}
         for when in ("before", "after")
     )
-    rank = next((rank for rank in VLLM_RANKS if rank >= adapter["r"]), None)
+    rank = next((rank for rank in RANKS if rank >= adapter["r"]), None)
     others = sorted(set(adapter["target_modules"]) - set(LINEAR_LAYERS))
     imports, source = _source(config.backbone)
     is_own = Path(config.backbone).exists()
@@ -43,7 +41,7 @@ def card(export: Export, backbone: Backbone) -> str:
         names=[f"node{node}" for node in export.nodes], before=before, after=after, ledger=export.json("ledger.json"),
         title=_title(export), kind=_kind(export), chosen=_chosen(export), imports=imports, source=source,
         vllm_rank=None if others else rank, own_code=config.task.name.startswith(OWN_CODE),
-        no_vllm=f"it takes no adapters on {', '.join(others)}" if others else f"its largest rank is {VLLM_RANKS[-1]}",
+        no_vllm=f"it takes no adapters on {', '.join(others)}" if others else f"its largest rank is {RANKS[-1]}",
         own_name=is_own,
         hub_id=None if imports or is_own else config.backbone,
     )  # fmt: skip

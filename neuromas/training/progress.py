@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar in a terminal, a line now and then in a log."""
+"""What a person sees while something takes long: a live bar or line in a terminal, a line now and then in a log."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -7,10 +7,36 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from neuromas.system.terminal import one_line, printable
 
 LINE_EVERY_SECONDS = 10.0
+
+
+class StatusLine:
+    """Says on standard error what is being done: a terminal shows the last line alone, a log all."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, markup=False)
+        self._line = self._console.status("")
+
+    def __enter__(self) -> "StatusLine":
+        self._line.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.stop()
+
+    def tell(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._line.update(Text(printable(text)))
+        else:
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Say what stays in a terminal too."""
+        self._console.print(printable(text), soft_wrap=True)
 
 
 class Progress:

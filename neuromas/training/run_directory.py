@@ -386,5 +386,5 @@ def _verified_state(folder: Path, remedy: str) -> dict[str, Any]:
     """Return state.json after checking every file of the checkpoint against it; ValueError names the file and the remedy."""
     state = check_seal(folder, "checkpoint", remedy)
     if folder.name not in (f"step-{state['step']:06d}", f"best-{state['step']:06d}"):
-        raise ValueError(f"checkpoint {folder}: state.json is damaged (its checksum or its step differs); {remedy}")
+        raise ValueError(f"checkpoint {folder}: its state.json is of step {state['step']}; {remedy}")
     return state

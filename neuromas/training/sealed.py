@@ -27,7 +27,7 @@ def check_seal(folder: Path, what: str, remedy: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{what} {folder}: state.json or checksum is missing or damaged; {remedy}") from error
     if not is_whole:
-        raise ValueError(f"{what} {folder}: state.json is damaged (its checksum or its step differs); {remedy}")
+        raise ValueError(f"{what} {folder}: state.json is damaged (its checksum differs); {remedy}")
     for name, (size, digest) in state["files"].items():
         path = folder / name
         data = path.read_bytes() if path.is_file() else b""

@@ -82,19 +82,18 @@ def build_network(config: TrainConfig, topology: Topology | None = None) -> Netw
             "these settings are a society's (society.rounds), which debates and is no network: `neuromas finetune` trains it, "
             "`neuromas eval` scores it"
         )
-    backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
+    read = from_config(config.task).parse_answer if config.topology.vote else None
     return Network(
-        topology or config.topology.build(), backbone, adapter=config.adapter, max_new_tokens=config.max_new_tokens,
-        seed=config.seed, prompt=config.prompt, read=from_config(config.task).parse_answer if config.topology.vote else None,
+        topology or config.topology.build(), Backbone.of(config), adapter=config.adapter,
+        max_new_tokens=config.max_new_tokens, seed=config.seed, prompt=config.prompt, read=read,
     )  # fmt: skip
 
 
 def build_society(config: TrainConfig) -> Society:
     """Return the society of a config as it starts."""
-    backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
     return Society(
-        config.society, config.topology.build(), backbone, read=from_config(config.task).parse_answer, adapter=config.adapter,
-        max_new_tokens=config.max_new_tokens, seed=config.seed, prompt=config.prompt,
+        config.society, config.topology.build(), Backbone.of(config), read=from_config(config.task).parse_answer,
+        adapter=config.adapter, max_new_tokens=config.max_new_tokens, seed=config.seed, prompt=config.prompt,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ rounding: rows meet in other batches, and sums have another order.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,16 +21,17 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
+from neuromas.config import TrainConfig
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, OnSample
 from neuromas.system.files import checksum_of
 from neuromas.tasks import Task
 from neuromas.training.learner import Sums, TorchLearner
-from neuromas.training.reinforce import Batch
+from neuromas.training.reinforce import Advantage, Batch
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
-from neuromas.types import Example, Request, Sample
+from neuromas.types import Completion, Example, Request, Sample
 
 T = TypeVar("T")
 PATIENCE = 30.0
@@ -137,7 +138,7 @@ def _name(request: Request) -> _Name:
 class ShardedLearner(TorchLearner):
     """AdamW on the sum of all workers' gradients, each of its share of the rows."""
 
-    def __init__(self, policy: Policy, config: Any, exchange: Exchange) -> None:
+    def __init__(self, policy: Policy, config: TrainConfig, exchange: Exchange) -> None:
         super().__init__(policy, config)
         self.exchange = exchange
 
@@ -147,7 +148,7 @@ class ShardedLearner(TorchLearner):
         return Sums.of(self.exchange.gather(own))
 
 
-def share(batch: Batch, rank: int, workers: int) -> tuple[Any, ...]:
+def share(batch: Batch, rank: int, workers: int) -> tuple[tuple[Completion, Advantage], ...]:
     """Return a worker's rows of a batch: adjacent ones, about as many tokens for each worker."""
     lengths = [len(text.prompt.suffix_ids) + len(text.sample.token_ids) for text, _ in batch.completions]
     total, before, own = max(1, sum(lengths)), 0, []
@@ -200,25 +201,17 @@ class SharedRun(RunDirectory):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        with self._locked_soon() if self._writes else nullcontext():
-            yield
-
-    @contextmanager
-    def _locked_soon(self) -> Iterator[None]:
         deadline = time.monotonic() + PATIENCE
-        while True:
-            lock = super().locked()
-            try:
-                lock.__enter__()
-                break
-            except ValueError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(1.0)
-        try:
+        with ExitStack() as held:
+            while self._writes:
+                try:
+                    held.enter_context(super().locked())
+                    break
+                except ValueError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(1.0)
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def initialise(self, held_out: Iterable[str] = (), questions: Mapping[str, str] | None = None) -> None:
         if self._writes:

@@ -3,8 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 
 class Interrupted(Exception):
@@ -16,7 +15,6 @@ class Stop:
     """Whether the user has asked to stop."""
 
     asked: bool = False
-    _handlers: dict[int, Any] = field(default_factory=dict)
 
     def leave_if_asked(self, where: str) -> None:
         """Raise Interrupted if the user has asked."""
@@ -28,16 +26,18 @@ class Stop:
 def stop_signals(tell: Callable[[str], None], how: str = "stopping as soon as this step is saved") -> Iterator[Stop]:
     """Turn the first Ctrl-C or SIGTERM into a request, and tell so; a second one ends the program at once."""
     stop = Stop()
+    # Known before any signal can come.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, _frame: object) -> None:
         stop.asked = True
-        signal.signal(number, stop._handlers[number])
+        signal.signal(number, before[signal.Signals(number)])
         tell(f"{how}; once more stops at once, without saving it")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        stop._handlers[number] = signal.signal(number, ask)
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield stop
     finally:
-        for number, handler in stop._handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)

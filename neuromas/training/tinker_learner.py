@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from neuromas.config import TrainConfig
-from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import folder_of
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, EngineFault
@@ -180,7 +179,8 @@ class TinkerLearner:
         for key, ours in (("r", bank.rank), ("lora_alpha", bank.alpha)):
             if config.get(key) != ours:
                 raise EngineFault(f"the service at {url} trains adapters with {key} {config.get(key)}, --adapter has {ours:g}")
-        theirs, own = _shapes(exported.tensors), _shapes(_tensors_of(bank, bank.nodes[0]))
+        files = bank.peft_files(bank.nodes[0], "")
+        theirs, own = _shapes(exported.tensors), _shapes(files["adapter_model.safetensors"])
         if theirs != own:
             other = sorted(theirs.items() ^ own.items())[0]
             raise EngineFault(
@@ -242,10 +242,6 @@ def _sampled(completion: Completion) -> list[int]:
     asked = len(completion.prompt.prefix_ids) + len(completion.prompt.suffix_ids)
     given = set(completion.sample.given)
     return [asked + index for index in range(len(completion.sample.token_ids)) if index not in given]
-
-
-def _tensors_of(bank: AdapterBank, node: int) -> bytes:
-    return bank.peft_files(node, "")["adapter_model.safetensors"]
 
 
 def _shapes(tensors: bytes) -> dict[str, tuple[int, ...]]:

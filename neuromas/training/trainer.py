@@ -29,8 +29,8 @@ from neuromas.training.run_directory import RunDirectory
 from neuromas.training.scores import Validation, as_metrics, score_sets
 from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
-from neuromas.training.watch import Asked, Watch
-from neuromas.types import Example, Group
+from neuromas.training.watch import GroupAnswers, Watch
+from neuromas.types import Example, Group, MessageStatus
 
 
 class Trainer:
@@ -151,7 +151,7 @@ class Trainer:
     def describe_step(
         self,
         groups: list[Group],
-        questions: list[Asked],
+        questions: list[GroupAnswers],
         rewards_PG: Tensor,
         credits: Credits,
         divergence: Divergence | None,
@@ -181,7 +181,7 @@ class Trainer:
         return {name: value for name, value in found.items() if value is not None} | norms
 
     def finish_step(
-        self, groups: list[Group], questions: list[Asked], rewards_PG: Tensor, metrics: dict[str, float]
+        self, groups: list[Group], questions: list[GroupAnswers], rewards_PG: Tensor, metrics: dict[str, float]
     ) -> dict[str, float]:
         """Validate if that is due, and log the step with all its rollouts; return all its metrics."""
         step = self.step
@@ -278,7 +278,7 @@ def _records(groups: list[Group], rewards: list[list[float]] | None = None, spli
             "rollout": rollout.index,
             "texts": {c.node: c.text for c in rollout.completions},
             "faults": [[m.sender, m.recipient, m.status.value] for c in rollout.completions for m in c.messages
-                       if m.status.value != "ok"],
+                       if m.status is not MessageStatus.OK],
             **({"reward": rewards[i][j]} if rewards else {}),
         }
         for i, group in enumerate(groups)

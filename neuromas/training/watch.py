@@ -25,7 +25,7 @@ SOLVED = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class GroupAnswers:
     """What a question's rollouts answered."""
 
     answers: Counter[str]
@@ -34,17 +34,17 @@ class Asked:
     rewards: tuple[float, ...]
 
 
-def asked(task: Task, groups: Sequence[Group], rewards_PG: Tensor) -> list[Asked]:
+def group_answers(task: Task, groups: Sequence[Group], rewards_PG: Tensor) -> list[GroupAnswers]:
     """Return what each question of a step was answered."""
     found = []
     for group, rewards in zip(groups, rewards_PG.tolist(), strict=True):
         answers = [task.parse_answer(rollout.answer) for rollout in group]
         right = frozenset(a for a, reward in zip(answers, rewards, strict=True) if a is not None and reward == 1)
-        found.append(Asked(Counter(a for a in answers if a is not None), right, tuple(rewards)))
+        found.append(GroupAnswers(Counter(a for a in answers if a is not None), right, tuple(rewards)))
     return found
 
 
-def top_answer(questions: Sequence[Asked]) -> tuple[str, float]:
+def top_answer(questions: Sequence[GroupAnswers]) -> tuple[str, float]:
     """Return the most frequent answer and its share of all that can be read; an empty text and 0 if there are none."""
     answers = sum((each.answers for each in questions), Counter[str]())
     (answer, count), *_ = answers.most_common(1) or [("", 0)]
@@ -61,9 +61,9 @@ class Watch:
 
     def __init__(self) -> None:
         self.active: dict[str, str] = {}
-        self._steps: deque[list[Asked]] = deque()
+        self._steps: deque[list[GroupAnswers]] = deque()
 
-    def look(self, questions: list[Asked]) -> list[str]:
+    def look(self, questions: list[GroupAnswers]) -> list[str]:
         """Add a step, and return what is to be told after it."""
         self._steps.append(questions)
         while len(self._steps) > STEPS and sum(map(len, self._steps)) - len(self._steps[0]) >= QUESTIONS:
@@ -73,7 +73,7 @@ class Watch:
             return []
         return [*self._one_answer(seen), *self._no_signal(seen)]
 
-    def _one_answer(self, seen: Sequence[Asked]) -> list[str]:
+    def _one_answer(self, seen: Sequence[GroupAnswers]) -> list[str]:
         answer, share = top_answer(seen)
         rollouts = sum(len(each.rewards) for each in seen)
         given = [each for each in seen if answer in each.answers]
@@ -92,7 +92,7 @@ class Watch:
             f"one answer no longer takes over: {share:.0%} are {name}",
         )
 
-    def _no_signal(self, seen: Sequence[Asked]) -> list[str]:
+    def _no_signal(self, seen: Sequence[GroupAnswers]) -> list[str]:
         mixed = mixed_share([each.rewards for each in seen])
         rewards = [reward for each in seen for reward in each.rewards]
         reward = sum(rewards) / len(rewards)

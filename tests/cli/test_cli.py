@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,11 @@ from commands import FLAGS, Call, Outcome, assert_refused
 
 from neuromas import Backbone
 from neuromas.cli import main as cli
+from neuromas.cli.describe import print_rollout
 from neuromas.sandbox import choose_isolation
 from neuromas.tasks import code, get_task
 from neuromas.training.run_directory import RunDirectory
+from neuromas.types import Completion, Example, Prompt, Rollout, Sample
 
 CHAIN = ["--widths", "1", "1", "1"]
 """Resets widths to the default: explicit edges replace them."""
@@ -171,22 +173,14 @@ def test_a_missing_model_folder(call: Call, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def garbage(path: Path) -> None:
-    path.write_bytes(bytes(range(256)) * 8)
-
-
 def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-@pytest.mark.parametrize("damage", [garbage, truncated, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_corrupt_model_folder(
-    call: Call, tmp_path: Path, tiny_folder: Path, name: str, damage: Callable[[Path], None]
-) -> None:
+def test_a_corrupt_model_folder(call: Call, tmp_path: Path, tiny_folder: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
-    damage(folder / name)
+    truncated(folder / "model.safetensors")
     refused = call("train", *FLAGS, "--backbone", folder, "--run-dir", tmp_path / "run")
     assert_refused(refused, rf"^error: --backbone {re.escape(str(folder))}: .{{20,}}")
     assert not (tmp_path / "run").exists()
@@ -433,6 +427,15 @@ def test_ask_json_and_text_tell_the_same(call: Call, trained: Path) -> None:
     assert (text.status, text.err) == (0, "")
     assert "node 1 ─▶ node 2" in text.out
     assert "node 2 answers" in text.out
+
+
+def test_the_node_whose_answer_won_the_vote_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [Sample((1,), (0.0,), (f"Answer: {word}",), stopped=True, adapter_version=0) for word in ("Yes", "No")]
+    answers = tuple(Completion(node, Prompt((), (1,)), sample, ()) for node, sample in enumerate(samples, start=1))
+    print_rollout(Rollout(Example("id", "?", "Yes", ""), 0, answers, winner=0), get_task("navigate"))
+    out = capsys.readouterr().out
+    assert "node 1 answers" in out
+    assert out.endswith("answer: Yes\n")
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(call: Call, tmp_path: Path, tiny_folder: Path) -> None:

@@ -13,7 +13,8 @@ from neuromas.cli import serve
 def test_flags_that_make_no_sense(call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(call("serve", trained, "--port", "70000"), r"--port must be 0 to 65535, got 70000$")
     assert_refused(call("serve", trained, "--max-running", "0"), r"--max-running must be 1 to 100,000, got 0$")
-    assert_refused(call("serve", trained, "--timeout", "0"), r"--max-body-bytes must be at least 1 and --timeout above 0")
+    assert_refused(call("serve", trained, "--timeout", "0"), r"--timeout must be above 0 and at most 100,000, got 0\.0$")
+    assert_refused(call("serve", trained, "--max-body-bytes", "0"), r"--max-body-bytes must be at least 1, got 0$")
     assert_refused(call("serve", trained, "--best"), r"holds no best checkpoint: no validation was its best yet")
     assert_refused(call("serve", tmp_path / "none"), r"none")
     assert_refused(call("serve", trained, "--api-key-file", "none"), r"No such file or directory: 'none'$")

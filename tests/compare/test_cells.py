@@ -16,10 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import Call, assert_refused, run_cli
 from paths import CONFIGS, RIVALS
 from rivals import Rival
 
-from neuromas.cli import main as cli
 from neuromas.compare import cluster
 from neuromas.compare import code_version as sources
 from neuromas.compare import run as compare
@@ -183,35 +183,32 @@ num_steps = 6
 """
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> tuple[str, str]:
+def run(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> tuple[str, str]:
     """Call `neuromas compare` on GRID in this process; return what it printed."""
     (folder / "grid.toml").write_text(GRID)
-    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(folder / "grid.toml"), "--out", str(folder / "out"), *flags])
-    cli.main()
+    run_cli("compare", folder / "grid.toml", "--out", folder / "out", *flags)
     captured = capsys.readouterr()
     return captured.out, captured.err
 
 
 @pytest.mark.processes
-def test_the_command_goes_on_where_it_was(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    out, err = run(monkeypatch, capsys, tmp_path, "--jobs", "2")
+def test_the_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, err = run(capsys, tmp_path, "--jobs", "2")
     assert "6 cells: 0 are there, 6 to make, 2 at a time" in err
     assert re.search(r"navigate: class:\S+:Killed: seed 1 died: its process was killed by SIGKILL", out)
     assert "not compared: refused on 1 of 1 tasks: navigate" in out
     assert (tmp_path / "out" / "report.html").is_file()
     # A second time: only the dead one is tried again.
-    _, err = run(monkeypatch, capsys, tmp_path)
+    _, err = run(capsys, tmp_path)
     assert "6 cells: 5 are there, 1 to make" in err
     # A report alone makes nothing.
-    out, err = run(monkeypatch, capsys, tmp_path, "--report-only")
+    out, err = run(capsys, tmp_path, "--report-only")
     assert err == ""
     assert "seed 1 died" in out
     # Where its cells are not, a report stays as it is.
     report = (tmp_path / "out" / "report.json").read_bytes()
     with pytest.raises(SystemExit):
-        run(monkeypatch, capsys, tmp_path, "--report-only", "--seeds", "9")
+        run(capsys, tmp_path, "--report-only", "--seeds", "9")
     message = "--out .*out holds no cell of this comparison, so --report-only has nothing to report; name the folder in which"
     assert re.search(message, capsys.readouterr().err)
     assert (tmp_path / "out" / "report.json").read_bytes() == report
@@ -220,19 +217,19 @@ def test_the_command_goes_on_where_it_was(
     now = json.loads(stored.read_text())["code"]
     stored.write_text(stored.read_text().replace(now, "0ld"))
     line = f"navigate, bundled, seed 0: made by other code (0ld, now {now})"
-    out, err = run(monkeypatch, capsys, tmp_path, "--keep-old")
+    out, err = run(capsys, tmp_path, "--keep-old")
     assert f"{line}; kept as it is" in out
     assert "6 cells: 5 are there, 1 to make" in err
     assert f"{line}; kept as it is" in (tmp_path / "out" / "report.md").read_text()
-    _, err = run(monkeypatch, capsys, tmp_path)
+    _, err = run(capsys, tmp_path)
     assert f"{line}; it is made again" in err
     assert "6 cells: 4 are there, 2 to make" in err
     assert json.loads(stored.read_text())["code"] == now
 
     stored.write_text("{")
-    _, err = run(monkeypatch, capsys, tmp_path, "--report-only")
+    _, err = run(capsys, tmp_path, "--report-only")
     assert re.search(r"cell \S+ is damaged \(.*\); it is left out", err)
-    _, err = run(monkeypatch, capsys, tmp_path)
+    _, err = run(capsys, tmp_path)
     assert re.search(r"cell \S+ is damaged \(.*\); it is made again", err)
 
 
@@ -258,14 +255,9 @@ def test_one_comparison_at_a_time_in_a_folder(tmp_path: Path) -> None:
         compare._locked(tmp_path).__enter__()
 
 
-def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    preset = CONFIGS / "paper_table1.toml"
-    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(preset), "--dry-run"])
-    cli.main()
-    out = capsys.readouterr().out
+    out = call("compare", CONFIGS / "paper_table1.toml", "--dry-run").out
     counts = dict(re.findall(r"^(\w+) +yes +18 +[\d,]+ \(([\d.]+M)\)", out, re.MULTILINE))
     assert counts == {"malt": "6.9M", "single_rl": "6.9M", "single_rl_vote_3": "6.9M", "neuromas_3": "6.9M",
                       "single_rl_long": "6.9M", "single_rl_long_continued": "6.9M",
@@ -277,25 +269,16 @@ def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(
     assert "108 trials: every trained method on every task tries lr 0.0003, 0.001; validation chooses" in out
 
 
-def test_the_dry_run_counts_tokens_where_these_are_the_budget(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    preset = CONFIGS / "path_dependence.toml"
-    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(preset), "--dry-run"])
-    cli.main()
-    out = capsys.readouterr().out
+def test_the_dry_run_counts_tokens_where_these_are_the_budget(call: Call) -> None:
+    out = call("compare", CONFIGS / "path_dependence.toml", "--dry-run").out
     assert len(re.findall(r"^neuromas_\w+ +yes +10 +[\d,]+ +of [\d,]+ tokens +\d+$", out, re.MULTILINE)) == 4
     assert "neuromas_7_grown - neuromas_7: matched in training steps, sampled tokens in training (to within" in out
 
 
-def test_the_dry_run_counts_one_debate_of_each_question(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dry_run_counts_one_debate_of_each_question(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text('methods = ["neuromas_3", "multiagent_ft"]\ntasks = ["navigate"]\nseeds = [0]\n[train]\nnum_steps = 5\n')
-    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(file), "--dry-run"])
-    cli.main()
-    counts = dict(re.findall(r"^(\w+) +yes +1 +[\d,]+ +(\d+) +5$", capsys.readouterr().out, re.MULTILINE))
+    counts = dict(re.findall(r"^(\w+) +yes +1 +[\d,]+ +(\d+) +5$", call("compare", file, "--dry-run").out, re.MULTILINE))
     assert counts == {"neuromas_3": str(5 * 16 * 8), "multiagent_ft": str(5 * 16)}
 
 
@@ -318,7 +301,5 @@ def test_a_cluster_with_no_device_for_a_cell_is_refused(tmp_path: Path, monkeypa
         cluster.make_on_cluster([cell_of(on_gpu, tmp_path, "a")], lambda *_: None)
 
 
-def test_jobs_must_be_some(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        run(monkeypatch, capsys, tmp_path, "--jobs", "0")
-    assert capsys.readouterr().err == "error: --jobs must be at least 1, got 0\n"
+def test_jobs_must_be_some(call: Call) -> None:
+    assert_refused(call("compare", "x.toml", "--jobs", 0), "--jobs must be at least 1, got 0$")

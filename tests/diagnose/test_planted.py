@@ -8,12 +8,10 @@ import torch
 from models import randomise
 
 from neuromas import Backbone, Network, Topology
-from neuromas.cli.diagnose import KINDS as FLAGS
 from neuromas.config import AdapterConfig
-from neuromas.diagnose import picture
+from neuromas.diagnose import KINDS, Kind, picture
 from neuromas.diagnose.adapters import distances
 from neuromas.diagnose.diagnosis import diagnose
-from neuromas.diagnose.interventions import KINDS, Kind
 from neuromas.diagnose.report import report
 from neuromas.graph import growth
 from neuromas.graph.growth import Growth
@@ -230,8 +228,7 @@ def test_common_random_numbers_change_nothing_where_nothing_is_changed(tiny_back
     assert "From node 1: x" in tiny_backbone.detokenize(other.completions[2].prompt.suffix_ids)
 
 
-def test_the_flags_name_all_kinds_and_a_picture_has_its_limit(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert FLAGS == KINDS
+def test_a_picture_has_its_limit_and_a_report_explains_what_it_shows(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture, "MOST_EFFECTS", 2)
     found = diagnose(plant(Topology.from_edges([(1, 3), (2, 3)]), copy_of_node_1), TASK, EXAMPLES, KINDS, seed=1)
     many = {"step": 1, "split": "validation", **found, "training": {"steps": [], "nodes": {}}}

@@ -537,6 +537,15 @@ def remove_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def remove_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def overwrite(folder: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_bytes(bytes(range(256)) * 8)
+
+
 def truncate_weights(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -554,7 +563,17 @@ def lose_layer(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [break_config, break_model_type, break_tokenizer, remove_weights, truncate_weights, misfit_weights, lose_layer],
+    [
+        break_config,
+        break_model_type,
+        break_tokenizer,
+        remove_tokenizer,
+        remove_weights,
+        truncate_weights,
+        misfit_weights,
+        lose_layer,
+        overwrite,
+    ],
 )
 def test_a_corrupt_model_folder_is_one_clear_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = save_model(make_model("qwen3"), tmp_path / "model")

@@ -4,15 +4,17 @@ import json
 import re
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from paths import DOCS
 
+from neuromas.config import VerifierName
 from neuromas.tasks.answers import read_open
 from neuromas.tasks.math_process import Judge
-from neuromas.tasks.verifiers import JUDGE_SECONDS, VERIFIERS, Python, Verifier, choice, make_verifier, words
+from neuromas.tasks.verifiers import JUDGE_SECONDS, Python, Verifier, choice, make_verifier, words
 
 CHOICE, YES_NO, NUMBER, EXACT, REGEX, MATH = (
     choice("ABCDE"), words("Yes", "No"), make_verifier("number"), make_verifier("exact"), make_verifier("regex"),
@@ -162,9 +164,8 @@ def test_the_page_of_tasks_holds_the_table_of_tricky_answers() -> None:
     assert tricky_table() in (DOCS / "tasks.md").read_text(encoding="utf-8")
 
 
-def test_all_verifiers_have_a_name() -> None:
-    assert VERIFIERS == ("exact", "choice", "number", "regex", "math", "python")
-    assert all(make_verifier(name).answer_format for name in VERIFIERS)
+def test_every_name_has_a_verifier() -> None:
+    assert all(make_verifier(name).answer_format for name in get_args(VerifierName))
     # The options go up to the last letter that is an answer.
     assert make_verifier("choice", ["A", "(F)"]).read("(F)") == "(F)"
     assert make_verifier("choice", ["A", "(F)"]).read("(G)") is None

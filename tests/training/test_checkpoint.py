@@ -247,7 +247,7 @@ def test_a_missing_or_damaged_state_is_named_and_the_remedy_works(run: RunDirect
         path.write_bytes(left)
     wrong = "state.json or checksum is missing or damaged"
     if left is not None:
-        wrong = "state.json is damaged (its checksum or its step differs)"
+        wrong = "state.json is damaged (its checksum differs)"
     message = f"checkpoint {newest}: {wrong}; delete {newest} to continue from {older.name}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         checkpoint.load(run, *make_learner())
@@ -255,6 +255,13 @@ def test_a_missing_or_damaged_state_is_named_and_the_remedy_works(run: RunDirect
         file.rmdir() if file.is_dir() else file.unlink()
     newest.rmdir()
     assert checkpoint.load(run, *make_learner()) == state(1)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(run: RunDirectory, save: Save) -> None:
+    moved = save(1).rename(run.path / "checkpoints" / "step-000002")
+    message = f"checkpoint {moved}: its state.json is of step 1; delete {moved} to start again"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        run.newest()
 
 
 # The adapters' files are larger than 4 kB, the optimizer's is the largest of all.

@@ -10,7 +10,7 @@ from neuromas.graph.messages import parse
 from neuromas.tasks import Navigate
 from neuromas.training.metrics import METRICS, check_names, metrics_page, rollout_metrics
 from neuromas.training.reinforce import Credits
-from neuromas.training.watch import asked
+from neuromas.training.watch import group_answers
 from neuromas.types import Completion, Example, Prompt, Rollout, Sample
 
 PAGE = DOCS / "metrics.md"
@@ -29,11 +29,6 @@ def test_the_documentation_is_the_generated_page() -> None:
     assert PAGE.read_text(encoding="utf-8") == metrics_page(), (
         "write it anew: python -m neuromas.training.metrics > docs/metrics.md"
     )
-
-
-def test_the_page_explains_every_metric() -> None:
-    for name, meaning in METRICS.items():
-        assert f"| `{name}` | {meaning} |" in metrics_page().splitlines()
 
 
 def test_an_unknown_name_raises() -> None:
@@ -59,7 +54,7 @@ def test_rollout_metrics_counted_by_hand() -> None:
     )
     rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     credits = Credits.of([group], {1: torch.ones(1, 4), 2: torch.tensor([[0.5, 0.0, -0.5, 0.0]])})
-    metrics = rollout_metrics(asked(Navigate(), [group], rewards_PG), [group], rewards_PG, credits, 2)
+    metrics = rollout_metrics(group_answers(Navigate(), [group], rewards_PG), [group], rewards_PG, credits, 2)
     check_names(list(metrics))
     assert metrics == pytest.approx(
         {
@@ -89,6 +84,6 @@ def test_rollout_metrics_counted_by_hand() -> None:
 def test_one_node_has_no_messages_and_so_no_faults() -> None:
     groups, ones = [(rollout(0, completion(1, "Yes", 1)),)], torch.ones(1, 1)
     credits = Credits.of(groups, {1: torch.zeros(1, 1)})
-    metrics = rollout_metrics(asked(Navigate(), groups, ones), groups, ones, credits, 1)
+    metrics = rollout_metrics(group_answers(Navigate(), groups, ones), groups, ones, credits, 1)
     assert [metrics[name] for name in metrics if name.startswith("message_fault")] == [0.0] * 4
     assert metrics["signal/frac"] == 0.0

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Call, assert_refused
 from models import make_model, save_model
 from runs import train_run
 from safetensors.torch import load_file
 from torch import Tensor
 
 from neuromas import Backbone, Network, Topology
-from neuromas.cli import main as cli
 from neuromas.config import AdapterConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.system import cluster
@@ -138,9 +138,7 @@ def test_three_workers_train_what_one_trains(folder: Path, tmp_path: Path) -> No
     assert by_workers(3, lambda exchange: train_sharded(shared, exchange)) == [scores] * 3
     one, three = RunDirectory.open(tmp_path / "alone"), RunDirectory.open(tmp_path / "shared")
     assert three.rollouts() == one.rollouts()
-    assert json.loads((three.newest()[0] / "ledger.json").read_text()) == json.loads(
-        (one.newest()[0] / "ledger.json").read_text()
-    )
+    assert ledger_of(three) == ledger_of(one)
     for got, expected in zip(three.metrics(), one.metrics(), strict=True):
         assert got.keys() == expected.keys()
         timed = {name for name in got if "second" in name}
@@ -199,12 +197,12 @@ def test_what_stops_one_worker_stops_all_with_its_words(folder: Path, tmp_path: 
     def work(exchange: Exchange) -> Any:
         if exchange.rank == 1:
             # The first worker is in the midst of a step then.
-            set_up_again = SharedRun.log_rollouts
+            log_rollouts = SharedRun.log_rollouts
 
             def full(self: SharedRun, *args: Any) -> None:
                 if self.exchange.rank == 0 and args[0] == 1:
                     raise ValueError("the disk is full")
-                set_up_again(self, *args)
+                log_rollouts(self, *args)
 
             monkeypatch.setattr(SharedRun, "log_rollouts", full)
         return train_sharded(config, exchange)
@@ -337,12 +335,8 @@ def test_ray_is_an_extra_and_addresses_are_checked_before(monkeypatch: pytest.Mo
         cluster.enter("/no/such", "--workers")
 
 
-def test_flags_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for command, message in (
-        (["compare", "x.toml", "--jobs", "2", "--workers", "ray"], "--jobs and --workers exclude each other"),
-        (["finetune", "--workers", "2"], "--workers is for `neuromas train`"),
-    ):
-        monkeypatch.setattr("sys.argv", ["neuromas", *command])
-        with pytest.raises(SystemExit):
-            cli.main()
-        assert message in capsys.readouterr().err
+def test_flags_that_do_not_go_together(call: Call) -> None:
+    message = "--jobs and --workers exclude each other: a cluster makes as many cells at a time as it has cores$"
+    assert_refused(call("compare", "x.toml", "--jobs", 2, "--workers", "ray"), message)
+    message = "--workers is for `neuromas train`: agents that debate learn in one process$"
+    assert_refused(call("finetune", "--workers", 2), message)

@@ -8,7 +8,7 @@ import torch
 
 from neuromas.tasks import Navigate
 from neuromas.training.progress import Progress
-from neuromas.training.watch import Asked, Watch, asked
+from neuromas.training.watch import GroupAnswers, Watch, group_answers
 from neuromas.types import Completion, Example, Group, Prompt, Rollout, Sample
 
 
@@ -22,10 +22,10 @@ def group(gold: str, *answers: str) -> Group:
     return tuple(rollout(index, answer) for index, answer in enumerate(answers))
 
 
-def step(*groups: Group) -> list[Asked]:
+def step(*groups: Group) -> list[GroupAnswers]:
     task = Navigate()
     rewards_PG = torch.tensor([[task.reward(r.example, r.answer) for r in each] for each in groups])
-    return asked(task, groups, rewards_PG)
+    return group_answers(task, groups, rewards_PG)
 
 
 def told(*steps: Sequence[Group]) -> tuple[list[list[str]], Watch]:
@@ -106,7 +106,7 @@ def test_a_long_answer_is_shortened() -> None:
 
     groups, watch = [group("x" * 300, *("y" * 300,) * 4)] * 5, Watch()
     for _ in range(5):
-        watch.look(asked(Echo(), groups, torch.zeros(5, 4)))
+        watch.look(group_answers(Echo(), groups, torch.zeros(5, 4)))
     assert watch.active["answer"] == f"100% answer 'Answer: {'y' * 29}...'"
 
 

@@ -177,7 +177,7 @@ class Answerer:
         self.config, self.temperature = config.check(), temperature
         self.task = from_config(config.task)
         self.sets = evaluation_sets(config, self.task)
-        backbone = Backbone.load(config.backbone, dtype=config.dtype, device=config.device, prompt_date=config.prompt_date)
+        backbone = Backbone.of(config)
         self.wording, frame = worded(backbone, config.prompt)
         self.policy = Policy(backbone, frame=frame)
         self.engine = TorchEngine(self.policy)

@@ -141,7 +141,7 @@ def grown(*stages: tuple[int, ...], opening: Opening = "immediate") -> Callable[
 
 def shaped(config: TrainConfig) -> TrainConfig:
     """Return the settings of NeuroMAS-3 with a bonus for well-formed text on top of the terminal reward."""
-    return replace(neuromas(1, 1, 1)(config), format_bonus=config.format_bonus or FORMAT_BONUS)
+    return replace(neuromas(*THREE)(config), format_bonus=config.format_bonus or FORMAT_BONUS)
 
 
 def suffix_only(config: TrainConfig) -> TrainConfig:
@@ -162,13 +162,13 @@ def long(config: TrainConfig) -> TrainConfig:
 
 def shared(config: TrainConfig) -> TrainConfig:
     """Return the settings of the same graph with one adapter in all nodes, of as many parameters as the team's."""
-    config = neuromas(1, 1, 1)(config)
+    config = neuromas(*THREE)(config)
     return replace(config, adapter=replace(enlarged(config.adapter), shared=True))
 
 
 def with_roles(config: TrainConfig) -> TrainConfig:
     """Return the settings of NeuroMAS-3 with a role sentence for each node."""
-    config = neuromas(1, 1, 1)(config)
+    config = neuromas(*THREE)(config)
     return replace(config, topology=replace(config.topology, roles=ROLES))
 
 
@@ -197,8 +197,8 @@ def malt(config: TrainConfig) -> TrainConfig:
     the sum of their advantages: the mean reward of its leaves, which is MALT's value of it, against that of all other leaves.
     Differs: on-policy REINFORCE by that value, where MALT labels texts above one half and trains offline by SFT and DPO, which
     compares texts at one prompt alone; as many branches as the group allows (2 with 8 rollouts), not 3; the cell's temperature,
-    not 0.3; one pass to answer, not the majority of 3. Shared texts are
-    sampled, and counted, once for each rollout that holds them, so that rollouts and calls match the other methods'.
+    not 0.3; one pass to answer, not the majority of 3. Shared texts are sampled, and counted, once for each rollout that holds
+    them, so that rollouts and calls match the other methods'.
     """
     branches = round(config.group_size ** (1 / NODES))
     if branches < 2 or branches**NODES != config.group_size:
@@ -223,7 +223,7 @@ METHODS = (
         name="neuromas_untrained",
         title="NeuroMAS-3, untrained",
         source=f"the network of {PAPER} before training",
-        change=neuromas(1, 1, 1),
+        change=neuromas(*THREE),
     ),
     Trained(name="single_rl", title="Single-LLM RL", source=f"{PAPER}, the network of one node", change=single),
     *map(_votes, (3, 5, 7)),

@@ -10,9 +10,9 @@ from neuromas.compare.methods.converse import answer_in_parts, answers_of, major
 from neuromas.compare.methods.method import Answer, CellResult, CellSpec, CurvePoint
 from neuromas.config import TrainConfig
 from neuromas.model.adapters import AdapterBank
-from neuromas.rollout.network import Network
 from neuromas.tasks import Task, from_config
 from neuromas.training import checkpoint
+from neuromas.training.evaluate import Answering
 from neuromas.training.ledger import Ledger
 from neuromas.training.loop import train_to_end, trainer_of
 from neuromas.training.plan import resolve
@@ -26,7 +26,7 @@ Answers = dict[str, tuple[Answer, ...]]
 
 
 def answer_sets(
-    network: Network,
+    network: Answering,
     task: Task,
     sets: dict[str, list[Example]],
     *,
@@ -35,7 +35,7 @@ def answer_sets(
     seed: int,
     between: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """Answer every set by the majority vote of `votes` rollouts for each example."""
+    """Answer every set by the majority vote of `votes` rollouts of a network, or debates of a society, for each example."""
 
     def answer(examples: Sequence[Example]) -> list[Answered]:
         groups = network.rollout(examples, votes, seed=("evaluate", seed), temperature=temperature)
@@ -74,7 +74,7 @@ def run_trained(name: str, config: TrainConfig, spec: CellSpec, folder: Path, *,
         return trained_cell(name, trainer, answer, evaluation_temperature=temperature, votes=votes)
 
 
-class Trained(Protocol):
+class EndedRun(Protocol):
     """A run that has ended: of a network, or of a society."""
 
     config: TrainConfig
@@ -86,7 +86,7 @@ class Trained(Protocol):
 
 
 def trained_cell(
-    name: str, trained: Trained, answer: Callable[[], Answers], *, evaluation_temperature: float, **settings: int
+    name: str, trained: EndedRun, answer: Callable[[], Answers], *, evaluation_temperature: float, **settings: int
 ) -> CellResult:
     """Return the cell of a run: what the last adapters answer, and what the best on validation do, which are then loaded."""
     answers, best_answers, curve = answer(), {}, curve_of(trained.run)

@@ -13,6 +13,7 @@ from neuromas.graph.topology import Topology
 from neuromas.rollout.network import Network
 from neuromas.tasks import Task, rewards_of
 from neuromas.training.credit.critic import Critic
+from neuromas.training.ledger import spending
 from neuromas.training.metrics import own_form, well_formed
 from neuromas.types import Completion, Group, Prompt, Replay, Rollout
 
@@ -94,7 +95,7 @@ class Step:
         started = time.perf_counter()
         found = self.network.replay(texts, seed=self.seed, temperature=self.config.temperature, remove=remove) if texts else []
         self.replays += found
-        tokens = sum(len(completion.sample.logprobs) for replay in found for completion in replay.written)
+        tokens = spending((), found).sampled_tokens
         for name, value in (("replay_tokens/sum", float(tokens)), ("seconds/replay/sum", time.perf_counter() - started)):
             self.metrics[name] = self.metrics.get(name, 0.0) + value
         return found
