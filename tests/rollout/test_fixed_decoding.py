@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerator import Recorded, flex_on_cpu, other_operations
+from accelerator import READS_BACK, Recorded, flex_on_cpu, graphs_on_cpu, other_operations
 from models import load_backbone, make_model, randomise, save_model
 
 from neuromas.config import AdapterConfig
@@ -19,8 +19,6 @@ from neuromas.types import Request, Sample
 pytestmark = pytest.mark.processes
 
 NODES = (1, 2, 3)
-READS_BACK = {"_local_scalar_dense", "nonzero", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "lift_fresh"}
-"""Operations that wait for a GPU, or bring something to it, neither of which can be recorded."""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +72,21 @@ def test_rows_over_fixed_buffers_write_the_same(
         assert type(policy.ops) is TorchOps
         found = write(policy, requests_of(policy), max_rows)
     assert {len(sample.texts) for sample in found} == {1, 2, 3}
+    for one, other in zip(found, expected, strict=True):
+        assert replace(one, logprobs=()) == replace(other, logprobs=())
+        assert one.logprobs == pytest.approx(other.logprobs, rel=0, abs=1e-5)
+
+
+def test_a_replay_does_what_a_step_does(folders: dict[str, Path]) -> None:
+    """A graph reads and writes the addresses that it was recorded with, whatever has joined, left or moved since."""
+    usual = policy_of(folders["stops"])
+    expected = write(usual, requests_of(usual), 3)
+    with other_operations():
+        policy = policy_of(folders["stops"])
+        with graphs_on_cpu() as graphs:
+            found = write(policy, requests_of(policy), 3)
+    # One that is replayed this often serves more than one chunk.
+    assert max(graph.replays for graph in graphs) >= fixed_decoding.TOKENS_AT_ONCE
     for one, other in zip(found, expected, strict=True):
         assert replace(one, logprobs=()) == replace(other, logprobs=())
         assert one.logprobs == pytest.approx(other.logprobs, rel=0, abs=1e-5)
