@@ -1,6 +1,7 @@
 """Decoding over buffers of fixed shapes, as on a GPU: the same tokens, and a step that a GPU can record as a graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from neuromas.config import AdapterConfig
 from neuromas.model.ops import TorchOps
 from neuromas.model.policy import Policy
 from neuromas.rollout import fixed_decoding
+from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.torch_engine import DecodingBatch, TorchEngine
 from neuromas.types import Request, Sample
 
@@ -121,6 +123,28 @@ def test_a_step_can_be_recorded(folders: dict[str, Path], monkeypatch: pytest.Mo
     assert len(chunk[0].operations) > 100
     # Rows have ended in it.
     assert after < before
+
+
+def test_a_step_that_cannot_be_recorded_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+
+    def step() -> None:
+        steps.append("")
+        if len(steps) == 2:
+            raise RuntimeError("operation\nnot permitted")
+
+    @contextmanager
+    def record(graph: object, pool: object) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("failed due to a previous error") from error
+
+    with graphs_on_cpu():
+        monkeypatch.setattr("torch.cuda.graph", record)
+        named = r"^set the environment variable NEUROMAS_WITHOUT=graphs: .* \(operation not permitted\)$"
+        with pytest.raises(EngineFault, match=named):
+            fixed_decoding.Graphs(records=True).run(step, fixed_decoding.Shape(8, 1, 1, 64), 3)
 
 
 def test_shapes_are_rounded_up_to_powers_of_two() -> None:
