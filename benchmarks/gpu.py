@@ -202,8 +202,8 @@ def main() -> None:
         folders = make_model(model, Path(scratch), getattr(torch, dtype))
         loaded = loading(folders[0], dtype, device)
         lines += [
-            f"Loading takes {loaded['seconds']:.1f} s and at most {loaded['peak_mib']:,.0f} MiB of the GPU for weights of "
-            f"{loaded['weights_mib']:,.0f} MiB.", "",
+            f"Loading takes {loaded['seconds']:.1f} s, the first kernels of attention compiled, and at most "
+            f"{loaded['peak_mib']:,.0f} MiB of the GPU for weights of {loaded['weights_mib']:,.0f} MiB.", "",
         ]  # fmt: skip
         for case in cases(model, options.smoke):
             spec = write_spec(

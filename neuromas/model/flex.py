@@ -2,7 +2,7 @@
 
 Rows are not padded and no prefix is copied to its rows: the keys are those of all prefixes and then those of the stream, and a
 mask says which a query sees. The kernel passes over blocks of the mask in which nothing is seen. `prefix_attention` and
-`suffix_attention` choose by the device. On a GPU the kernel is compiled; nothing else computes it there.
+`suffix_attention` choose by the device. On a GPU the kernel is compiled, which takes Triton and a C compiler.
 """
 
 import functools
@@ -16,6 +16,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask
 
 from neuromas.model.attention import PrefixAttention, Prefixes, SuffixAttention, effective_window
+from neuromas.model.left_out import is_left_out, way_out
 from neuromas.model.packing import Packed
 
 BLOCK = 128
@@ -25,8 +26,8 @@ _KERNELS = 64
 
 
 def uses_flex(device: torch.device) -> bool:
-    """Say whether attention on this device is torch's flex attention."""
-    return device.type != "cpu"
+    """Say whether attention on this device is torch's flex attention; else it copies each prefix to its rows."""
+    return device.type != "cpu" and not is_left_out("flex")
 
 
 def prefix_attention(packed: Packed) -> PrefixAttention:
@@ -103,7 +104,10 @@ def _attend(query_KHD: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, sc
     # The kernel for a few queries is another one, and has limits of its own.
     options: flex.FlexKernelOptions = {"FORCE_USE_FLEX_ATTENTION": True}
     query = query_KHD.transpose(0, 1)[None]
-    out = compute(query, keys[None], values[None], block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options)
+    try:
+        out = compute(query, keys[None], values[None], block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options)
+    except _compile_errors() as error:
+        raise ValueError(way_out("flex", error)) from error
     assert isinstance(out, Tensor)
     return out[0].transpose(0, 1)
 
@@ -118,6 +122,12 @@ def _compiled() -> Callable[..., Tensor | tuple[Tensor, ...]]:
 def _kernel() -> Callable[..., Tensor | tuple[Tensor, ...]]:
     # Beyond the limit, without `fullgraph`, it would compute every score in silence.
     return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo import exc  # takes a second, unless something has been compiled
+
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
 class FlexPrefixAttention(PrefixAttention):

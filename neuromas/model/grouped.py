@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from neuromas.model.left_out import is_left_out
+
 _ALIGNED = 16
 """Rows of the matrices of a grouped product start at multiples of this many bytes."""
 
@@ -17,7 +19,7 @@ _ALIGNED = 16
 def has_grouped_products(device: torch.device, dtype: torch.dtype, features: Sequence[int]) -> bool:
     """Say whether a device has a kernel for grouped products of matrices with so many features: a Hopper GPU or later."""
     fits = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
-    return fits and all(count * dtype.itemsize % _ALIGNED == 0 for count in features)
+    return fits and not is_left_out("groups") and all(count * dtype.itemsize % _ALIGNED == 0 for count in features)
 
 
 def adapters_in_blocks(

@@ -118,15 +118,19 @@ def _inverted(logits_BV: Tensor, total_B: Tensor, uniform_B: Tensor) -> Tensor:
     sums = probabilities.sum(2).double()
     cumulative = sums.cumsum(1)
     target_B = uniform_B * cumulative[:, -1]
-    part_B = _passed(cumulative, target_B)[:, None]
+    part_B = _passed(sums, cumulative, target_B)[:, None]
     rest_B = target_B - (cumulative - sums).gather(1, part_B)[:, 0]
-    inside = probabilities.gather(1, part_B[:, :, None].expand(-1, -1, _PART))[:, 0]
-    return part_B[:, 0] * _PART + _passed(inside.double().cumsum(1), rest_B)
+    inside = probabilities.gather(1, part_B[:, :, None].expand(-1, -1, _PART))[:, 0].double()
+    return part_B[:, 0] * _PART + _passed(inside, inside.cumsum(1), rest_B)
 
 
-def _passed(cumulative: Tensor, target_B: Tensor) -> Tensor:
-    """Return the index at which each distribution function passes its target: the last one that adds to it, if none does."""
-    last_B = (cumulative < cumulative[:, -1:]).sum(1)
+def _passed(terms: Tensor, cumulative: Tensor, target_B: Tensor) -> Tensor:
+    """Return the index at which the sum of each row's terms passes its target: the last one that adds to it, if none does.
+
+    A GPU adds up in parts, so that the sum may still change at a term of 0, such as what is no token.
+    """
+    adds = terms > cumulative[:, -1:] * 2**-53
+    last_B = (adds * torch.arange(terms.shape[1], device=terms.device)).amax(1)
     return torch.minimum(torch.searchsorted(cumulative, target_B[:, None], right=True)[:, 0], last_B)
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from neuromas.model.attention import Prefixes, columns_in_groups
+from neuromas.model.left_out import way_out
 from neuromas.model.ops import TorchOps
+from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.kv_cache import DecodeAttention, Slots
 
 TOKENS_AT_ONCE = 8
@@ -110,7 +112,10 @@ class FixedSharing:
 
 
 class Graphs:
-    """Runs a step over fixed buffers as often as is asked; recorded, from the second time on, as a graph of a GPU."""
+    """Runs a step over fixed buffers as often as is asked; recorded, from the second time on, as a graph of a GPU.
+
+    A step that cannot be recorded is an EngineFault: torch does not undo a recording that has failed.
+    """
 
     def __init__(self, *, records: bool) -> None:
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
@@ -127,8 +132,12 @@ class Graphs:
             step()
             if self._pool is not None:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool):
-                    step()
+                try:
+                    with torch.cuda.graph(graph, pool=self._pool):
+                        step()
+                except RuntimeError as error:
+                    # The end of a recording that has failed raises an error of its own.
+                    raise EngineFault(way_out("graphs", error.__context__ or error)) from error
                 self._graphs[shape] = graph
 
 

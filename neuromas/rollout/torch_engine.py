@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from neuromas.model.attention import Prefixes
+from neuromas.model.left_out import is_left_out
 from neuromas.model.packing import Packed
 from neuromas.model.policy import Policy, PrefixKey
 from neuromas.rollout.engine import OnSample, uniforms
@@ -84,7 +85,8 @@ class DecodingBatch:
         self.fixed: FixedSharing | None = None
         """The buffers that rows decode over where their shapes are fixed."""
         # Other layers than ours may read something back from a GPU, which cannot be recorded.
-        self.records = graphs and self.backbone.device.type == "cuda" and self.backbone.has_own_decoder
+        on_gpu = self.backbone.device.type == "cuda" and not is_left_out("graphs")
+        self.records = graphs and on_gpu and self.backbone.has_own_decoder
         self.graphs = Graphs(records=self.records)
 
     @property

@@ -6,11 +6,13 @@ import pytest
 import torch
 from accelerator import flex_on_cpu
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention.flex_attention import create_block_mask
 
 from neuromas.model import flex
 from neuromas.model.attention import PrefixAttention, Prefixes, SuffixAttention
 from neuromas.model.flex import FlexPrefixAttention, FlexSuffixAttention, prefix_attention, suffix_attention
+from neuromas.model.left_out import is_left_out
 from neuromas.model.packing import Packed
 
 # They trace what they compute, which takes seconds.
@@ -111,6 +113,27 @@ def test_the_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neuromas.model.flex.uses_flex", lambda _: True)
     assert type(prefix_attention(packed)) is FlexPrefixAttention
     assert type(suffix_attention(packed, prefixes, prefix_of_row)) is FlexSuffixAttention
+
+
+def test_a_part_of_a_gpus_path_is_left_out_if_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUROMAS_WITHOUT", "graphs, flex")
+    assert not flex.uses_flex(torch.device("cuda"))
+    assert is_left_out("graphs")
+    assert not is_left_out("groups")
+    monkeypatch.setenv("NEUROMAS_WITHOUT", "flex graph")
+    with pytest.raises(ValueError, match=r"NEUROMAS_WITHOUT must name parts among flex, graphs and groups, got \['graph'\]$"):
+        flex.uses_flex(torch.device("cuda"))
+
+
+def test_attention_that_torch_cannot_compile_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise TorchDynamoException("no compiler\nis there")
+
+    monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", fail)
+    packed, _, _ = rows()
+    query, keys, values = (drawn(len(packed.ids_T), heads, SIZE, seed=0) for heads in (4, KEY_HEADS, KEY_HEADS))
+    with pytest.raises(ValueError, match=r"^set the environment variable NEUROMAS_WITHOUT=flex: .* \(no compiler is there\)$"):
+        FlexPrefixAttention(packed).attend(0, query, keys, values, scale=0.3, window=None)
 
 
 def test_as_many_kernels_are_compiled_in_any_thread() -> None:

@@ -61,3 +61,6 @@ def test_a_kernel_for_grouped_products_is_there_from_hopper_on(monkeypatch: pyte
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, found=capability: found)
         assert has_grouped_products(cuda, dtype, features) is expected
     assert not has_grouped_products(torch.device("cpu"), half, [64])
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    monkeypatch.setenv("NEUROMAS_WITHOUT", "groups")
+    assert not has_grouped_products(cuda, half, [64])

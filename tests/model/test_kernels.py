@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from neuromas.model import kernels
-from neuromas.model.ops import CompiledOps, TorchOps
+from neuromas.model.ops import CompiledOps, TorchOps, _passed
 from neuromas.model.rms_norm import RMSNorm
 
 TOKENS = 37
@@ -243,6 +243,14 @@ def test_a_token_without_weight_is_never_sampled(sample: Sampler, vocabulary: in
         tokens, logprobs = sample(logits, torch.full((64,), 1 - below_one, dtype=torch.float64), 1.0)
         assert (tokens < 100).all()
         assert (logprobs > -20).all()
+
+
+def test_a_term_of_0_is_not_passed_where_the_sum_of_a_gpu_still_changes() -> None:
+    """Added up in parts, a sum is rounded otherwise from term to term."""
+    terms = torch.tensor([[0.5, 0.25, 0.25, 0.0, 0.0]], dtype=torch.float64)
+    cumulative = torch.tensor([[0.5, 0.75, 1 - 2**-52, 1 - 2**-53, 1.0]], dtype=torch.float64)
+    for target, expected in ((0.0, 0), (0.5, 1), (0.9, 2), (1 - 2**-52, 2), (1.0, 2)):
+        assert _passed(terms, cumulative, torch.tensor([target], dtype=torch.float64)).tolist() == [expected]
 
 
 @pytest.mark.processes

@@ -1,26 +1,26 @@
 """Decoding over buffers of fixed shapes, as on a GPU: the same tokens, and a step that a GPU can record as a graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerator import Recorded, flex_on_cpu, other_operations
+from accelerator import READS_BACK, Recorded, flex_on_cpu, graphs_on_cpu, other_operations
 from models import load_backbone, make_model, randomise, save_model
 
 from neuromas.config import AdapterConfig
 from neuromas.model.ops import TorchOps
 from neuromas.model.policy import Policy
 from neuromas.rollout import fixed_decoding
+from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.torch_engine import DecodingBatch, TorchEngine
 from neuromas.types import Request, Sample
 
 pytestmark = pytest.mark.processes
 
 NODES = (1, 2, 3)
-READS_BACK = {"_local_scalar_dense", "nonzero", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "lift_fresh"}
-"""Operations that wait for a GPU, or bring something to it, neither of which can be recorded."""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,21 @@ def test_rows_over_fixed_buffers_write_the_same(
         assert one.logprobs == pytest.approx(other.logprobs, rel=0, abs=1e-5)
 
 
+def test_a_replay_does_what_a_step_does(folders: dict[str, Path]) -> None:
+    """A graph reads and writes the addresses that it was recorded with, whatever has joined, left or moved since."""
+    usual = policy_of(folders["stops"])
+    expected = write(usual, requests_of(usual), 3)
+    with other_operations():
+        policy = policy_of(folders["stops"])
+        with graphs_on_cpu() as graphs:
+            found = write(policy, requests_of(policy), 3)
+    # One that is replayed this often serves more than one chunk.
+    assert max(graph.replays for graph in graphs) >= fixed_decoding.TOKENS_AT_ONCE
+    for one, other in zip(found, expected, strict=True):
+        assert replace(one, logprobs=()) == replace(other, logprobs=())
+        assert one.logprobs == pytest.approx(other.logprobs, rel=0, abs=1e-5)
+
+
 def test_a_step_can_be_recorded(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps are the same operations on tensors of the same layout, and nothing is read back, whichever rows have ended."""
     recorded: list[Recorded] = []
@@ -108,6 +123,28 @@ def test_a_step_can_be_recorded(folders: dict[str, Path], monkeypatch: pytest.Mo
     assert len(chunk[0].operations) > 100
     # Rows have ended in it.
     assert after < before
+
+
+def test_a_step_that_cannot_be_recorded_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+
+    def step() -> None:
+        steps.append("")
+        if len(steps) == 2:
+            raise RuntimeError("operation\nnot permitted")
+
+    @contextmanager
+    def record(graph: object, pool: object) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("failed due to a previous error") from error
+
+    with graphs_on_cpu():
+        monkeypatch.setattr("torch.cuda.graph", record)
+        named = r"^set the environment variable NEUROMAS_WITHOUT=graphs: .* \(operation not permitted\)$"
+        with pytest.raises(EngineFault, match=named):
+            fixed_decoding.Graphs(records=True).run(step, fixed_decoding.Shape(8, 1, 1, 64), 3)
 
 
 def test_shapes_are_rounded_up_to_powers_of_two() -> None:
