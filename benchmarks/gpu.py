@@ -3,19 +3,23 @@
     python -m benchmarks.gpu --out benchmarks/results/gpu      (under 8 minutes)
     python -m benchmarks.gpu --smoke                           (does every line run? On a CPU, at a tiny size)
 
-Needs torch, transformers and peft, downloads nothing, and starts no other process: all of them take turns in this one. Prints
-what the chip itself does, its rate in large matrix products and its memory's, how long the weights take to load, and how far
-the log-probabilities of sampler and learner are apart.
+Needs PEFT beside what the package requires (of that neither datasets nor math-verify nor sandlock) and downloads nothing; all
+take turns in one process. Prints what the chip itself does, its rate in large matrix products and its memory's, how long the
+weights take to load, and how far the log-probabilities of sampler and learner are apart. What fails is named with its reason,
+its traceback goes to standard error, and the others go on. Results are written case by case.
 """
 
 import argparse
 import gc
 import json
+import math
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,7 +32,7 @@ from benchmarks.peers import limit, ours, peft_loop, peft_merged, peft_mixed
 from benchmarks.peers.common import of_first_layer
 from benchmarks.peers.protocol import Work
 from benchmarks.report import table
-from benchmarks.workloads import ROLLOUT_PEERS, UPDATE_PEERS, Case, write_spec
+from benchmarks.workloads import ROLLOUT_PEERS, UPDATE_PEERS, Case, Kind, write_spec
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import Backbone
 from neuromas.model.ops import TorchOps
@@ -51,6 +55,7 @@ CHANGES: dict[str, dict[str, Change]] = {
     },
 }
 """By kind of work, what else is measured: ours with one part changed."""
+KINDS: tuple[tuple[str, Kind], ...] = (("W2", "update"), ("W1", "rollout"))
 
 
 def bank_of(policy: Policy) -> AdapterBank:
@@ -96,13 +101,21 @@ def gap(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def loading(folder: Path, dtype: str, device: torch.device) -> dict[str, float]:
-    """Return the seconds that loading the backbone takes, and the memory of the GPU that it needs meanwhile and then."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    """Return the seconds that loading the backbone takes, and the memory of the GPU that it needs meanwhile and then.
+
+    The first time in a process compiles what attention is computed by.
+    """
     kept: list[Backbone] = []
-    seconds = _seconds(lambda: kept.append(Backbone.load(str(folder), dtype=dtype, device=device.type)), device)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-    return {"seconds": seconds, "weights_mib": sum(w.nbytes for w in kept[0].model.parameters()) / 2**20, "peak_mib": peak}
+
+    def load() -> None:
+        kept.append(Backbone.load(str(folder), dtype=dtype, device=device.type))
+
+    first = _seconds(load, device)
+    kept.clear()
+    _free(device)
+    seconds, peak = _with_peak(load, device)
+    weights = sum(w.nbytes for w in kept[0].model.parameters()) / 2**20
+    return {"first_seconds": first, "seconds": seconds, "weights_mib": weights, "peak_mib": peak}
 
 
 def chip(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, float]:
@@ -121,49 +134,90 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def _with_peak(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return the seconds that a work takes, and the MiB of the GPU that it needs beyond what is held before."""
+    if device.type != "cuda":
+        return _seconds(work, device), 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    return _seconds(work, device), (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def measure(case: Case, spec: dict[str, Any], rounds: int, deadline: float, device: torch.device) -> dict[str, Any]:
-    """Return the rounds of each way, in turn; no round begins after the deadline.
+@contextmanager
+def reported(result: dict[str, Any]) -> Iterator[None]:
+    """Put the error of what is done inside into its result: what fails is a line, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
-    Memory is that of the GPU beyond what is loaded, which is all ways' together.
+
+def _free(device: torch.device) -> None:
+    """Give back memory that nothing holds any more, and leave what an error was raised in.
+
+    A recording that breaks off leaves torch on its stream, with random numbers for that recording alone.
     """
+    gc.collect()
+    if device.type == "cuda":
+        # After some errors a GPU refuses everything, this too.
+        with suppress(RuntimeError):
+            torch.cuda.set_stream(torch.cuda.default_stream())
+            fresh = torch.Generator("cuda").graphsafe_get_state()
+            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
+            torch.cuda.empty_cache()
+
+
+def measure(
+    case: Case, spec: dict[str, Any], rounds: int, until: float, deadline: float, device: torch.device
+) -> dict[str, Any]:  # fmt: skip
+    """Return the rounds of each way, in turn: no second round begins after `until`, and no way is set up after the deadline."""
     peft = ROLLOUT_PEERS if case.kind == "rollout" else UPDATE_PEERS
     setups = {n: setup for n, setup in SETUPS.items() if n in ("ours", "limit") or (case.scope == "all" and n in peft)}
     setups |= {name: partial(changed, change=change) for name, change in CHANGES[case.kind].items()}
-    results: dict[str, Any] = {name: {"rounds": []} for name in setups}
+    results: dict[str, Any] = {name: {"rounds": [], "dtype": spec["dtype"]} for name in setups}
     works: dict[str, Work] = {}
     for name, setup in setups.items():
-        try:
-            works[name] = setup(spec)
-            results[name]["check"] = works[name].check()
-            works[name].run()
-        except Exception as error:  # one way that fails is a line in the table
-            results[name]["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if time.monotonic() > deadline:
+            results[name]["error"] = "the time was up before it was set up"
+            continue
+        print(f"{deadline - time.monotonic():.0f} s left: {case.name}: {name}", flush=True)
+        with reported(results[name]):
+            works[name] = _set_up(setup, spec, results[name])
+        if "error" in results[name]:
+            _free(device)
     for number in range(rounds):
-        for name, work in works.items():
-            if "error" in results[name] or (number and time.monotonic() > deadline):
-                continue
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            resident = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-            tokens = 0
-
-            def once(work: Work = work) -> None:
-                nonlocal tokens
-                tokens = work.run()
-
-            seconds = _seconds(once, device)
-            peak = (torch.cuda.max_memory_allocated() - resident) / 2**20 if device.type == "cuda" else 0.0
-            results[name]["rounds"].append({"seconds": seconds, "tokens": tokens, "peak_mib": peak})
+        for name in list(works):
+            if number and time.monotonic() > until:
+                break
+            with reported(results[name]):
+                results[name]["rounds"].append(_round(works[name], device))
+            if "error" in results[name]:
+                del works[name]
+                _free(device)
     works.clear()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free(device)
     return {"name": case.name, "case": asdict(case), "results": results}
+
+
+def _set_up(setup: Callable[[dict[str, Any]], Work], spec: dict[str, Any], result: dict[str, Any]) -> Work:
+    """Return a way's work after one round that is not counted."""
+    work = setup(spec)
+    result["check"] = work.check()
+    work.run()
+    return work
+
+
+def _round(work: Work, device: torch.device) -> dict[str, float]:
+    """Return a round's time, tokens and memory beyond what is loaded, which is all ways' together."""
+    tokens: list[int] = []
+    seconds, peak = _with_peak(lambda: tokens.append(work.run()), device)
+    return {"seconds": seconds, "tokens": tokens[0], "peak_mib": peak}
 
 
 def cases(model: str, smoke: bool) -> list[Case]:
@@ -172,25 +226,39 @@ def cases(model: str, smoke: bool) -> list[Case]:
     shapes: list[dict[str, Any]] = [
         {"widths": (1, 1, 1)}, {"widths": (1, 1, 1), "scope": "suffix"}, {"widths": (2, 2, 2, 1)},
     ]  # fmt: skip
-    made = []
-    for shape in shapes:
-        made += [Case(workload="W1", kind="rollout", **shape, **size), Case(workload="W2", kind="update", **shape, **size)]
-    return made
+    # What takes most time comes last, and so does what records graphs: one that breaks off may harm what comes after it.
+    return [Case(workload=workload, kind=kind, **shape, **size) for workload, kind in KINDS for shape in shapes]
+
+
+def said(what: str, result: dict[str, Any]) -> str:
+    """Return what is told of a measurement of ours alone."""
+    if "error" in result:
+        return f"**{what} did not run**: {result['error']}"
+    if what == "loading":
+        return (
+            f"Loading takes {result['seconds']:.1f} s, the first time {result['first_seconds']:.1f} s, and at most "
+            f"{result['peak_mib']:,.0f} MiB of the GPU for weights of {result['weights_mib']:,.0f} MiB."
+        )
+    return (
+        f"Sampler and learner: log-probabilities of {result['tokens']:,.0f} tokens are {result['rms']:.2g} nats "
+        f"apart (root mean square), {result['max']:.2g} at most."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny size on a CPU: does every line run? Figures mean nothing")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=7.0, help="no round but the first of a case begins after this time")
+    parser.add_argument("--minutes", type=float, default=6.5, help="nothing is set up after this time, which all cases share")
     parser.add_argument("--out", type=Path, help="written with .json and .md added")
     options = parser.parse_args()
     if not options.smoke and not torch.cuda.is_available():
         parser.error("no NVIDIA GPU found; --smoke runs all of it on a CPU, at a tiny size")
-    deadline = time.monotonic() + 60 * options.minutes
+    # On a CPU the time is no matter: all of it is to run.
+    deadline = math.inf if options.smoke else time.monotonic() + 60 * options.minutes
     device, model = torch.device("cpu" if options.smoke else "cuda"), "tiny" if options.smoke else "qwen3-0.6b"
     dtype = "float32" if options.smoke else "bfloat16"
-    limits = chip(device, getattr(torch, dtype), 512 if options.smoke else 8192)
+    limits: dict[str, Any] = chip(device, getattr(torch, dtype), 512 if options.smoke else 8192)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     lines = [
         "# Speed on a GPU", "", f"Command: `{' '.join(['python -m benchmarks.gpu', *sys.argv[1:]])}`", "",
@@ -200,33 +268,39 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folders = make_model(model, Path(scratch), getattr(torch, dtype))
-        loaded = loading(folders[0], dtype, device)
-        lines += [
-            f"Loading takes {loaded['seconds']:.1f} s, the first kernels of attention compiled, and at most "
-            f"{loaded['peak_mib']:,.0f} MiB of the GPU for weights of {loaded['weights_mib']:,.0f} MiB.", "",
-        ]  # fmt: skip
-        for case in cases(model, options.smoke):
-            spec = write_spec(
+
+        def spec_of(case: Case) -> dict[str, Any]:
+            return write_spec(
                 case, Path(scratch) / "data", *folders, rank=RANK, threads=torch.get_num_threads(), dtype=dtype, lr=1e-6,
-                device=device.type, max_rows=256, rows_per_micro_batch=64,
+                device=device.type, max_rows=256, rows_per_micro_batch=32,
             )  # fmt: skip
-            if not records:
-                apart = gap(spec)
-                lines += [
-                    f"Sampler and learner: log-probabilities of {apart['tokens']:,.0f} tokens are {apart['rms']:.2g} nats "
-                    f"apart (root mean square), {apart['max']:.2g} at most.", "",
-                ]  # fmt: skip
-                limits |= {f"gap_{name}": value for name, value in apart.items()}
-                limits |= {f"loading_{name}": value for name, value in loaded.items()}
-            records.append(measure(case, spec, options.rounds, deadline, device))
-            print(f"{deadline - time.monotonic():.0f} s left after {case.name}", flush=True)
+
+        def tell(what: str, find: Callable[[], dict[str, float]]) -> None:
+            result: dict[str, Any] = {}
+            with reported(result):
+                result |= find()
+            _free(device)
+            limits.update({f"{what}_{key}": value for key, value in result.items()})
+            lines.extend([said(what, result), ""])
+
+        tell("loading", lambda: loading(folders[0], dtype, device))
+        planned = cases(model, options.smoke)
+        for number, case in enumerate(planned):
+            # The first that records graphs.
+            if case.kind == "rollout" and "gap_rms" not in limits and "gap_error" not in limits:
+                tell("gap", partial(gap, spec_of(case)))
+            now = time.monotonic()
+            until = now + (deadline - now) / (len(planned) - number)
+            records.append(measure(case, spec_of(case), options.rounds, until, deadline, device))
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.with_suffix(".json").write_text(json.dumps({"limits": limits, "records": records}, indent=1))
                 options.out.with_suffix(".md").write_text("\n".join([*lines, *table(records), ""]))
     print("\n".join([*lines, *table(records)]))
-    if failed := [name for record in records for name, result in record["results"].items() if result.get("error")]:
-        sys.exit(f"{len(failed)} did not run: {', '.join(sorted(set(failed)))}")
+    failed = {key.removesuffix("_error") for key in limits if key.endswith("_error")}
+    failed |= {name for record in records for name, result in record["results"].items() if "error" in result}
+    if failed:
+        sys.exit(f"did not run: {', '.join(sorted(failed))}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import pytest
 
 # Before torch is loaded, and inherited by subprocesses: on models this small more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `--device auto` would take a GPU, and what tests promise is of a CPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from commands import FLAGS, Call, Outcome, run_cli
 

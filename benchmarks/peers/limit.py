@@ -22,6 +22,8 @@ from benchmarks.peers.protocol import Work, serve
 
 TOKENS_AT_ONCE = 2048
 """Rows of a product over many tokens: enough to be as fast as it gets, and few enough to stay in a cache."""
+SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
+"""Scores of attention in one product: a GPU would be idle between products that fit in a processor's cache."""
 KEYS_AND_VALUES = (1, 2)
 """Their places among a layer's linear modules."""
 
@@ -105,7 +107,7 @@ class Products:
         if not layers or not queries:
             return
         s = self.shape
-        at_once = max(1, min(rows, 2**22 // max(1, s.heads * queries * keys)))
+        at_once = max(1, min(rows, SCORES_AT_ONCE[self.device.type] // max(1, s.heads * queries * keys)))
         q = self._lent(at_once * s.kv_heads, queries * s.heads // s.kv_heads, s.head)
         k = self._lent(at_once * s.kv_heads, keys, s.head)
         for start in range(0, rows, at_once):

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
 from neuromas.system.engines import describe_engine
@@ -58,10 +60,14 @@ def train(plan: Plan, run: RunDirectory, *, parent: RunDirectory | None = None) 
     """Train a run to its end and return its scores, `before` and `after`, by set of examples.
 
     A run that is there goes on from its newest checkpoint; with a `parent`, a new run from that run's. Raises ValueError for a
-    mistake in the plan or the run directory before any long work, and `Interrupted` if the user stops it, after saving.
+    mistake in the plan or the run directory before any long work, and where a GPU's memory is full; `Interrupted` if the user
+    stops it, after saving.
     """
     with trainer_of(plan, run, parent=parent) as (trainer, progress, stop):
-        return train_and_score(trainer, progress, stop)
+        try:
+            return train_and_score(trainer, progress, stop)
+        except torch.OutOfMemoryError as error:
+            raise trainer.without_memory(error) from error
 
 
 def train_and_score(trainer: Trainer, progress: Progress, stop: Stop) -> dict[str, dict[str, Evaluation]]:

@@ -13,6 +13,7 @@ from neuromas.model.policy import Policy
 from neuromas.rollout.engine import EngineFault
 from neuromas.rollout.network import Diverged
 from neuromas.system.process import return_freed_memory
+from neuromas.system.terminal import one_line, shortened
 from neuromas.tasks import rewards_of, with_repeats
 from neuromas.training import checkpoint
 from neuromas.training.credit import SCHEMES, Step
@@ -80,9 +81,20 @@ class Trainer:
 
     def without_engine(self, when: str, error: EngineFault) -> ValueError:
         """Return what to say where an engine outside of this process has failed; the checkpoints are as they were."""
+        return ValueError(f"--run-dir {self.run.path}: {when}: {error}. The same command with --resume {self._onwards}")
+
+    def without_memory(self, error: torch.OutOfMemoryError) -> ValueError:
+        """Return what to say where a GPU's memory is full; the checkpoints are as they were."""
+        reason = shortened(one_line(str(error)), 120)
+        return ValueError(
+            f"--run-dir {self.run.path}: after step {self.step}: {reason} The same command with --resume and --grad-checkpoint "
+            f"{self._onwards}, and needs less, as does a lower --tokens-per-micro-batch in another --run-dir"
+        )
+
+    @property
+    def _onwards(self) -> str:
         saved = self.run.checkpoints()
-        onwards = f"goes on from {saved[-1].name}" if saved else "begins again, for there is no checkpoint yet"
-        return ValueError(f"--run-dir {self.run.path}: {when}: {error}. The same command with --resume {onwards}")
+        return f"goes on from {saved[-1].name}" if saved else "begins again, for there is no checkpoint yet"
 
     @property
     def finished(self) -> bool:

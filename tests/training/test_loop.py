@@ -47,7 +47,7 @@ from neuromas.tasks import get_task
 from neuromas.training import checkpoint, reinforce
 from neuromas.training.learning_rate import learning_rate
 from neuromas.training.load_run import load_network, load_run
-from neuromas.training.loop import train_step
+from neuromas.training.loop import train, train_step
 from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import build_network, check_memory, set_up
@@ -292,6 +292,19 @@ def test_without_a_coefficient_the_bare_backbone_is_not_asked(
 
 
 # What one step must not do
+
+
+def test_a_gpu_that_is_full_is_told_with_what_needs_less(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("neuromas.training.learner.TorchLearner.gradient", full)
+    config = make_config(folders["qwen3"], tmp_path / "run")
+    told = "after step 0: CUDA out of memory. Tried to allocate 2.00 GiB. The same command with --resume and --grad-checkpoint "
+    with pytest.raises(ValueError, match=f"{told}begins again, for there is no checkpoint yet, and needs less"):
+        train(resolve(config), RunDirectory.create(config))
 
 
 def test_a_step_without_a_right_answer_moves_nothing_and_can_be_resumed(tmp_path: Path) -> None:
