@@ -5,7 +5,7 @@ The choice is made once, when a backbone is loaded; both have the same interface
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ PROBE_TOKENS = 8
 """Number of tokens on which a model's head is compared with its logits."""
 
 
+@runtime_checkable
 class Layers(Protocol):
     """Computes a model's layers with adapters. `nodes_T` are indices into the bank's nodes; None leaves the adapters out."""
 

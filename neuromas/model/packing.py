@@ -5,7 +5,7 @@ transformers call `attend` of the object that their forward is given as `packed`
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ ATTENTION = "neuromas"
 """The name under which transformers finds this attention."""
 
 
+@runtime_checkable
 class Attention(Protocol):
     """Computes attention in a stream of T tokens; it knows which keys and values each query attends to."""
 

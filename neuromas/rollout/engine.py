@@ -5,7 +5,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class EngineFault(ValueError):
     """Says that an engine, or what it has sampled, cannot be used: the run ends, and goes on from its last checkpoint."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Samples completions. A request is started as soon as it is ready, and does not wait for a whole layer to end.
 

@@ -18,7 +18,7 @@ from neuromas.model.attention import Prefixes
 from neuromas.model.ops import TorchOps
 from neuromas.model.packing import Packed
 from neuromas.model.policy import Policy, Rows
-from neuromas.rollout.engine import uniforms
+from neuromas.rollout.engine import Engine, uniforms
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.tasks import get_task
@@ -355,6 +355,7 @@ def test_one_token_and_no_requests(folders: dict[str, Path]) -> None:
 def test_the_scripted_engine_keeps_the_order_of_requests(folders: dict[str, Path]) -> None:
     requests = make_requests(Policy(load_backbone(folders["qwen3"])), 3)
     engine = ScriptedEngine(lambda request: f"from {request.node}")
+    assert isinstance(engine, Engine)
     received: list[tuple[int, str]] = []
 
     def on_sample(key: int, sample: Sample) -> list[tuple[int, Request]]:
