@@ -75,7 +75,7 @@ class SocietyConfig:
             )
         for name in ("place", "message", "write", "begin_messages"):
             if got := getattr(settings["prompt"], name):
-                yield f"--prompt.{name} must be left out in a society: agents that debate have prompts of their own, got {got!r}"
+                yield f"--prompt.{name} must be left out in a society, whose agents have prompts of their own, got {got!r}"
         if self.samples > 1 and self.rounds > 1:
             yield f"--society.samples must be 1 with more than one round, got {self.samples}"
         if settings["train_tokens"] and self.rounds > 1:
@@ -97,7 +97,10 @@ class SocietyConfig:
     def _faults_of_layers(self, topology: Any) -> Iterator[str]:
         widths: Sequence[int] = topology.widths
         if topology.edges or topology.skip or topology.roles:
-            yield "--topology.edges, --topology.skip and --topology.roles must be left out in a society: who reads whom follows from the rounds"
+            yield (
+                "--topology.edges, --topology.skip and --topology.roles must be left out in a society: who reads whom follows "
+                "from the rounds"
+            )
         if len(widths) > 2 or widths[0] != widths[-1]:
             yield f"--topology.widths must be N N (generation agents and critics) or N in a society, got {list(widths)}"
         if len(widths) == 2 and self.rounds == 1:

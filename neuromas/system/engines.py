@@ -101,7 +101,7 @@ class EngineConfig:
             return
         scope, temperature, rounds = settings["adapter"].scope, settings["temperature"], settings["society"].rounds
         if scope != "all":
-            yield f"--adapter.scope must be all with --engine {self.name}, which applies an adapter to every token, got {scope!r}"
+            yield f"--adapter.scope must be all with --engine {self.name}, which adapts every token, got {scope!r}"
         if self.name == "vllm" and temperature < COLDEST_OF_VLLM:
             yield f"--temperature must be at least {COLDEST_OF_VLLM} with --engine vllm, its coldest, got {temperature}"
         if rounds:

@@ -484,7 +484,7 @@ ALONE = TopologyConfig(widths=(1,))
         ({"topology": TopologyConfig(widths=(3, 2), vote=True)},
          r"--topology.widths must be N N .* or N in a society, got \[3, 2\]"),
         ({"topology": ALONE}, r"--topology.widths must hold more than one agent to debate in several rounds, got \[1\]"),
-        ({"topology": TopologyConfig(widths=(3, 3), vote=True, skip=True)}, "--topology.edges, --topology.skip and --topology.roles must be left out"),
+        ({"topology": TopologyConfig(widths=(3, 3), vote=True, skip=True)}, "--topology.skip and --topology.roles must be left out"),
         ({"train_tokens": 5}, "--train-tokens must be 0 with more than one round"),
         ({"group_size": 8}, r"--group-size must be 1 with --society.rounds \(there is one debate of each question\), got 8"),
         ({"kl_coef": 0.5}, r"--kl-coef must be 0.0 with --society.rounds \(there is no reward in its loss\), got 0.5"),
