@@ -109,7 +109,7 @@ class Task(ABC):
             # In normal form, with which `reward` compares: a file's "yes" would never match "Yes".
             examples.append(self.example(Problem(question, gold)))
         if not examples:
-            raise ValueError(f"--task.file {path} holds no examples")
+            raise ValueError(f"task.file {path} holds no examples")
         return examples
 
 

@@ -86,7 +86,7 @@ def test_a_toml_that_is_not_there(call: Call, command: str) -> None:
         ),
         (["--lr", "0"], r"--lr must be above 0 and at most 1e\+30, got 0\.0"),
         (["--group-size", "1"], r"--group-size must be at least 2 with --centring leave_one_out, got 1"),
-        (["--adapter.rank", "1", "--adapter.budget", "9"], r"adapter\.rank and adapter\.budget exclude each other"),
+        (["--adapter.rank", "1", "--adapter.budget", "9"], r"--adapter\.rank and --adapter\.budget exclude each other"),
         (["--task", "chess"], r"task must be one of \[.*'navigate'.*\] or .*, got 'chess'"),
         (["--task.file", "none.json"], r"task\.file none\.json cannot be read: No such file or directory"),
     ],
@@ -154,7 +154,7 @@ def test_a_task_file_that_cannot_be_read_names_the_line(call: Call, tmp_path: Pa
 def test_a_budget_too_small_for_rank_1(call: Call, tmp_path: Path, tiny_folder: Path) -> None:
     flags = ["--backbone", tiny_folder, "--run-dir", tmp_path / "run", "--adapter.budget", "1000"]
     # Per layer q 64+64, k and v 64+32, o 64+64, gate and up 64+128, down 128+64; two layers; two nodes: 4096.
-    message = r"^error: adapter\.budget 1,000 is too small for rank 1: 2 nodes need at least 4,096 trainable parameters$"
+    message = r"^error: --adapter\.budget 1,000 is too small for rank 1: 2 nodes need at least 4,096 trainable parameters$"
     assert_refused(call("train", *FLAGS, *flags), message)
     assert_refused(call("train", *FLAGS, *flags, "--dry-run"), message)
     assert not (tmp_path / "run").exists()

@@ -307,7 +307,7 @@ def test_parallel_agents_all_answer_and_the_majority_is_the_answer(spec: CellSpe
 def test_several_answers_want_a_vote() -> None:
     with pytest.raises(ValueError, match=r"topology\.widths must end in 1"):
         TopologyConfig(widths=(3,)).build()
-    with pytest.raises(ValueError, match=r"topology\.vote must be left out with topology.edges, got True"):
+    with pytest.raises(ValueError, match=r"--topology\.vote must be left out with --topology.edges, got True"):
         TopologyConfig(edges=((1, 2),), vote=True).build()
 
 
