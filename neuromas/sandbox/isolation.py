@@ -51,8 +51,6 @@ class Process(Protocol):
 class Sandlock:
     """Landlock rules and a system call filter. Raises ValueError with the reason if this machine lacks them."""
 
-    name: IsolationName = "sandlock"
-
     def __init__(self) -> None:
         if importlib.util.find_spec("sandlock") is None:
             raise ValueError("the Python package sandlock is not installed")
@@ -110,8 +108,6 @@ class _Group:
 
 class Bubblewrap:
     """Own namespaces, by the program `bwrap`. Raises ValueError if it is not installed."""
-
-    name: IsolationName = "bubblewrap"
 
     def __init__(self, program: str = "bwrap") -> None:
         path = shutil.which(program)

@@ -11,7 +11,7 @@ import select
 import time
 import warnings
 
-from neuromas.sandbox.isolation import Isolation, Process, make_isolation
+from neuromas.sandbox.isolation import Isolation, IsolationName, Process, make_isolation
 from neuromas.sandbox.judge import READY, VERDICT_BYTES
 from neuromas.sandbox.wire import decode, encode, frame, frame_length, read_frame, write_frame
 
@@ -160,7 +160,7 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def main(isolation: str) -> None:
+def main(isolation: IsolationName) -> None:
     # sandlock 0.9.0 warns of an option that it does apply.
     warnings.filterwarnings("ignore", message="Policy field 'gid' is set but not wired")
     jobs, results = os.dup(0), os.dup(1)
@@ -168,7 +168,7 @@ def main(isolation: str) -> None:
     for stream in (0, 1):
         os.dup2(2, stream)
     adopt_orphans()
-    runner = Runner(make_isolation(isolation), jobs)  # type: ignore[arg-type]  # one of the two names
+    runner = Runner(make_isolation(isolation), jobs)
     try:
         while True:
             job = decode(read_frame(jobs))
