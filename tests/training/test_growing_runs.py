@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Call, assert_refused
 from models import make_model, save_model
 from paths import ROOT
 from products import listed
@@ -26,7 +26,6 @@ from runs import train_run
 from torch import Tensor
 
 from neuromas import Backbone, Network, Topology
-from neuromas.cli import main as cli
 from neuromas.config import AdapterConfig, GrowthConfig, TopologyConfig, TrainConfig
 from neuromas.training import checkpoint
 from neuromas.training.config_file import load_toml
@@ -289,26 +288,6 @@ def three(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
-    """Calls the command line in this process; returns exit status, standard output, standard error."""
-
-    def call(*args: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["neuromas", *map(str, args)])
-        status: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-Call = Callable[..., tuple[Any, str, str]]
-
-
 def test_grow_from_the_command_line(call: Call, three: Path, tmp_path: Path) -> None:
     before, child = digest(three), tmp_path / "child"
     flags = ("--to", 2, 2, 1, "--steps", 2, "--start", "4:copy:1", "--run-dir", child)
@@ -423,9 +402,7 @@ def test_killed_while_it_is_made_a_child_is_no_run_and_is_made_again(
 def test_bad_input_is_one_line_and_leaves_no_run(
     call: Call, three: Path, tmp_path: Path, flags: list[object], message: str
 ) -> None:
-    status, out, err = call("grow", three, "--run-dir", tmp_path / "child", *flags)
-    assert (status, out, len(err.splitlines())) == (2, "", 1), err
-    assert re.search(r"^error: .*" + message, err.strip()), err
+    assert_refused(call("grow", three, "--run-dir", tmp_path / "child", *flags), message)
     assert not (tmp_path / "child").exists()
 
 
