@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import Call, assert_refused
 from paths import CONFIGS, RIVALS
 from rivals import Rival
 
@@ -258,14 +259,9 @@ def test_one_comparison_at_a_time_in_a_folder(tmp_path: Path) -> None:
         compare._locked(tmp_path).__enter__()
 
 
-def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    preset = CONFIGS / "paper_table1.toml"
-    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(preset), "--dry-run"])
-    cli.main()
-    out = capsys.readouterr().out
+    out = call("compare", CONFIGS / "paper_table1.toml", "--dry-run").out
     counts = dict(re.findall(r"^(\w+) +yes +18 +[\d,]+ \(([\d.]+M)\)", out, re.MULTILINE))
     assert counts == {"malt": "6.9M", "single_rl": "6.9M", "single_rl_vote_3": "6.9M", "neuromas_3": "6.9M",
                       "single_rl_long": "6.9M", "single_rl_long_continued": "6.9M",
@@ -277,25 +273,16 @@ def test_the_dry_run_counts_the_papers_parameters_from_the_config_alone(
     assert "108 trials: every trained method on every task tries lr 0.0003, 0.001; validation chooses" in out
 
 
-def test_the_dry_run_counts_tokens_where_these_are_the_budget(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    preset = CONFIGS / "path_dependence.toml"
-    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(preset), "--dry-run"])
-    cli.main()
-    out = capsys.readouterr().out
+def test_the_dry_run_counts_tokens_where_these_are_the_budget(call: Call) -> None:
+    out = call("compare", CONFIGS / "path_dependence.toml", "--dry-run").out
     assert len(re.findall(r"^neuromas_\w+ +yes +10 +[\d,]+ +of [\d,]+ tokens +\d+$", out, re.MULTILINE)) == 4
     assert "neuromas_7_grown - neuromas_7: matched in training steps, sampled tokens in training (to within" in out
 
 
-def test_the_dry_run_counts_one_debate_of_each_question(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dry_run_counts_one_debate_of_each_question(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text('methods = ["neuromas_3", "multiagent_ft"]\ntasks = ["navigate"]\nseeds = [0]\n[train]\nnum_steps = 5\n')
-    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(file), "--dry-run"])
-    cli.main()
-    counts = dict(re.findall(r"^(\w+) +yes +1 +[\d,]+ +(\d+) +5$", capsys.readouterr().out, re.MULTILINE))
+    counts = dict(re.findall(r"^(\w+) +yes +1 +[\d,]+ +(\d+) +5$", call("compare", file, "--dry-run").out, re.MULTILINE))
     assert counts == {"neuromas_3": str(5 * 16 * 8), "multiagent_ft": str(5 * 16)}
 
 
@@ -318,7 +305,5 @@ def test_a_cluster_with_no_device_for_a_cell_is_refused(tmp_path: Path, monkeypa
         cluster.make_on_cluster([cell_of(on_gpu, tmp_path, "a")], lambda *_: None)
 
 
-def test_jobs_must_be_some(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        run(monkeypatch, capsys, tmp_path, "--jobs", "0")
-    assert capsys.readouterr().err == "error: --jobs must be at least 1, got 0\n"
+def test_jobs_must_be_some(call: Call) -> None:
+    assert_refused(call("compare", "x.toml", "--jobs", 0), "--jobs must be at least 1, got 0$")

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Call, assert_refused
 from models import make_model, save_model
 from runs import train_run
 from safetensors.torch import load_file
 from torch import Tensor
 
 from neuromas import Backbone, Network, Topology
-from neuromas.cli import main as cli
 from neuromas.config import AdapterConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.system import cluster
@@ -335,12 +335,8 @@ def test_ray_is_an_extra_and_addresses_are_checked_before(monkeypatch: pytest.Mo
         cluster.enter("/no/such", "--workers")
 
 
-def test_flags_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for command, message in (
-        (["compare", "x.toml", "--jobs", "2", "--workers", "ray"], "--jobs and --workers exclude each other"),
-        (["finetune", "--workers", "2"], "--workers is for `neuromas train`"),
-    ):
-        monkeypatch.setattr("sys.argv", ["neuromas", *command])
-        with pytest.raises(SystemExit):
-            cli.main()
-        assert message in capsys.readouterr().err
+def test_flags_that_do_not_go_together(call: Call) -> None:
+    message = "--jobs and --workers exclude each other: a cluster makes as many cells at a time as it has cores$"
+    assert_refused(call("compare", "x.toml", "--jobs", 2, "--workers", "ray"), message)
+    message = "--workers is for `neuromas train`: agents that debate learn in one process$"
+    assert_refused(call("finetune", "--workers", 2), message)
