@@ -1,8 +1,13 @@
 """What tests of the command line share."""
 
 import re
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
+
+import pytest
+
+from neuromas.cli import main as cli
 
 FLAGS = [
     "--widths", "1", "1", "--num-steps", "1", "--examples-per-step", "1", "--group-size", "2", "--max-new-tokens", "4",
@@ -19,6 +24,13 @@ class Outcome(NamedTuple):
 
 
 Call = Callable[..., Outcome]
+
+
+def run_cli(*args: object) -> None:
+    """Run the command line in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["neuromas", *map(str, args)])
+        cli.main()
 
 
 def assert_refused(outcome: Outcome, message: str) -> None:

@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,9 @@ import pytest
 # Before torch is loaded, and inherited by subprocesses: on models this small more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from commands import FLAGS, Call, Outcome
+from commands import FLAGS, Call, Outcome, run_cli
 
 from neuromas import Backbone
-from neuromas.cli import main as cli
 
 
 @pytest.fixture
@@ -37,10 +35,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     monkeypatch.chdir(tmp_path)
 
     def call(*args: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["neuromas", *map(str, args)])
         status: int | str | None = 0
         try:
-            cli.main()
+            run_cli(*args)
         except SystemExit as stop:
             status = stop.code
         captured = capsys.readouterr()
@@ -53,7 +50,5 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two nodes. Copy it before changing anything in it."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", ["neuromas", "train", *FLAGS, "--backbone", str(tiny_folder), "--run-dir", str(run)])
-        cli.main()
+    run_cli("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", run)
     return run

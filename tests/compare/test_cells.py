@@ -16,11 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import Call, assert_refused
+from commands import Call, assert_refused, run_cli
 from paths import CONFIGS, RIVALS
 from rivals import Rival
 
-from neuromas.cli import main as cli
 from neuromas.compare import cluster
 from neuromas.compare import code_version as sources
 from neuromas.compare import run as compare
@@ -184,35 +183,32 @@ num_steps = 6
 """
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> tuple[str, str]:
+def run(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> tuple[str, str]:
     """Call `neuromas compare` on GRID in this process; return what it printed."""
     (folder / "grid.toml").write_text(GRID)
-    monkeypatch.setattr(sys, "argv", ["neuromas", "compare", str(folder / "grid.toml"), "--out", str(folder / "out"), *flags])
-    cli.main()
+    run_cli("compare", folder / "grid.toml", "--out", folder / "out", *flags)
     captured = capsys.readouterr()
     return captured.out, captured.err
 
 
 @pytest.mark.processes
-def test_the_command_goes_on_where_it_was(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    out, err = run(monkeypatch, capsys, tmp_path, "--jobs", "2")
+def test_the_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, err = run(capsys, tmp_path, "--jobs", "2")
     assert "6 cells: 0 are there, 6 to make, 2 at a time" in err
     assert re.search(r"navigate: class:\S+:Killed: seed 1 died: its process was killed by SIGKILL", out)
     assert "not compared: refused on 1 of 1 tasks: navigate" in out
     assert (tmp_path / "out" / "report.html").is_file()
     # A second time: only the dead one is tried again.
-    _, err = run(monkeypatch, capsys, tmp_path)
+    _, err = run(capsys, tmp_path)
     assert "6 cells: 5 are there, 1 to make" in err
     # A report alone makes nothing.
-    out, err = run(monkeypatch, capsys, tmp_path, "--report-only")
+    out, err = run(capsys, tmp_path, "--report-only")
     assert err == ""
     assert "seed 1 died" in out
     # Where its cells are not, a report stays as it is.
     report = (tmp_path / "out" / "report.json").read_bytes()
     with pytest.raises(SystemExit):
-        run(monkeypatch, capsys, tmp_path, "--report-only", "--seeds", "9")
+        run(capsys, tmp_path, "--report-only", "--seeds", "9")
     message = "--out .*out holds no cell of this comparison, so --report-only has nothing to report; name the folder in which"
     assert re.search(message, capsys.readouterr().err)
     assert (tmp_path / "out" / "report.json").read_bytes() == report
@@ -221,19 +217,19 @@ def test_the_command_goes_on_where_it_was(
     now = json.loads(stored.read_text())["code"]
     stored.write_text(stored.read_text().replace(now, "0ld"))
     line = f"navigate, bundled, seed 0: made by other code (0ld, now {now})"
-    out, err = run(monkeypatch, capsys, tmp_path, "--keep-old")
+    out, err = run(capsys, tmp_path, "--keep-old")
     assert f"{line}; kept as it is" in out
     assert "6 cells: 5 are there, 1 to make" in err
     assert f"{line}; kept as it is" in (tmp_path / "out" / "report.md").read_text()
-    _, err = run(monkeypatch, capsys, tmp_path)
+    _, err = run(capsys, tmp_path)
     assert f"{line}; it is made again" in err
     assert "6 cells: 4 are there, 2 to make" in err
     assert json.loads(stored.read_text())["code"] == now
 
     stored.write_text("{")
-    _, err = run(monkeypatch, capsys, tmp_path, "--report-only")
+    _, err = run(capsys, tmp_path, "--report-only")
     assert re.search(r"cell \S+ is damaged \(.*\); it is left out", err)
-    _, err = run(monkeypatch, capsys, tmp_path)
+    _, err = run(capsys, tmp_path)
     assert re.search(r"cell \S+ is damaged \(.*\); it is made again", err)
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Call, assert_refused
+from commands import Call, assert_refused, run_cli
 from models import load_backbone, make_model, plain_logprobs, save_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from neuromas.cli import main as cli
 from neuromas.graph.topology import Topology
 from neuromas.training.exported import collect
 from neuromas.training.load_run import load_run
@@ -35,22 +34,18 @@ def run(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tmp_path_factory.mktemp("grown") / "grown.toml"
     config.write_text('[topology]\nwidths = [1, 1]\n[[growth]]\nat_step = 1\nwidths = [2, 1]\nstart = ["copy:1"]\n')
     path = config.parent / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("sys.argv", [
-            "neuromas", "train", str(config), *TASK, "--backbone", str(speaker), "--run-dir", str(path), "--num-steps", "3",
-            "--examples-per-step", "4", "--group-size", "4", "--max-new-tokens", "3", "--eval-size", "6", "--eval-every", "1",
-            "--validation-size", "4", "--lr", "0.01", "--save-every", "2",
-        ])  # fmt: skip
-        cli.main()
+    run_cli(
+        "train", config, *TASK, "--backbone", speaker, "--run-dir", path, "--num-steps", "3",
+        "--examples-per-step", "4", "--group-size", "4", "--max-new-tokens", "3", "--eval-size", "6", "--eval-every", "1",
+        "--validation-size", "4", "--lr", "0.01", "--save-every", "2",
+    )  # fmt: skip
     return path
 
 
 @pytest.fixture(scope="module")
 def export(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "out"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("sys.argv", ["neuromas", "export", str(run), "--out", str(out), "--rollouts"])
-        cli.main()
+    run_cli("export", run, "--out", out, "--rollouts")
     return out
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from commands import run_cli
 from models import (
     FAMILIES,
     export_peft,
@@ -37,7 +38,6 @@ from torch.distributions import Categorical
 from transformers import AutoTokenizer
 
 from neuromas import Network, Topology
-from neuromas.cli import main as cli
 from neuromas.config import AdapterConfig, GrowthConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy, Rows
@@ -470,18 +470,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert rollouts[0] == rollouts[1]
 
 
-def command_line(*args: object) -> list[str]:
-    return ["train", *FLAGS, *map(str, args)]
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["neuromas", *command_line(*args)])
-    cli.main()
+def run_here(*args: object) -> None:
+    run_cli("train", *FLAGS, *args)
 
 
 def run_elsewhere(folder: Path, *args: object) -> "subprocess.Popen[bytes]":
     with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-m", "neuromas.cli", *command_line(*args)]
+        command = [sys.executable, "-m", "neuromas.cli", "train", *FLAGS, *map(str, args)]
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=dict(os.environ))
 
 
@@ -489,8 +484,7 @@ def run_elsewhere(folder: Path, *args: object) -> "subprocess.Popen[bytes]":
 def alone(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody disturbs."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run_here(monkeypatch, "--backbone", folders["qwen3"], "--run-dir", run)
+    run_here("--backbone", folders["qwen3"], "--run-dir", run)
     return run
 
 
@@ -508,9 +502,7 @@ def assert_same_run(run: Path, alone: Path) -> None:
 
 
 @pytest.mark.processes
-def test_killed_at_any_moment_a_run_resumes_to_the_same_adapters(
-    folders: dict[str, Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_at_any_moment_a_run_resumes_to_the_same_adapters(folders: dict[str, Path], alone: Path, tmp_path: Path) -> None:
     run, args = tmp_path / "run", ("--backbone", folders["qwen3"], "--run-dir", tmp_path / "run")
     moment = random.SystemRandom()
     steps, delay = moment.randint(1, NUM_STEPS // 2), moment.uniform(0, 0.1)
@@ -522,14 +514,12 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_adapters(
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     print(f"killed {delay:.3f} s after step {steps}, with {steps_logged(run)} steps logged")
-    run_here(monkeypatch, *args, "--resume")
+    run_here(*args, "--resume")
     assert_same_run(run, alone)
 
 
 @pytest.mark.processes
-def test_ctrl_c_saves_and_the_run_goes_on(
-    folders: dict[str, Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_saves_and_the_run_goes_on(folders: dict[str, Path], alone: Path, tmp_path: Path) -> None:
     run, args = tmp_path / "run", ("--backbone", folders["qwen3"], "--run-dir", tmp_path / "run")
     process = run_elsewhere(tmp_path, *args)
     try:
@@ -542,7 +532,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(
     assert f"stopped after step {done}; continue with the same command and --resume" in (tmp_path / "log").read_text()
     # The last step is saved although no checkpoint was due.
     assert (run / f"checkpoints/step-{done:06d}/state.json").is_file()
-    run_here(monkeypatch, *args, "--resume")
+    run_here(*args, "--resume")
     assert_same_run(run, alone)
 
 
@@ -551,11 +541,11 @@ def test_ctrl_c_saves_and_the_run_goes_on(
 
 @pytest.mark.parametrize(("family", "scope"), [("qwen3", "all"), ("llama", "all"), ("gemma3", "all"), ("gemma3", "suffix")])
 def test_every_family_trains_from_the_command_line_and_loads_in_plain_peft(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scope: str
+    folders: dict[str, Path], tmp_path: Path, family: str, scope: str
 ) -> None:
     run = tmp_path / "run"
     run_here(
-        monkeypatch, "--backbone", folders[family], "--run-dir", run, "--num-steps", 2, "--adapter.scope", scope,
+        "--backbone", folders[family], "--run-dir", run, "--num-steps", 2, "--adapter.scope", scope,
         "--wording", "terse",
     )  # fmt: skip
     loaded = load_run(run)
