@@ -9,7 +9,7 @@ import tyro
 
 from neuromas.cli.flags import parse_flags, require_temperature
 from neuromas.config import MOST_COUNTED, Split
-from neuromas.diagnose import KINDS
+from neuromas.diagnose import KINDS, Kind
 from neuromas.model.sources import find_backbone
 from neuromas.system.files import replace_file, require_writable
 from neuromas.system.schema import require
@@ -32,8 +32,8 @@ class DiagnoseArguments:
     """Split of the task's questions."""
     limit: int = 200
     """Most questions to ask; every intervention asks all of them."""
-    interventions: tuple[str, ...] = KINDS
-    """Which kinds of interventions: silence, drop, shuffle, swap, bare, exchange."""
+    interventions: tuple[Kind, ...] = KINDS
+    """Which kinds of interventions."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy. All interventions use the same random numbers."""
     seed: int = 0
@@ -52,8 +52,6 @@ def run(args: Sequence[str]) -> None:
     require(1 <= parsed.limit <= MOST_COUNTED, "--limit", f"1 to {MOST_COUNTED:,}", parsed.limit)
     require(parsed.seed >= 0, "--seed", "at least 0", parsed.seed)
     require_temperature(parsed.temperature)
-    if unknown := [kind for kind in parsed.interventions if kind not in KINDS]:
-        raise ValueError(f"--interventions must be among {' '.join(KINDS)}, got {unknown[0]!r}")
     opened, task = open_run(parsed.run, data=parsed.data, allow_code=parsed.allow_code)
     recorded = RunRecord(opened, task)
     for name in ("diagnosis.json", "diagnosis.png"):

@@ -3,9 +3,9 @@
 import contextlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import tyro
 
@@ -13,8 +13,20 @@ from neuromas.config import COLDEST, TrainConfig
 from neuromas.training.config_file import load_toml, on_backbone
 from neuromas.training.run_directory import RunDirectory
 
+T = TypeVar("T")
 
-def parse_flags(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> Any:
+
+class WithSettings(Protocol):
+    """Flags of a command that has all settings of a run."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+
+S = TypeVar("S", bound=WithSettings)
+
+
+def parse_flags(kind: Callable[..., T], args: Sequence[str], command: str, **kwargs: Any) -> T:
     """Return the parsed flags; a mistake in them is a ValueError of one line, as every other mistake."""
     complaint = io.StringIO()
     try:
@@ -28,8 +40,8 @@ def parse_flags(kind: Any, args: Sequence[str], command: str, **kwargs: Any) -> 
 
 
 def parse_settings(
-    kind: Any, args: Sequence[str], command: str, default: TrainConfig, *, below_file: TrainConfig | None = None
-) -> tuple[Any, list[str]]:
+    kind: Callable[..., S], args: Sequence[str], command: str, default: TrainConfig, *, below_file: TrainConfig | None = None
+) -> tuple[S, list[str]]:
     """Parse the flags of a command that has all settings of a run as `config`, and may be given a TOML file first.
 
     Flags win over the file, the file over the defaults of the backbone, which either may name: `default`, and
