@@ -218,7 +218,8 @@ def _difference(
         if wrong := mismatches(first.amounts, second.amounts, pair.matched, pair.tolerance):
             limit = f"declared as matched to within {pair.tolerance:.0%}"
             return Difference(refused=f"seed {first.seed}: {'; '.join(wrong)}; {limit}"), None
-    differences_of_runs = np.array([run.right for run, _ in seed_pairs]) - np.array([run.right for _, run in seed_pairs])
+    rights = [np.array([run.right for run in side]) for side in zip(*seed_pairs, strict=True)]
+    differences_of_runs = rights[0] - rights[1]
     estimate = statistics.crossed_estimate(differences_of_runs)
     these, p_these = statistics.bootstrap_interval(differences_of_runs), statistics.permutation_test(differences_of_runs)
     # With one run the interval and the test are over questions alone.
@@ -228,17 +229,19 @@ def _difference(
         low_these_runs=these[0], high_these_runs=these[1], p_these_runs=p_these,
         runs=[_of_one_seed(first, second) for first, second in seed_pairs],
         unmatched=_unmatched(pair, *([run.amounts for run in runs[name]] for name in (pair.first, pair.second))),
-        uninformative=_uninformative(scores[pair.first], scores[pair.second], p),
+        uninformative=_uninformative([scores[pair.first], scores[pair.second]], rights, p),
     )  # fmt: skip
     return found, estimate
 
 
-def _uninformative(first: Score, second: Score, p: float) -> str | None:
+def _uninformative(scores: Sequence[Score], rights: Sequence[statistics.Table], p: float) -> str | None:
     """Return why a difference of two scores is uninformative; None where it is informative."""
-    if min(first.accuracy, second.accuracy) >= CEILING and p >= statistics.SIGNIFICANT:
+    if min(score.accuracy for score in scores) >= CEILING and p >= statistics.SIGNIFICANT:
         return f"both at the ceiling ({CEILING:.0%} or more)"
-    if all(score.low <= (score.floor or 0.0) <= score.high for score in (first, second)):
-        return "both at the floor (it lies in their intervals)"
+    # Intervals over questions alone: of two runs that are both clear of the floor, those over runs may reach it.
+    intervals = [statistics.bootstrap_interval(right) for right in rights]
+    if all(low <= (score.floor or 0.0) <= high for score, (low, high) in zip(scores, intervals, strict=True)):
+        return "both at the floor (it lies in the intervals of these runs)"
     return None
 
 

@@ -363,11 +363,27 @@ def test_both_readings_are_compared_each_with_its_own_answers(rivals: dict[str, 
     assert '<td class="number">4, 4, 4</td>' in page
 
 
+def test_runs_that_are_clear_of_the_floor_are_not_at_it_however_far_apart_they_are(
+    rivals: dict[str, Rival], tmp_path: Path
+) -> None:
+    golds, shares = "YN" * 100, {("team", 0): 180, ("team", 1): 118, ("team", 2): 118, ("single", 0): 118, ("single", 1): 118}
+    changed = {}
+    for name in ("team", "single"):
+        for seed in (0, 1, 2):
+            right = shares.get((name, seed), 180)
+            given = "".join(gold if i < right else "NY"["NY".index(gold) - 1] for i, gold in enumerate(golds))
+            changed[name, seed] = replace(result(tmp_path, name, seed), answers={"test": answers(golds, given)})
+    comparison = run_all(tmp_path, changed)
+    (table,) = comparison.tables
+    assert [score.low <= 0.5 <= score.high for score in table.scores.values()] == [True, True]
+    assert table.differences[0].uninformative is None
+
+
 @pytest.mark.parametrize(
     ("team", "single", "reason"),
     [
         ("YYYYNNNN", "YYYYNNNN", "both at the ceiling (95% or more)"),
-        ("YYYYYNNN", "YYYYYYYN", "both at the floor (it lies in their intervals)"),
+        ("YYYYYNNN", "YYYYYYYN", "both at the floor (it lies in the intervals of these runs)"),
         ("YYYYNNNN", "YYYYYYYY", None),
     ],
 )
