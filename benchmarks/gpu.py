@@ -38,6 +38,7 @@ from neuromas.model.backbone import Backbone
 from neuromas.model.ops import TorchOps
 from neuromas.model.policy import Policy
 from neuromas.rollout.torch_engine import TorchEngine
+from neuromas.system.terminal import in_short
 from neuromas.training.reinforce import Batch
 from neuromas.types import Completion, Prompt, Request, Sample
 
@@ -155,7 +156,7 @@ def reported(result: dict[str, Any]) -> Iterator[None]:
         yield
     except Exception as error:
         traceback.print_exc()
-        result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        result["error"] = f"{type(error).__name__}: {in_short(error)}"
 
 
 def _free(device: torch.device) -> None:

@@ -68,9 +68,9 @@ class TopologyConfig:
             require_text("--topology.roles", role)
         if self.edges:
             if self.skip or self.widths != TopologyConfig().widths:
-                given = "topology.skip" if self.skip else f"topology.widths {list(self.widths)}"
+                given = "--topology.skip" if self.skip else f"--topology.widths {list(self.widths)}"
                 raise ValueError(
-                    f"topology.edges takes the place of widths and skip, got it and {given}; leave one of them out"
+                    f"--topology.edges takes the place of widths and skip, got it and {given}; leave one of them out"
                 )
             require(not self.vote, "--topology.vote", "left out with --topology.edges", self.vote)
             return Topology.from_edges(self.edges).with_roles(self.roles)

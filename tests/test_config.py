@@ -163,11 +163,11 @@ NAN = float("nan")
         ({"topology": TopologyConfig(widths=(1, 2))}, "--topology.widths must end in 1 (one output node), got [1, 2]"),
         (
             {"topology": TopologyConfig(edges=((1, 2),), widths=(2, 1))},
-            "topology.edges takes the place of widths and skip, got it and topology.widths [2, 1]; leave one of them out",
+            "--topology.edges takes the place of widths and skip, got it and --topology.widths [2, 1]; leave one of them out",
         ),
         (
             {"topology": TopologyConfig(edges=((1, 2),), skip=True)},
-            "topology.edges takes the place of widths and skip, got it and topology.skip; leave one of them out",
+            "--topology.edges takes the place of widths and skip, got it and --topology.skip; leave one of them out",
         ),
         (
             {"topology": TopologyConfig(edges=((1, 2), (2, 1)))},

@@ -239,7 +239,7 @@ def _uninformative(scores: Sequence[Score], rights: Sequence[statistics.Table], 
     if min(score.accuracy for score in scores) >= CEILING and p >= statistics.SIGNIFICANT:
         return f"both at the ceiling ({CEILING:.0%} or more)"
     # Intervals over questions alone: of two runs that are both clear of the floor, those over runs may reach it.
-    intervals = [statistics.bootstrap_interval(right) for right in rights]
+    intervals = [statistics.crossed_estimate(right.mean(0, keepdims=True)).interval() for right in rights]
     if all(low <= (score.floor or 0.0) <= high for score, (low, high) in zip(scores, intervals, strict=True)):
         return "both at the floor (it lies in the intervals of these runs)"
     return None

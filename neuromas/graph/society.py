@@ -104,7 +104,7 @@ class SocietyConfig:
         if len(widths) > 2 or widths[0] != widths[-1]:
             yield f"--topology.widths must be N N (generation agents and critics) or N in a society, got {list(widths)}"
         if len(widths) == 2 and self.rounds == 1:
-            yield f"--society.rounds must be at least 2 where there are critics (topology.widths {list(widths)}), got 1"
+            yield f"--society.rounds must be at least 2 where there are critics (--topology.widths {list(widths)}), got 1"
         if list(widths) == [1] and self.rounds > 1:
             yield "--topology.widths must hold more than one agent to debate in several rounds, got [1]"
 

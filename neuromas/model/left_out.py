@@ -3,6 +3,8 @@
 import os
 from typing import Literal, get_args
 
+from neuromas.system.terminal import in_short
+
 Part = Literal["flex", "graphs", "groups"]
 """Flex attention (`flex.py`), recorded steps (`rollout/fixed_decoding.py`), and grouped products of adapters (`grouped.py`)."""
 WITHOUT = "NEUROMAS_WITHOUT"
@@ -18,5 +20,4 @@ def is_left_out(part: Part) -> bool:
 
 def way_out(part: Part, error: BaseException) -> str:
     """Return in one line how to go on without a part that has failed, and what it says."""
-    said = " ".join(str(error).split())[:200]
-    return f"set the environment variable {WITHOUT}={part}: torch fails at this part of the GPU's path ({said})"
+    return f"set the environment variable {WITHOUT}={part}: torch fails at this part of the GPU's path ({in_short(error)})"

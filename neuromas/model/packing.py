@@ -19,6 +19,7 @@ ATTENTION = "neuromas"
 """The name under which transformers finds this attention."""
 
 
+# Tests check arguments of this module's functions as they run.
 @runtime_checkable
 class Attention(Protocol):
     """Computes attention in a stream of T tokens; it knows which keys and values each query attends to."""

@@ -13,7 +13,7 @@ import select
 import shutil
 import signal
 import subprocess
-from typing import IO, TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 from neuromas.sandbox.files import DEVICES, HERE, copy_into_memory, environment, hidden, interpreter, readable
 
@@ -36,7 +36,6 @@ main()
 """
 
 
-@runtime_checkable
 class Process(Protocol):
     """An isolated process with pipes to its standard input and output."""
 

@@ -78,7 +78,7 @@ def test_a_toml_that_is_not_there(call: Call, command: str) -> None:
         ([*CHAIN, "--topology.edges", "1", "2", "2", "4"], r"leaves node 3 unreachable; add an edge or renumber the nodes"),
         (
             ["--topology.edges", "1", "2"],
-            r"takes the place of widths and skip, got it and topology\.widths \[1, 1\]; leave one",
+            r"takes the place of widths and skip, got it and --topology\.widths \[1, 1\]; leave one",
         ),
         (
             [*CHAIN, "--topology.edges", "1", "2", "1", "3"],
