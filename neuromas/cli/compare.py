@@ -32,6 +32,8 @@ class CompareArguments:
     """Write the report of the cells that are done; run nothing."""
     keep_old: bool = False
     """Keep cells that other code made; the report names them."""
+    methods: tuple[str, ...] = ()
+    """Methods instead of the file's; pairs that name a method left out are left out too."""
     tasks: tuple[str, ...] = ()
     """Tasks instead of the file's."""
     seeds: tuple[int, ...] = ()
@@ -53,8 +55,8 @@ def run(args: Sequence[str]) -> None:
     from neuromas.compare.grid import load_grid
 
     grid = load_grid(
-        parsed.grid, quick=parsed.quick, tasks=parsed.tasks, seeds=parsed.seeds, backbones=parsed.backbone,
-        data=parsed.data, device=parsed.device,
+        parsed.grid, quick=parsed.quick, methods=parsed.methods, tasks=parsed.tasks, seeds=parsed.seeds,
+        backbones=parsed.backbone, data=parsed.data, device=parsed.device,
     )  # fmt: skip
     from neuromas.compare.run import make_comparison, print_plan, print_result
 

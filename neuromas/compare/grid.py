@@ -120,6 +120,7 @@ def load_grid(
     path: Path,
     *,
     quick: bool = False,
+    methods: Sequence[str] = (),
     tasks: Sequence[str] = (),
     seeds: Sequence[int] = (),
     backbones: Sequence[str] = (),
@@ -128,23 +129,23 @@ def load_grid(
 ) -> Grid:
     """Read a comparison file; ValueError names the file and what is wrong with it, before anything runs.
 
-    `tasks`, `seeds`, `backbones`, `data` and `device` override the file.
+    `methods`, `tasks`, `seeds`, `backbones`, `data` and `device` override the file; pairs of methods that are left out go too.
     """
     where = f"config {path}"
     raw = read_toml(path)
     _check_keys(raw, KEYS, where)
-    # All names in the file: with --quick its tables and pairs may name methods and tasks that the short lists leave out.
+    # All names in the file: its tables and pairs may name methods and tasks that --quick or a flag leaves out.
     named = {key: set(_distinct(raw, key, str, where)) for key in ("methods", "tasks")}
     short = _table(raw, "quick", where)
     _check_keys(short, (*LISTS, "train", "tuning", "reference", "tolerance"), where, "quick.")
     _table(short, "train", f"{where}: quick")
     if quick:
         raw |= {key: value for key, value in short.items() if key != "train"}
-    given = {"tasks": list(tasks), "seeds": list(seeds), "backbones": list(backbones)}
+    given = {"methods": list(methods), "tasks": list(tasks), "seeds": list(seeds), "backbones": list(backbones)}
     raw |= {key: values for key, values in given.items() if values}
-    flags = {"tasks": "--tasks", "seeds": "--seeds", "backbones": "--backbone"}
+    flags = {"methods": "--methods", "tasks": "--tasks", "seeds": "--seeds", "backbones": "--backbone"}
     from_where = {key: flags[key] if values else where for key, values in given.items()}
-    methods, tasks = _distinct(raw, "methods", str, where), _distinct(raw, "tasks", str, from_where["tasks"])
+    methods, tasks = _distinct(raw, "methods", str, from_where["methods"]), _distinct(raw, "tasks", str, from_where["tasks"])
     seeds = _distinct(raw, "seeds", int, from_where["seeds"])
     if min(seeds) < 0:
         raise ValueError(f"{from_where['seeds']}: seeds must be at least 0, got {list(seeds)}")
@@ -152,7 +153,7 @@ def load_grid(
     for table, names in (("method", named["methods"] | set(methods)), ("task", named["tasks"] | set(tasks))):
         if unknown := [name for name in _table(raw, table, where) if name not in names]:
             raise ValueError(f"{where}: [{table}.{unknown[0]}] is about none of the {table}s {', '.join(sorted(names))}")
-    _check_methods(methods, where)
+    _check_methods(methods, from_where["methods"])
     settings = ({"task": {"data": str(data)}} if data else {}) | ({"device": device} if device else {})
     layers = _Layers(where, from_where["tasks"], raw, quick, settings)
     resolved = {
@@ -165,7 +166,7 @@ def load_grid(
         for (_, _, method), config in resolved.items()
     )
     tuning = _tuning(raw, methods, seeds, where)
-    pairs = _pairs(raw, methods, named["methods"] if quick else set(), where)
+    pairs = _pairs(raw, methods, named["methods"] if quick or given["methods"] else set(), where)
     name = path.stem + ("-quick" if quick else "")
     return Grid(name=name, methods=methods, tasks=tasks, seeds=seeds, backbones=chosen, pairs=pairs, cells=cells,
                 tuning=tuning)  # fmt: skip
@@ -251,7 +252,7 @@ class _Layers:
 
 
 def _pairs(raw: Mapping[str, Any], methods: Sequence[str], left_out: set[str], where: str) -> tuple[Pair, ...]:
-    """Return the named pairs, then every other method with the reference, without methods that --quick leaves out."""
+    """Return the named pairs, then every other method with the reference, without methods that a flag leaves out."""
     matched, tolerance = raw.get("matched", []), raw.get("tolerance", DEFAULT_TOLERANCE)
     given = raw.get("pairs", [])
     if not isinstance(given, list):
@@ -259,7 +260,7 @@ def _pairs(raw: Mapping[str, Any], methods: Sequence[str], left_out: set[str], w
     entries = [{"compare": entry} if isinstance(entry, list) else entry for entry in given]
     reference = raw.get("reference")
     if reference is not None:
-        if reference not in methods:
+        if reference not in (*methods, *left_out):
             raise ValueError(f"{where}: reference must be one of the methods {', '.join(methods)}, got {reference!r}")
         named = [set(c) for e in entries if isinstance(e, dict) and _are_texts(c := e.get("compare"))]
         entries += [{"compare": [m, reference]} for m in methods if m != reference and {m, reference} not in named]

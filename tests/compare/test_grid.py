@@ -173,9 +173,31 @@ def test_the_command_line_goes_before_the_lists_of_the_file() -> None:
         assert {cell.config.seed for cell in grid.cells} == {7, 8}
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_methods_of_the_command_line_leave_out_the_pairs_of_all_others(quick: bool) -> None:
+    grid = load_grid(CONFIGS / "bundled.toml", quick=quick, methods=["single_rl", "neuromas_3"])
+    assert grid.methods == ("single_rl", "neuromas_3")
+    assert {cell.method for cell in grid.cells} == {"single_rl", "neuromas_3"}
+    assert {frozenset((pair.first, pair.second)) for pair in grid.pairs} == {frozenset(grid.methods)}
+
+
+def test_a_reference_that_the_command_line_leaves_out_has_no_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("""methods = ["single_rl", "neuromas_3", "shared_adapter"]
+tasks = ["navigate"]
+seeds = [0]
+matched = ["training_steps"]
+reference = "neuromas_3"
+""")
+    assert len(load_grid(path).pairs) == 2
+    assert load_grid(path, methods=["single_rl", "shared_adapter"]).pairs == ()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"methods": ["nosuchmethod"]}, "^--methods: method must be one of"),
+        ({"methods": ["single_rl_continued"]}, "^--methods: method single_rl_continued trains as long as neuromas_3; add that"),
         ({"seeds": [1, 1]}, "^--seeds: seeds must be a list of one or more different ints"),
         ({"seeds": [-1]}, r"^--seeds: seeds must be at least 0, got \[-1\]"),
         ({"tasks": ["nosuchtask"]}, "^--tasks: direct on nosuchtask: task must be one of"),
