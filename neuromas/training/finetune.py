@@ -132,7 +132,9 @@ class Finetuner:
 
     def leave_if_asked(self) -> None:
         """Raise Interrupted if the user has asked to stop."""
-        self.stop.leave_if_asked(f"after {self.step} of {self.config.num_steps} iterations")
+        if self.stop.asked:
+            # An iteration that is still being measured is not saved.
+            self.stop.leave_if_asked(f"after {self.run.step} of {self.config.num_steps} iterations")
 
     # What an iteration is made of, in order.
 

@@ -37,6 +37,7 @@ from neuromas.training.learner import TorchLearner
 from neuromas.training.plan import resolve
 from neuromas.training.pseudo_labels import Sets, collect, schedule
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.signals import Interrupted
 from neuromas.types import Completion, Example, Request, Rollout
 
 TASK = Navigate()
@@ -488,6 +489,13 @@ def test_adapters_that_cannot_answer_are_no_checkpoint(config: TrainConfig, chan
     with pytest.raises(ValueError, match=message):
         finetune(resolve(config), RunDirectory.find(config, resume=False))
     assert RunDirectory.open(config.run_path).checkpoints() == []
+
+
+def test_an_iteration_that_is_stopped_while_it_is_measured_is_not_counted(config: TrainConfig) -> None:
+    with finetuner_of(resolve(config), RunDirectory.find(config, resume=False)) as (finetuner, _):
+        finetuner.step, finetuner.stop.asked = 1, True
+        with pytest.raises(Interrupted, match=r"^stopped after 0 of 2 iterations; continue with"):
+            finetuner._measure()
 
 
 def test_an_iteration_that_teaches_nothing_says_so(
