@@ -71,12 +71,17 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
     return to_svg(figure)
 
 
+def one_a_task(data: Data) -> list[Data]:
+    """Return the problems without further sets of a task: what is measured in training is the same in them."""
+    return list({(p["backbone"], p["task"]): p for p in reversed(data["problems"])}.values())[::-1]
+
+
 def curves_picture(data: Data, key: str, label: str) -> str | None:
     """Draw validation accuracy in training, mean and range of the runs, against `key`; None if no method validates.
 
     A triangle on a line marks a growth of the network.
     """
-    problems = [p for p in data["problems"] if any(score["curve"] for score in p["scores"].values())]
+    problems = [p for p in one_a_task(data) if any(score["curve"] for score in p["scores"].values())]
     if not problems:
         return None
     columns = min(4, len(problems))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from neuromas.compare import statistics
 from neuromas.compare.grid import Grid, find_method
 from neuromas.compare.tuning import Trial
 
@@ -124,7 +125,8 @@ def format_difference(found: Difference) -> str:
     if found.refused is not None or found.mean is None or found.low is None or found.high is None:
         return f"not compared: {found.refused}"
     unmatched = f"; not matched: {'; '.join(found.unmatched)}" if found.unmatched else ""
-    interval = f"95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    known = statistics.varies(found.low, found.high)
+    interval = f"95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}" if known else statistics.NO_INTERVAL
     uninformative = f"; UNINFORMATIVE {found.uninformative}" if found.uninformative else ""
     return f"{100 * found.mean:+.1f} points ({interval}, p {found.p:.2g}){uninformative}{unmatched}"
 

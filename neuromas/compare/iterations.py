@@ -88,8 +88,9 @@ COLUMNS = ("method", "iteration", "accuracy (95%)", "by seed", "since iteration 
 def _change(estimate: statistics.Estimate | None) -> str:
     if estimate is None:
         return "-"
-    low, high = estimate.interval()
-    return f"{100 * estimate.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    low, high = (min(1.0, max(-1.0, end)) for end in estimate.interval())
+    interval = f"{100 * low:+.1f} to {100 * high:+.1f}" if statistics.varies(low, high) else statistics.NO_INTERVAL
+    return f"{100 * estimate.mean:+.1f} ({interval})"
 
 
 def _mean(name: str, values: Sequence[float]) -> str:
@@ -119,13 +120,18 @@ def write_run_report(run: RunDirectory) -> Path:
     measured = [{"seed": seed, **each} for each in read_iterations(run)]
     title = f"{run.config.task.name}, widths {'-'.join(map(str, run.config.topology.widths))}"
     if not measured:
-        page.write_text(f"# {title}\n\nNothing was validated (--eval-every, or the task has no validation questions).\n")
+        page.write_text(
+            f"# {title}\n\nNothing was validated (--eval-every 0, or no validation questions), or what was is deleted.\n"
+        )
         return page
     floor = measured[0]["floor"]
     rows = rows_of("society", iterations_of(measured))
     text = f"# {title}\n\nFloor {100 * floor:.1f}, n {len(measured[0]['right'])}. {NOTE}\n\n{markdown(rows)}\n"
     page.write_text(text, encoding="utf-8")
-    problem = {"name": title, "scores": {"society": {"iterations": measured, "floor": floor}}}
+    problem = {
+        "name": title, "backbone": run.config.backbone, "task": run.config.task.name,
+        "scores": {"society": {"iterations": measured}},
+    }  # fmt: skip
     data = {"methods": ["society"], "titles": {"society": {"title": "society", "trained": True}}, "problems": [problem]}
     picture = iterations_picture(data)
     assert picture is not None
@@ -135,7 +141,7 @@ def write_run_report(run: RunDirectory) -> Path:
 
 def iterations_picture(data: figures.Data) -> str | None:
     """Draw accuracy and diversity against the iteration, a row of panels for each problem; None if nothing was finetuned."""
-    problems = [p for p in data["problems"] if any(score["iterations"] for score in p["scores"].values())]
+    problems = [p for p in figures.one_a_task(data) if any(score["iterations"] for score in p["scores"].values())]
     if not problems:
         return None
     shown = {"accuracy": "accuracy", "consensus": "consensus", "distinct_bigrams": "distinct bigrams",
@@ -155,9 +161,9 @@ def iterations_picture(data: figures.Data) -> str | None:
                 (lines[figures.title_of(data, method)],) = panel.plot(x, middle, linewidth=1.3, markersize=4, **style)
                 panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
             if name == "accuracy":
-                floors = [score["floor"] for score in problem["scores"].values() if score["floor"] is not None]
-                if floors:
-                    panel.axhline(floors[0], **figures.FLOOR_STYLE)
+                # Of the validation questions, not of those that are scored.
+                floors = [each["floor"] for score in problem["scores"].values() for each in score["iterations"]]
+                panel.axhline(floors[0], **figures.FLOOR_STYLE)
                 panel.set_ylabel(problem["name"], fontsize=8)
             panel.set_title(label, fontsize=8.5)
             panel.xaxis.get_major_locator().set_params(integer=True)

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from neuromas.compare import figures, iterations
 from neuromas.compare.budget_match import QUANTITIES, format_amount, shorten
-from neuromas.compare.statistics import SIGNIFICANT
+from neuromas.compare.statistics import NO_INTERVAL, SIGNIFICANT, varies
 
 Data = dict[str, Any]
 TEMPLATES = Path(__file__).parent
@@ -48,7 +48,7 @@ def _view(data: Data) -> Data:
         "backbones": [f"{name} ({checksum})" for name, checksum in data["backbone_checksums"].items()],
         "single_run": len(data["seeds"]) == 1,
         "trials": [_tried(entry, title) for entry in data["trials"]],
-        "iterations": [found for problem in data["problems"] if (found := _iterated(problem, title))["rows"]],
+        "iterations": [found for problem in figures.one_a_task(data) if (found := _iterated(problem, title))["rows"]],
         "iteration_columns": iterations.COLUMNS, "iteration_note": iterations.NOTE,
     }  # fmt: skip
 
@@ -119,14 +119,14 @@ def _difference(found: Data) -> Data:
     return {
         "refused": None,
         "mean": _points(found["mean"]),
-        "interval": f"{_points(found['low'])} to {_points(found['high'])}",
+        "interval": _interval(found["low"], found["high"]),
         "p": _p(found["p"]),
         "p_holm": None if found["p_holm"] is None else _p(found["p_holm"]),
         "significant": p < SIGNIFICANT,
         "sign": "up" if found["mean"] > 0 else "down" if found["mean"] < 0 else "even",
-        "detectable": f"{100 * found['detectable']:.1f}",
+        "detectable": f"{100 * found['detectable']:.1f}" if varies(found["low"], found["high"]) else "-",
         "these_runs": None if found["p_these_runs"] is None else
-        f"{_points(found['low_these_runs'])} to {_points(found['high_these_runs'])}, p {_p(found['p_these_runs'])}",
+        f"{_interval(found['low_these_runs'], found['high_these_runs'])}, p {_p(found['p_these_runs'])}",
         "runs": [
             f"{run['seed']}: {_points(run['mean'])} ({run['only_first']}:{run['only_second']}, p {_p(run['p_mcnemar'])})"
             for run in found["runs"]
@@ -218,6 +218,10 @@ def _pictures(data: Data) -> Data:
 
 def _points(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", MINUS)
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_points(low)} to {_points(high)}" if varies(low, high) else NO_INTERVAL
 
 
 def _p(value: float) -> str:

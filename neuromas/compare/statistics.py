@@ -60,6 +60,14 @@ class Estimate:
         return self.standard_error * float(sum(quantiles))
 
 
+NO_INTERVAL = "no interval: all differences are equal"
+
+
+def varies(low: float, high: float) -> bool:
+    """Say whether these ends are apart: differences that are all equal do not tell how far others would be from them."""
+    return high - low > 1e-9
+
+
 def crossed_estimate(table: Table) -> Estimate:
     """Estimate the mean of a table in which both rows and columns are drawn at random.
 

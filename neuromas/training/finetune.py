@@ -118,6 +118,8 @@ class Finetuner:
         self.validation.examples = list({example.id: example for example in self.validation.examples}.values())
         # A killed run may have measured what it has not saved.
         self.measured = [measured for measured in read_iterations(run) if measured["iteration"] <= self.step]
+        self.sampled_from = -1
+        """The iteration after which the adapters have written finite numbers last."""
 
     @property
     def tokens_per_micro_batch(self) -> int:
@@ -130,7 +132,9 @@ class Finetuner:
 
     def leave_if_asked(self) -> None:
         """Raise Interrupted if the user has asked to stop."""
-        self.stop.leave_if_asked(f"after {self.step} of {self.config.num_steps} iterations")
+        if self.stop.asked:
+            # An iteration that is still being measured is not saved.
+            self.stop.leave_if_asked(f"after {self.run.step} of {self.config.num_steps} iterations")
 
     # What an iteration is made of, in order.
 
@@ -146,7 +150,11 @@ class Finetuner:
 
     def collect(self, debates: Sequence[Rollout]) -> Sets:
         """Return what each agent learns from."""
-        return collect(self.society, self.task, debates, seed=(self.config.seed, self.step, "keeps"))
+        sets = collect(self.society, self.task, debates, seed=(self.config.seed, self.step, "keeps"))
+        if not any(sets.by_node().values()):
+            why = "is right" if self.config.society.labels else "agrees with a vote that can be read"
+            self.progress.note(f"{self._iteration}: nothing is learned, for no first answer or correction {why}")
+        return sets
 
     def tune(self, sets: Sets) -> dict[str, float]:
         """Tune each adapter on its agents' sets, by AdamW that starts anew, and return the metrics of that."""
@@ -167,7 +175,7 @@ class Finetuner:
             try:
                 found = learner.imitate(texts, lr=learning_rate(rates, step))
             except Diverged as error:
-                raise self._diverged(error) from error
+                raise self._diverged(self._iteration, error) from error
             losses.append(sum(found.values()) / len(found))
         self.ledger.optimizer_steps += steps
         return {
@@ -212,12 +220,13 @@ class Finetuner:
         for start in range(0, len(questions), at_once):
             self.leave_if_asked()
             if at_once == EXAMPLES_AT_ONCE:
-                self.progress.note(f"iteration {self.step + 1}: {start} of {len(questions)} questions debated")
+                self.progress.note(f"{self._iteration}: {start} of {len(questions)} questions debated")
             part = questions[start : start + at_once]
             try:
                 groups = society.rollout(part, 1, seed=seed, temperature=self.config.temperature)
             except Diverged as error:
-                raise self._diverged(error) from error
+                raise self._diverged(self._iteration, error) from error
+            self.sampled_from = self.step
             debates += [group[0] for group in groups]
         return debates
 
@@ -252,7 +261,7 @@ class Finetuner:
     def _measure(self) -> dict[str, float]:
         """Let the society debate the validation questions; keep what was measured, and return it as metrics."""
         self.progress.note(f"iteration {self.step}: debating {len(self.validation.examples)} validation questions")
-        seen, groups = self._evaluate(self.validation.examples)
+        seen, groups = self._evaluate(self.validation.examples, f"validation after iteration {self.step}")
         debates = [group[0] for group in groups]
         found = diversity.measure(self.society, self.task, debates, tokens_per_micro_batch=self.tokens_per_micro_batch)
         rewards = rewards_of(self.task, [(debate.example, debate.answer) for debate in debates])
@@ -272,19 +281,22 @@ class Finetuner:
     def evaluate_once(self, when: str) -> dict[str, Evaluation]:
         """Score every evaluation set by debate and vote, and store it; a resumed run reads what it has already measured."""
         return score_sets(
-            self.run, self.sets, when, step=self.step, of="finetuning", measure=self._evaluate,
+            self.run, self.sets, when, step=self.step, of="finetuning",
+            measure=lambda examples: self._evaluate(examples, f"scoring {when} finetuning"),
             records=lambda groups, name: [_record(group[0], split=name) for group in groups], note=self.progress.note,
         )  # fmt: skip
 
-    def _evaluate(self, examples: Sequence[Example]) -> tuple[Evaluation, list[Group]]:
+    def _evaluate(self, examples: Sequence[Example], when: str) -> tuple[Evaluation, list[Group]]:
         """Let the society debate each question once and vote."""
         config = self.config
         try:
-            return evaluate(
+            found = evaluate(
                 self.society, self.task, examples, temperature=config.temperature, seed=config.seed, between=self.leave_if_asked
             )
         except Diverged as error:
-            raise self._diverged(error) from error
+            raise self._diverged(when, error) from error
+        self.sampled_from = self.step
+        return found
 
     def save(self, *, validation_accuracy: float | None = None) -> None:
         """Save adapters and ledger; the optimizer begins anew in each iteration, so there is nothing to keep of it."""
@@ -293,10 +305,18 @@ class Finetuner:
         )
         checkpoint.save(self.run, self.bank, TorchLearner(self.policy, self.config), state)
 
-    def _diverged(self, error: Diverged) -> ValueError:
+    @property
+    def _iteration(self) -> str:
+        return f"iteration {self.step + 1}"
+
+    def _diverged(self, when: str, error: Diverged) -> ValueError:
+        """Return what to say of a run whose numbers are no longer finite; no checkpoint that cannot answer stays."""
+        is_bad = self.sampled_from != self.step > 0
+        left = self.run.drop_checkpoint(self.step) if is_bad else self.run.checkpoints()
+        kept = f"the last good checkpoint is {left[-1].name}" if left else "there is no good checkpoint"
         return ValueError(
-            f"--run-dir {self.run.path}: iteration {self.step + 1}: {error}. Finetuning has diverged and is stopped. Start "
-            "again, in another --run-dir, with a lower --lr"
+            f"--run-dir {self.run.path}: {when}: {error}. Finetuning has diverged and is stopped; {kept}. Start again, in "
+            "another --run-dir, with a lower --lr"
         )
 
 
@@ -305,12 +325,16 @@ def read_iterations(run: RunDirectory) -> list[dict[str, Any]]:
     found = run.read_json(ITERATIONS, list) or []
     if not all(map(_is_measured, found)):
         raise damaged(run.path / ITERATIONS, "an entry is no iteration")
+    if len({tuple(measured["right"]) for measured in found}) > 1:
+        raise damaged(run.path / ITERATIONS, "its iterations have different questions")
     return found
 
 
 def _is_measured(entry: object) -> bool:
     """Say whether this is what `_measure` keeps of an iteration."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int) or not isinstance(entry.get("right"), dict):
+    if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+        return False
+    if not isinstance(entry.get("right"), dict) or not entry["right"]:
         return False
     numbers = [entry.get("accuracy"), entry.get("floor"), *entry["right"].values()]
     measures = [entry.get(each.name, "missing") for each in fields(diversity.Diversity)]

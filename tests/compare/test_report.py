@@ -11,17 +11,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rivals import Rival
 
+from neuromas.compare import figures
 from neuromas.compare.analysis import amounts_of, compare
 from neuromas.compare.budget_match import QUANTITIES, mismatches
 from neuromas.compare.cells import Stored
 from neuromas.compare.figures import growth_marks
 from neuromas.compare.findings import Comparison, Difference, format_difference, to_json
 from neuromas.compare.grid import Grid, load_grid
-from neuromas.compare.methods import METHODS, Answer, CellResult
+from neuromas.compare.methods import METHODS, Answer, CellResult, CurvePoint
 from neuromas.compare.report import write_report
 from neuromas.compare.statistics import wilson
 from neuromas.compare.tuning import Trial
@@ -324,6 +326,46 @@ def test_iterations_of_finetuning_are_a_table_and_a_picture(rivals: dict[str, Ri
         r"^\| The <b>team</b> \\\| all \| (\d) \| (\S+) \(.*\| 0: \S+, 1: \S+, 2: \S+ \| (\S+) ", text, re.MULTILINE
     )
     assert rows == [("0", "25.0", "-"), ("1", "50.0", "-"), ("2", "75.0", "+25.0")]
+
+
+def test_what_is_measured_in_training_is_shown_once_for_a_task_with_a_file(
+    rivals: dict[str, Rival], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("first_accuracy", "consensus", "different_texts", "distinct_bigrams", "nll_own", "nll_other")
+    changed = {}
+    for seed in (0, 1, 2):
+        found = result(tmp_path, "team", seed)
+        measured = {"iteration": 0, "accuracy": 0.25, "floor": 0.75, **dict.fromkeys(names, 0.5), "right": {"a": 0.0, "b": 0.5}}
+        of_file = {"file items.json": found.answers["test"]}
+        changed["team", seed] = replace(
+            found, iterations=[measured], curve=(CurvePoint(1, 10, 0.25),), answers=found.answers | of_file
+        )
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "to_svg", lambda figure: drawn.append(figure) or "data:,")
+    page, text = pages(run_all(tmp_path, changed), tmp_path)
+    assert "## navigate, file items.json" in text
+    assert text.count("(validation, floor 75.0)") == page.count("(validation, floor 75.0)") == 1
+    titles = [[panel.get_title() for panel in figure.axes if panel.get_visible()] for figure in drawn]
+    assert titles.count(["navigate"]) >= 2, "a learning curve against steps, and against tokens"
+    (measures,) = (figure for figure, shown in zip(drawn, titles, strict=True) if "consensus" in shown)
+    assert len(measures.axes) == 4
+    # The floor is that of the validation questions.
+    assert 0.75 in [line.get_ydata()[0] for line in measures.axes[0].lines]
+
+
+def test_equal_differences_have_no_interval(rivals: dict[str, Rival], tmp_path: Path) -> None:
+    changed = {(name, seed): replace(result(tmp_path, name, seed), answers={"test": answers("YYNN", "YYYY")})
+               for name in ("team", "single") for seed in (0, 1, 2)}  # fmt: skip
+    comparison = run_all(tmp_path, changed)
+    assert format_difference(comparison.overall[0]).startswith("+0.0 points (no interval: all differences are equal, p 1)")
+    for written in pages(comparison, tmp_path):
+        assert "no interval: all differences are equal" in written
+        assert "+0.0 to +0.0" not in written
+    (row,) = re.findall(
+        r"^\| The.* One \| \+0.0 .*", (tmp_path / "report.md").read_text().partition("## navigate")[2], re.MULTILINE
+    )
+    # It says nothing about what it would have seen.
+    assert row.split(" | ")[4] == "-"
 
 
 def test_the_same_data_make_the_same_page(rivals: dict[str, Rival], tmp_path: Path) -> None:

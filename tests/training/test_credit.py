@@ -531,6 +531,19 @@ def test_heads_of_nodes_that_join_start_at_zero_and_the_others_go_on(backbone: B
     assert grown.values(states, [1, 3, 1, 3]).equal(parent.values(states, [1, 3, 1, 3]))
 
 
+def test_a_head_that_values_nothing_in_a_step_keeps_its_weights_and_its_moments(backbone: Backbone) -> None:
+    critic = critic_of(backbone, (1, 2), (0.5, 0.25))
+    states = torch.nn.functional.normalize(torch.randn(4, critic.weights.shape[1], generator=torch.Generator().manual_seed(0)))
+    critic.fit(states, [1, 2, 1, 2], [1.0, 0.0, 1.0, 0.0])
+    names = [name for name in critic.state() if name.startswith(("weights", "biases")) and not name.endswith(".step")]
+    before = {name: critic.state()[name].clone() for name in names}
+    critic.fit(states, [2] * 4, [1.0, 0.0, 1.0, 0.0])
+    assert len(names) == 6
+    for name, tensor in before.items():
+        assert torch.equal(tensor[0], critic.state()[name][0])
+        assert not torch.equal(tensor[1], critic.state()[name][1])
+
+
 def test_replays_are_paid_from_the_tokens_of_a_step(backbone: Backbone) -> None:
     step = step_of(backbone, CHAIN, says(CHAIN, {"3.0"}), "replay")
     SCHEMES["replay"].credit(step)

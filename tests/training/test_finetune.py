@@ -32,11 +32,12 @@ from neuromas.rollout.society import Society
 from neuromas.tasks import Navigate, with_repeats
 from neuromas.training import diversity
 from neuromas.training.diversity import distinct_bigrams, measure
-from neuromas.training.finetune import finetuner_of, iterate_to_end, read_iterations
+from neuromas.training.finetune import finetune, finetuner_of, iterate_to_end, read_iterations
 from neuromas.training.learner import TorchLearner
 from neuromas.training.plan import resolve
 from neuromas.training.pseudo_labels import Sets, collect, schedule
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.signals import Interrupted
 from neuromas.types import Completion, Example, Request, Rollout
 
 TASK = Navigate()
@@ -401,10 +402,19 @@ def test_a_run_learns_counts_and_answers_as_before(config: TrainConfig, call: Ca
     assert [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| society")] == ["0", "1", "2"]
     assert (run / "iterations.svg").read_text().startswith("<?xml")
     assert_refused(call("ask", run, "Why?"), "these settings are a society's .society.rounds., which debates and is no network")
-    for damaged in ("[3]", '[{"iteration": 0}]'):
-        (run / "iterations.json").write_text(damaged)
-        refused = call("finetune", "--resume", "--run-dir", run)
-        assert_refused(refused, r"iterations.json is damaged \(an entry is no iteration\)")
+    start, *later = read_iterations(RunDirectory.open(run))
+    no_iteration = r"iterations.json is damaged \(an entry is no iteration\)"
+    for damaged, message in (
+        ([3], no_iteration),
+        ([{"iteration": 0}], no_iteration),
+        ([start | {"right": {}}], no_iteration),
+        (
+            [start | {"right": {"another": 1.0}}, *later],
+            r"iterations.json is damaged \(its iterations have different questions",
+        ),
+    ):
+        (run / "iterations.json").write_text(json.dumps(damaged))
+        assert_refused(call("finetune", "--resume", "--run-dir", run), message)
 
 
 def test_a_single_agent_spends_its_tokens(config: TrainConfig) -> None:
@@ -458,9 +468,43 @@ def test_a_run_that_diverges_says_what_to_do(config: TrainConfig, monkeypatch: p
         raise Diverged("the loss is nan")
 
     monkeypatch.setattr(TorchLearner, "imitate", diverge)
-    message = "iteration 1: the loss is nan. Finetuning has diverged and is stopped. Start again, in another --run-dir, with a"
-    with pytest.raises(ValueError, match=message):
+    kept = "there is no good checkpoint. Start again, in another --run-dir, with a lower --lr"
+    with pytest.raises(ValueError, match=f"iteration 1: the loss is nan. Finetuning has diverged and is stopped; {kept}"):
         run_to_end(config, "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "when"),
+    [
+        ({"num_steps": 1, "eval_every": 0}, "scoring after finetuning"),
+        ({"num_steps": 1}, "validation after iteration 1"),
+        ({"eval_every": 0}, "iteration 2"),
+    ],
+)
+def test_adapters_that_cannot_answer_are_no_checkpoint(config: TrainConfig, changes: dict[str, Any], when: str) -> None:
+    # One gradient step an iteration, whose loss is that of the adapters before it.
+    society = SocietyConfig(rounds=2, epochs=1, batch=10_000)
+    config = dataclasses.replace(config, society=society, lr=1e30, warmup_steps=0, **changes)
+    message = f"{when}: agent 1 samples .* are not finite. Finetuning has diverged and is stopped; there is no good checkpoint"
+    with pytest.raises(ValueError, match=message):
+        finetune(resolve(config), RunDirectory.find(config, resume=False))
+    assert RunDirectory.open(config.run_path).checkpoints() == []
+
+
+def test_an_iteration_that_is_stopped_while_it_is_measured_is_not_counted(config: TrainConfig) -> None:
+    with finetuner_of(resolve(config), RunDirectory.find(config, resume=False)) as (finetuner, _):
+        finetuner.step, finetuner.stop.asked = 1, True
+        with pytest.raises(Interrupted, match=r"^stopped after 0 of 2 iterations; continue with"):
+            finetuner._measure()
+
+
+def test_an_iteration_that_teaches_nothing_says_so(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Navigate, "parse_answer", lambda self, text: None)
+    run_to_end(dataclasses.replace(config, num_steps=1, eval_every=0), "run")
+    expected = "iteration 1: nothing is learned, for no first answer or correction agrees with a vote that can be read"
+    assert expected in capsys.readouterr().err
 
 
 # 5. Mistakes
@@ -550,7 +594,7 @@ def test_iterations_over_seeds_by_hand() -> None:
     def measured(seed: int, iteration: int, right: list[float], consensus: float | None) -> dict[str, Any]:
         names = ("first_accuracy", "different_texts", "distinct_bigrams", "nll_own")
         values = dict.fromkeys(names, 0.5) | {"consensus": consensus, "nll_other": None}
-        accuracy, asked = sum(right) / len(right), dict(zip("pqrs", right, strict=True))
+        accuracy, asked = sum(right) / len(right), dict(zip("pqrs", right, strict=False))
         return {"seed": seed, "iteration": iteration, "accuracy": accuracy, "floor": 0.5, "right": asked, **values}
 
     found = iterations_of(
@@ -569,4 +613,8 @@ def test_iterations_over_seeds_by_hand() -> None:
     row = rows_of("Society", found)[2]
     assert (row[:2], row[3], row[6]) == (["Society", "2"], "0: 75.0, 1: 50.0", "50.0 (25.0 to 75.0)")
     assert row[-1] == rows_of("Society", found)[0][6] == "-"
+    same = iterations_of([measured(0, number, [0, 1, 1, 0], None) for number in (1, 2)])
+    assert rows_of("Society", same)[1][4] == "+0.0 (no interval: all differences are equal)"
+    single = [measured(0, number, [number - 1], None) for number in (1, 2)]
+    assert rows_of("Society", iterations_of(single))[1][4] == "+100.0 (-100.0 to +100.0)"
     assert iterations_of([]) == []

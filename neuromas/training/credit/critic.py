@@ -59,6 +59,10 @@ class Critic:
     def fit(self, states_BC: Float[Tensor, "B C"], heads: Sequence[int], rewards: Sequence[float]) -> float:
         """Learn the rewards that followed these states; return the mean squared error before."""
         indices_B, targets_B = self._indices(heads), torch.tensor(rewards, device=states_BC.device)
+        # Momentum would go on moving a head that values nothing here, such as that of a node that is still closed.
+        idle = [row for row, head in enumerate(self.heads) if head not in heads]
+        stacks = [stack for each in (self.weights, self.biases) for stack in self._stacks(each)]
+        kept = [stack[idle].clone() for stack in stacks]
         errors = []
         for _ in range(UPDATES):
             error = (self._values(states_BC, indices_B) - targets_B).square().mean()
@@ -66,7 +70,14 @@ class Critic:
             self.optimizer.step()
             self.optimizer.zero_grad()
             errors.append(error.item())
+        for stack, before in zip(stacks, kept, strict=True):
+            stack[idle] = before
         return errors[0]
+
+    def _stacks(self, parameter: Tensor) -> list[Tensor]:
+        """Return what learning changes of a parameter: its values, and its moments once it has some."""
+        state = self.optimizer.state.get(parameter, {})
+        return [parameter.data, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)]
 
     def _indices(self, heads: Sequence[int]) -> Int[Tensor, " B"]:
         return torch.tensor([self.heads.index(head) for head in heads], device=self.weights.device)
