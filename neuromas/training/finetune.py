@@ -281,8 +281,9 @@ class Finetuner:
         config = self.config
         try:
             return evaluate(
-                self.society, self.task, examples, temperature=config.temperature, seed=config.seed, between=self.leave_if_asked
-            )
+                self.society, self.task, examples, temperature=config.temperature, seed=config.seed,
+                between=self.leave_if_asked, tell=self.progress.tell,
+            )  # fmt: skip
         except Diverged as error:
             raise self._diverged(error) from error
 

@@ -260,8 +260,9 @@ class Trainer:
         def measure(examples: list[Example]) -> tuple[Evaluation, list[Group]]:
             try:
                 return evaluate(
-                    self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training")
-                )
+                    self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training"),
+                    tell=lambda text: progress.tell(f"scoring {when} training: {text}"),
+                )  # fmt: skip
             except Diverged as error:
                 raise self.diverged(f"scoring {when} training", error) from error
             except EngineFault as error:
