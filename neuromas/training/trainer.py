@@ -244,7 +244,7 @@ class Trainer:
             record["changed_answers"] = changed_answers(before, self.network, self.task, examples)
         records = (self.run.read_json("growth.json", list) or [])[: self.growths.taken - 1]
         self.run.write_json("growth.json", [*records, record])
-        self.tell(describe(record))
+        self.tell(f"{describe(record)}\n  trainable parameters from here on: {self.bank.trainable_parameters:,}")
 
     def _validate(self) -> dict[str, float]:
         seen, _ = evaluate(self.network, self.task, self.validation.examples)
