@@ -264,7 +264,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Clip each node's gradient to this norm; 0 does not clip."""
     centring: Centring = "leave_one_out"
-    """What is subtracted from a reward: the mean of the group's other rollouts, of the whole group, a running mean, nothing."""
+    """What a reward loses: mean of the group's other rollouts (RLOO), of the whole group (GRPO), a running mean, nothing."""
     credit: Credit = "shared"
     """How the reward becomes advantages: `shared` gives all nodes the same one (the paper's); docs/credit.md has the others."""
     replays: int = 1

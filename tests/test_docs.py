@@ -41,6 +41,7 @@ SHORTER: dict[str, list[str]] = {
 NOT_RUN = {
     "pip install": "installs; the gate itself is made so",
     "neuromas serve": "serves until Ctrl-C; tests/serve runs it",
+    "curl ": "needs a server; tests/serve sends such requests",
     "neuromas chat": "reads a terminal; tests/serve runs it",
     "lm_eval": "is not installed; tests/serve/test_harness.py runs it where it is",
     "python -m benchmarks.gpu": "tests/test_gpu_benchmark.py runs it",

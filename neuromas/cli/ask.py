@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from neuromas.cli.flags import parse_flags
+from neuromas.cli.flags import parse_flags, require_best
 from neuromas.model.sources import find_backbone
 from neuromas.training.questions import open_run
 
@@ -24,6 +24,10 @@ class AskArguments:
     """Folder of the run."""
     question: tyro.conf.Positional[str]
     """The question; `-` reads it from standard input."""
+    untrained: bool = False
+    """Ask the network before training."""
+    best: bool = False
+    """Take the adapters of the run's best validation, not its last ones."""
     allow_code: bool = False
     """Execute the Python file that holds the run's task (class:FILE.py:CLASS)."""
     json: bool = False
@@ -43,12 +47,16 @@ def run(args: Sequence[str]) -> None:
         raise ValueError("QUESTION must not be empty")
     if not question.isascii() and question.encode(errors="replace").decode() != question:
         raise ValueError("QUESTION must be UTF-8 text, got bytes that are none")
-    opened, task = open_run(parsed.run, allow_code=parsed.allow_code)
+    if parsed.best and parsed.untrained:
+        raise ValueError("--best and --untrained exclude each other; give one of them")
+    opened, task = open_run(parsed.run, untrained=parsed.untrained, allow_code=parsed.allow_code)
+    if parsed.best:
+        require_best(opened)
     find_backbone(opened.config.backbone)
     from neuromas.cli.describe import print_rollout, rollout_json
     from neuromas.training.load_run import load_network
 
-    network, _ = load_network(opened)
+    network, _ = load_network(opened, untrained=parsed.untrained, best=parsed.best)
     rollout = network.ask(question.strip(), answer_format=task.answer_format)
     if parsed.json:
         print(json.dumps(rollout_json(rollout, task)))

@@ -13,6 +13,7 @@ from neuromas.config import MOST_COUNTED, Split
 from neuromas.model.sources import find_backbone
 from neuromas.system.schema import require
 from neuromas.system.terminal import printable
+from neuromas.training.progress import StatusLine
 from neuromas.training.questions import drawn_in_training, open_run
 
 
@@ -65,7 +66,8 @@ def run(args: Sequence[str]) -> None:
     answering, step = load(opened, untrained=parsed.untrained, best=parsed.best)
     temperature = (opened.config.temperature if debates else 0.0) if parsed.temperature is None else parsed.temperature
     seed = (opened.config.seed if debates else 0) if parsed.seed is None else parsed.seed
-    result, groups = evaluate(answering, task, examples, temperature=temperature, seed=seed)
+    with StatusLine() as status:
+        result, groups = evaluate(answering, task, examples, temperature=temperature, seed=seed, tell=status.tell)
     report, lines = result.to_json(), [str(result)]
     if parsed.file:
         # A score on items that training has drawn says little about new ones.

@@ -9,11 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from neuromas.tasks.answers import read_open
-from neuromas.tasks.task import GeneratedTask, Problem, question_id
+from neuromas.tasks.task import MOST_CONSTANTS, GeneratedTask, Problem, question_id
 from neuromas.types import Example
-
-MOST_CONSTANTS = 50
-"""Gold answers that are tried as a constant answer to all questions, the most frequent first."""
 
 
 def _value(text: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from neuromas.tasks import item_files
@@ -18,6 +19,9 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 EVALUATION_SEED = 0
 """Seed of generated validation and test items, the same in every run, so that runs can be compared."""
+
+MOST_CONSTANTS = 50
+"""Gold answers that are tried as a constant answer to all questions, the most frequent first."""
 
 MAX_TRIES = 2000
 """Draws without a new problem after which a split counts as exhausted."""
@@ -63,12 +67,17 @@ class Task(ABC):
         return [self.reward(example, text) for example, text in pairs]
 
     def floor(self, examples: Sequence[Example]) -> tuple[str, float]:
-        """Return the best constant answer on exactly these examples, and its accuracy.
+        """Return the best constant answer on exactly these examples, and its score.
 
-        Counts how often each is the gold answer; a task that gives partial credit overrides it.
+        Counts how often each is the gold answer. A reward of the user's own may pay other answers too: it is asked what each
+        of the most frequent gold answers gets everywhere.
         """
-        answer, count = Counter(example.answer for example in examples).most_common(1)[0]
-        return answer, count / len(examples)
+        most_frequent = Counter(example.answer for example in examples).most_common(MOST_CONSTANTS)
+        if all(_is_ours(method) for method in (type(self).reward, type(self).rewards)):
+            return most_frequent[0][0], most_frequent[0][1] / len(examples)
+        scores = {answer: fmean(rewards_of(self, [(example, answer) for example in examples])) for answer, _ in most_frequent}
+        best = max(scores, key=scores.__getitem__)
+        return best, scores[best]
 
     @abstractmethod
     def training_batch(self, seed: int, step: int, count: int) -> list[Example]:
@@ -249,12 +258,17 @@ class DatasetTask(Task):
         return pool
 
 
+def _is_ours(thing: object) -> bool:
+    """Return whether a class or function is this package's, not the user's."""
+    return thing.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 def rewards_of(task: Task, pairs: Sequence[tuple[Example, str]]) -> list[float]:
     """Return the rewards that a task gives; ValueError that names it if they are none, or if its own class fails."""
     try:
         rewards = [float(reward) for reward in task.rewards(pairs)]
     except Exception as error:
-        if type(task).__module__.startswith(__name__.partition(".")[0]):
+        if _is_ours(type(task)):
             raise
         raise ValueError(f"task {task.name}: its rewards fail: {type(error).__name__}: {error}") from error
     if len(rewards) != len(pairs):

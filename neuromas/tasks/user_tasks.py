@@ -159,7 +159,8 @@ def run_file(path: Path, name: str, flag: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # any error of the user's own file
-        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        # A module's file is absolute.
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.absolute())]
         line = error.lineno if isinstance(error, SyntaxError) else next(reversed(frames), None)
         what = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"{flag}: {path}, line {line}: {type(error).__name__}: {what}") from error

@@ -118,14 +118,18 @@ def evaluate(
     temperature: float = 0.0,
     seed: int = 0,
     between: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[Evaluation, list[Group]]:
     """Answer each example once, greedily by default; return the score and the rollouts that it is from.
 
-    Examples pass through in parts, so that memory does not grow with their number; `between` is called before each part.
+    Examples pass through in parts, so that memory does not grow with their number; `between` is called before each part,
+    and `tell` is told how far it is after each but the last.
     """
     groups: list[Group] = []
     for start in range(0, len(examples), EXAMPLES_AT_ONCE):
         between()
+        if start:
+            tell(f"{start} of {len(examples)} questions answered")
         part = examples[start : start + EXAMPLES_AT_ONCE]
         groups += network.rollout(part, 1, seed=("evaluate", seed), temperature=temperature)
         return_freed_memory()

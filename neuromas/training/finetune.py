@@ -291,8 +291,9 @@ class Finetuner:
         config = self.config
         try:
             found = evaluate(
-                self.society, self.task, examples, temperature=config.temperature, seed=config.seed, between=self.leave_if_asked
-            )
+                self.society, self.task, examples, temperature=config.temperature, seed=config.seed,
+                between=self.leave_if_asked, tell=self.progress.tell,
+            )  # fmt: skip
         except Diverged as error:
             raise self._diverged(when, error) from error
         self.sampled_from = self.step

@@ -47,7 +47,7 @@ class Progress:
         self._total, self._tokens = train_tokens or num_steps, train_tokens > 0
         self._started = time.monotonic()
         self._first: int | None = None
-        self._last_line = -LINE_EVERY_SECONDS
+        self._last_line, self._last_told = -LINE_EVERY_SECONDS, self._started
         self._bar = Bar(
             MofNCompleteColumn(), BarColumn(bar_width=10), TextColumn("{task.description}"),
             TimeRemainingColumn(compact=True), TextColumn("left"), console=self._console,
@@ -64,6 +64,13 @@ class Progress:
 
     def note(self, text: str) -> None:
         self._console.print(printable(text), markup=False)
+
+    def tell(self, text: str) -> None:
+        """Say how far something long is: beside the bar of a terminal, and in a log every ten seconds."""
+        self._bar.update(self._task, description=text)
+        if not self._console.is_terminal and time.monotonic() - self._last_told >= LINE_EVERY_SECONDS:
+            self._last_told = time.monotonic()
+            self.note(text)
 
     def step(self, steps: int, metrics: Mapping[str, float], sampled_tokens: int, warnings: Iterable[str] = ()) -> None:
         """Show that `steps` steps are done, in which the nodes have sampled so many tokens, and the warnings that hold."""

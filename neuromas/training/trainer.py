@@ -244,7 +244,7 @@ class Trainer:
             record["changed_answers"] = changed_answers(before, self.network, self.task, examples)
         records = (self.run.read_json("growth.json", list) or [])[: self.growths.taken - 1]
         self.run.write_json("growth.json", [*records, record])
-        self.tell(describe(record))
+        self.tell(f"{describe(record)}\n  trainable parameters from here on: {self.bank.trainable_parameters:,}")
 
     def _validate(self) -> dict[str, float]:
         seen, _ = evaluate(self.network, self.task, self.validation.examples)
@@ -260,8 +260,9 @@ class Trainer:
         def measure(examples: list[Example]) -> tuple[Evaluation, list[Group]]:
             try:
                 return evaluate(
-                    self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training")
-                )
+                    self.network, self.task, examples, between=lambda: stop.leave_if_asked(f"while scoring {when} training"),
+                    tell=lambda text: progress.tell(f"scoring {when} training: {text}"),
+                )  # fmt: skip
             except Diverged as error:
                 raise self.diverged(f"scoring {when} training", error) from error
             except EngineFault as error:

@@ -16,6 +16,7 @@ from neuromas.cli import main as cli
 from neuromas.cli.describe import print_rollout
 from neuromas.sandbox import choose_isolation
 from neuromas.tasks import code, get_task
+from neuromas.training import load_run
 from neuromas.training.run_directory import RunDirectory
 from neuromas.types import Completion, Example, Prompt, Rollout, Sample
 
@@ -427,6 +428,16 @@ def test_ask_json_and_text_tell_the_same(call: Call, trained: Path) -> None:
     assert (text.status, text.err) == (0, "")
     assert "node 1 ─▶ node 2" in text.out
     assert "node 2 answers" in text.out
+
+
+def test_ask_takes_the_adapters_that_eval_takes(call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_refused(call("ask", trained, "Why?", "--best"), r"^error: .*/run holds no best checkpoint: ")
+    assert_refused(call("ask", trained, "Why?", "--best", "--untrained"), r"^error: --best and --untrained exclude each other")
+    asked: list[dict[str, bool]] = []
+    load = load_run.load_network
+    monkeypatch.setattr(load_run, "load_network", lambda run, **which: asked.append(which) or load(run, **which))
+    assert call("ask", trained, "Why?", "--untrained").status == 0
+    assert asked == [{"untrained": True, "best": False}]
 
 
 def test_the_node_whose_answer_won_the_vote_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -550,6 +550,28 @@ def test_the_class_of_the_page_is_a_task_of_under_40_lines(tmp_path: Path) -> No
         get_task(f"class:{tmp_path}/parity.txt:Parity")
 
 
+def test_a_reward_of_ones_own_decides_the_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", (DOCS / "how_to/own_task.md").read_text(), re.DOTALL)
+        if "Sums" in code
+    ]
+    (tmp_path / "sums.py").write_text(code)
+    lines = [json.dumps({"question": f"{n} + 0?", "answer": str(n % 4)}) for n in range(100)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    task = get_task("class:sums.py:Sums")
+    # Gold answers are 0, 1, 2, 3 equally often: always 1 earns 1/2, 1, 1/2 and 0.
+    assert task.floor(task.examples("test", 20)) == ("1", 0.5)
+
+
+def test_a_mistake_in_a_file_of_ones_own_has_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text("import json\n\njson.dump()\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^--task class:own.py:A: own.py, line 3: TypeError: "):
+        get_task("class:own.py:A")
+
+
 # --- The listing ---------------------------------------------------------------------------------------------------------
 
 

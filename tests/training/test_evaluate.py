@@ -139,3 +139,13 @@ def test_evaluate_answers_each_example_once(tiny_backbone: Backbone) -> None:
     assert (scored.accuracy, scored.n, scored.floor, scored.answers) == (0.75, 4, 0.75, {"Yes": 4})
     # 13 bytes of node 1 and 11 of node 2, as the scripted engine counts tokens.
     assert (scored.calls_per_answer, scored.tokens_per_answer) == (2.0, 24.0)
+
+
+def test_a_long_evaluation_says_how_far_it_is(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuromas.training.evaluate.EXAMPLES_AT_ONCE", 2)
+    adapter = AdapterConfig(rank=1, target_modules=("q_proj",))
+    engine = ScriptedEngine(lambda request: "Answer: Yes")
+    network = Network(Topology.layered([1]), tiny_backbone, adapter=adapter, engine=engine)
+    told: list[str] = []
+    evaluate(network, TASK, [Example(str(i), f"q{i}", "Yes", "Write it.") for i in range(5)], tell=told.append)
+    assert told == ["2 of 5 questions answered", "4 of 5 questions answered"]

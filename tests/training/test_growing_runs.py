@@ -302,6 +302,8 @@ def test_grow_from_the_command_line(call: Call, three: Path, tmp_path: Path) -> 
     assert digest(three) == before
     parent, ledger = (json.loads(next(r.glob("checkpoints/*-" + e)).joinpath("ledger.json").read_text())
                       for r, e in ((three, "000002"), (child, "000004")))  # fmt: skip
+    assert f"trainable parameters from here on: {ledger['trainable_parameters']:,}\n" in err
+    assert ledger["trainable_parameters"] == parent["trainable_parameters"] * 5 // 3
     assert ledger["phases"][0] == {key: value for key, value in parent.items() if key != "phases"}
     for key in ("steps", "rollouts", "calls", "sampled_tokens"):
         assert ledger[key] == parent[key] + ledger["phases"][1][key]

@@ -117,3 +117,14 @@ def test_the_live_line_shows_what_holds(capsys: pytest.CaptureFixture[str]) -> N
     with Progress(1) as progress:
         progress.step(1, metrics, 10, ["100% answer 'Yes\x1b'"])
     assert "10 tok/s  ! 100% answer 'Yes\\x1b'" in capsys.readouterr().err
+
+
+def test_a_log_hears_every_ten_seconds_how_far_a_long_score_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 5.0
+    monkeypatch.setattr("neuromas.training.progress.time.monotonic", lambda: now)
+    with Progress(1) as progress:
+        for now in (6.0, 15.0, 16.0, 26.0):
+            progress.tell(f"at {now:.0f} s")
+    assert capsys.readouterr().err == "at 15 s\nat 26 s\n"
