@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,10 +70,10 @@ def run(args: Sequence[str]) -> None:
         require_best(opened)
     find_backbone(opened.config.backbone)
     from neuromas.serve.app import App, Limits, Served, is_loopback
-    from neuromas.serve.server import listen, serve
+    from neuromas.serve.server import serve
     from neuromas.training.load_run import load_network
 
-    with listen(parsed.host, parsed.port) as listening:
+    with _listen(parsed.host, parsed.port) as listening:
         network, _ = load_network(opened, best=parsed.best)
         name = parsed.name or parsed.run.resolve().name
         served = Served(
@@ -94,11 +95,26 @@ def run(args: Sequence[str]) -> None:
         serve(App(served, limits), listening, lambda: print(f"{name} at {address}/v1, a page at {address}/", flush=True))
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; ValueError if the address cannot be had."""
+    from neuromas.serve.server import listen
+
+    try:
+        return listen(host, port)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--host {host} --port {port} cannot be listened at: {reason}; name others") from error
+
+
 def _key(path: Path | None) -> str | None:
-    """Return the API key of the environment or of a file; ValueError if it is empty."""
-    key = os.environ.get(KEY_VARIABLE) if path is None else path.read_text()
+    """Return the API key of the environment or of a file; ValueError if it is empty, or cannot be sent in a header."""
+    try:
+        key = os.environ.get(KEY_VARIABLE) if path is None else path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
     # A header has no blanks at its ends.
     key = key and key.strip()
     if key is not None and (not key or not key.isascii() or not key.isprintable()):
-        raise ValueError(f"the API key must be printable ASCII, got none; look at {path or KEY_VARIABLE}")
+        got = "other characters" if key else "none"
+        raise ValueError(f"the API key must be printable ASCII, got {got}; look at {path or KEY_VARIABLE}")
     return key

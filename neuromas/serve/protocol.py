@@ -79,7 +79,9 @@ def read_request(body: bytes, *, chat: bool, model: str, most_choices: int) -> A
     for name, value in fields.items():
         # 1 == True, and neither is the other's neutral value.
         if not any((value, type(value) is bool) == (neutral, type(neutral) is bool) for neutral in _NEUTRAL.get(name, ())):
-            raise ApiError(400, f"this server does not support {name!r}; leave it out", param=name[:100], code="unsupported")
+            raise ApiError(
+                400, f"this server does not support {name[:100]!r}; leave it out", param=name[:100], code="unsupported"
+            )
     return asked
 
 

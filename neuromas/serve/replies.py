@@ -66,7 +66,8 @@ class Reply:
         if (before := cut_at(text, stops)) is not None:
             return before
         text = text.rstrip("\ufffd")
-        held = max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+        begun = ((stop, size) for stop in stops for size in range(1, min(len(stop), len(text) + 1)))
+        held = max((size for stop, size in begun if text.endswith(stop[:size])), default=0)
         return text[: len(text) - held]
 
     def _text(self, number: int, text: str) -> list[JSON]:

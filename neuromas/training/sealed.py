@@ -32,7 +32,8 @@ def check_seal(folder: Path, what: str, remedy: str) -> dict[str, Any]:
         path = folder / name
         data = path.read_bytes() if path.is_file() else b""
         if len(data) != size:
-            raise ValueError(f"{what} {folder}: {name} is truncated ({len(data)} of {size} bytes); {remedy}")
+            found = "truncated" if len(data) < size else "too long"
+            raise ValueError(f"{what} {folder}: {name} is {found} ({len(data)} of {size} bytes); {remedy}")
         if checksum_of(data) != digest:
             raise ValueError(f"{what} {folder}: {name} is damaged (its checksum differs); {remedy}")
     return state

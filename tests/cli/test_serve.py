@@ -17,9 +17,18 @@ def test_flags_that_make_no_sense(call: Call, trained: Path, tmp_path: Path, mon
     assert_refused(call("serve", trained, "--max-body-bytes", "0"), r"--max-body-bytes must be at least 1, got 0$")
     assert_refused(call("serve", trained, "--best"), r"holds no best checkpoint: no validation was its best yet")
     assert_refused(call("serve", tmp_path / "none"), r"none")
-    assert_refused(call("serve", trained, "--api-key-file", "none"), r"No such file or directory: 'none'$")
+    assert_refused(
+        call("serve", trained, "--api-key-file", "none"), r"--api-key-file none cannot be read: No such file or directory$"
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert_refused(call("serve", trained, "--port", taken.getsockname()[1]), r"Address already in use")
+        port = taken.getsockname()[1]
+        message = rf"--host 127.0.0.1 --port {port} cannot be listened at: Address already in use.*; name others$"
+        assert_refused(call("serve", trained, "--port", port), message)
+    # No label of a name is so long.
+    assert_refused(call("serve", trained, "--host", 70 * "a"), r"--host a+ --port 8000 cannot be listened at: .*; name others$")
+    (tmp_path / "key").write_bytes(b"\xffkey")
+    message = r"the API key must be printable ASCII, got other characters; look at .*key$"
+    assert_refused(call("serve", trained, "--api-key-file", tmp_path / "key"), message)
     monkeypatch.setenv("NEUROMAS_API_KEY", "")
     assert_refused(call("serve", trained), r"the API key must be printable ASCII, got none; look at NEUROMAS_API_KEY$")
 

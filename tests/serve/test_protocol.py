@@ -74,6 +74,7 @@ def test_the_texts_of_a_conversation_are_the_question() -> None:
         (ASK | {"frequency_penalty": False}, 400, "does not support 'frequency_penalty'"),
         (ASK | {"tools": [{}]}, 400, "does not support 'tools'"),
         (ASK | {"beam": 3}, 400, "does not support 'beam'"),
+        (ASK | {"x" * 10_000: 3}, 400, "does not support 'x{100}'; leave it out"),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """The worker: what fails ends its jobs with a reason and no others; and the talk in the terminal."""
 
 import queue
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -121,6 +122,14 @@ def test_half_a_character_waits_for_its_other_half(network: Network) -> None:
         assert [chunk["trace"]["new"] for chunk in chunks if "trace" in chunk] == ["a", "\u00e9", "b"]
     said = [choice["delta"]["content"] for chunk in chunks for choice in chunk["choices"]]
     assert said == ["a", "\u00e9", "b"]
+
+
+def test_a_stop_may_be_as_long_as_a_body() -> None:
+    """Looking for its beginning at the end of a text takes no longer than the text: meanwhile nobody else is answered."""
+    asked = Asked(("a?",), True, 1, 0.0, None, None, ("b" + "y" * 2**20,), True, False, False)
+    began = time.process_time()
+    assert [Reply(asked, "team")._safe(text) for text in ("", "a", "ab", "abyy", "abyz")] == ["", "a", "a", "a", "abyz"]
+    assert time.process_time() - began < 1
 
 
 def test_a_talk_in_the_terminal(network: Network) -> None:

@@ -204,6 +204,8 @@ def test_what_is_no_whole_export_is_refused(call: Call, copy: Path, speaker: Pat
     (copy / "adapters/2/adapter_config.json").write_text(json.dumps(config | {"r": 4}))
     refused("adapters/2/adapter_config.json has r 4, expected 12: it is of another run")
     data = bytearray((copy / tensors).read_bytes())
+    (copy / tensors).write_bytes(bytes([*data, 0]))
+    refused(rf"{tensors} is too long .{len(data) + 1} of {len(data)} bytes.; export the run again")
     data[-5] ^= 1
     (copy / tensors).write_bytes(data)
     refused(f"{tensors} is damaged .its checksum differs.; export the run again")
