@@ -1,11 +1,13 @@
 """Compiled loops do what torch's operations do, in value and gradient."""
 
 import math
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -251,6 +253,37 @@ def test_a_term_of_0_is_not_passed_where_the_sum_of_a_gpu_still_changes() -> Non
     cumulative = torch.tensor([[0.5, 0.75, 1 - 2**-52, 1 - 2**-53, 1.0]], dtype=torch.float64)
     for target, expected in ((0.0, 0), (0.5, 1), (0.9, 2), (1 - 2**-52, 2), (1.0, 2)):
         assert _passed(terms, cumulative, torch.tensor([target], dtype=torch.float64)).tolist() == [expected]
+
+
+LAST_BITS = """
+import sys, hashlib, torch
+from neuromas.model import kernels
+x, scale = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((37, 576), (576,)))
+y, inverse = kernels.normalise(x, scale, 1e-5, torch.float32)
+gradient = kernels.normalise_backward(y, x, scale, inverse)
+print(hashlib.md5(gradient.numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.processes
+def test_no_process_computes_by_a_loop_that_it_compiled_itself(tmp_path: Path) -> None:
+    """Its last bits would be others than those of all later processes."""
+
+    def last_bits() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", LAST_BITS], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        return done.stdout
+
+    at_first = last_bits()
+    assert last_bits() == at_first
+    # As another version of Numba leaves them that has only begun.
+    for index in tmp_path.rglob("loops.*_backward-*.nbi"):
+        index.unlink()
+    (mark,) = tmp_path.rglob("loops.compiled")
+    mark.write_text("0.0")
+    assert last_bits() == at_first
 
 
 @pytest.mark.processes

@@ -1,5 +1,7 @@
 """Runs the compiled loops, on as many threads as torch uses."""
 
+import contextlib
+import fcntl
 import functools
 import os
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -36,21 +39,33 @@ _PREPARING = "NEUROMAS_COMPILES_LOOPS"
 
 @functools.cache
 def _prepare() -> None:
-    """Have another process compile the loops if they are not kept on disk yet; `compile_kernels` says why."""
+    """Have another process compile the loops if they are not all kept on disk yet; `compile_kernels` says why.
+
+    A file beside them says which Numba has compiled them all, from which source, for which processor: another version, in an
+    environment of its own beside the same checkout, throws away what this one has kept, and a process that was killed kept a part.
+    """
     from neuromas.model.kernels import loops
 
-    kept = loops.weigh.stats.cache_path  # type: ignore[reportFunctionMemberAccess]  # of Numba's dispatcher
+    loop: Any = loops.weigh
+    kept = loop.stats.cache_path
     if _PREPARING in os.environ or kept is None:
         return
-    source_time = Path(loops.__file__).stat().st_mtime
-    # Numba compiles anew what is older than its source.
-    if any(index.stat().st_mtime >= source_time for index in Path(kept).glob("loops.weigh-*.nbi")):
-        return
-    # If that process fails, this one compiles them.
-    subprocess.run(
-        [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {_PREPARING: "1"}, check=False,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    made_by = f"{numba.__version__} {Path(loops.__file__).stat().st_mtime_ns} {loop.targetctx.codegen().magic_tuple()}"
+    with (Path(kept) / "loops.compiled").open("a+") as file:
+        # Processes that compile at once would lose each other's entries in Numba's index. Not every disk has locks.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if file.read() == made_by:
+            return
+        done = subprocess.run(
+            [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {_PREPARING: "1"}, check=False,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        # If that process fails, this one compiles them.
+        if done.returncode == 0:
+            file.truncate(0)
+            file.write(made_by)
 
 
 def run(loop: Callable[..., None], *arguments: Tensor | np.ndarray | float | int) -> None:
