@@ -41,8 +41,8 @@ _PREPARING = "NEUROMAS_COMPILES_LOOPS"
 def _prepare() -> None:
     """Have another process compile the loops if they are not all kept on disk yet; `compile_kernels` says why.
 
-    A file beside them says which Numba has compiled them all, from which source, for which processor: another version, in an
-    environment of its own beside the same checkout, throws away what this one has kept, and a process that was killed kept a part.
+    A file beside them says which Numba has compiled them all, from which source, for which processor: in another environment of
+    the same checkout another version may have thrown them away, and a process that was killed has kept a part.
     """
     from neuromas.model.kernels import loops
 
@@ -51,7 +51,7 @@ def _prepare() -> None:
     if _PREPARING in os.environ or kept is None:
         return
     made_by = f"{numba.__version__} {Path(loops.__file__).stat().st_mtime_ns} {loop.targetctx.codegen().magic_tuple()}"
-    with (Path(kept) / "loops.compiled").open("a+") as file:
+    with (Path(kept) / f"loops.{sys.implementation.cache_tag}.compiled").open("a+") as file:
         # Processes that compile at once would lose each other's entries in Numba's index. Not every disk has locks.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
