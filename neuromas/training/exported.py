@@ -173,9 +173,10 @@ def _check_adapters(folder: Path, names: Iterable[str], adapter: AdapterConfig) 
 
 def make_run(export: Export, run_dir: Path | None) -> RunDirectory:
     """Make a run of an export, all or nothing; ValueError if its folder is there or cannot be written."""
-    run = RunDirectory.create(dataclasses.replace(export.config, run_dir=run_dir))
-    if run.path.exists():
-        raise ValueError(f"--run-dir {run.path} exists already; name another --run-dir")
+    config = dataclasses.replace(export.config, run_dir=run_dir)
+    if config.run_path.exists():
+        raise ValueError(f"--run-dir {config.run_path} exists already; name another --run-dir")
+    run = RunDirectory.create(config)
     checkpoint = {n: data for n, data in export.files.items() if n.startswith("adapters/") or n == "ledger.json"}
     head = {name: value for name, value in export.head.items() if name not in ("format", "checkpoint")}
     folder = f"checkpoints/step-{export.step:06d}"

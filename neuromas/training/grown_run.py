@@ -17,6 +17,8 @@ def grown_config(parent: RunDirectory, entry: GrowthConfig, *, steps: int | None
     Steps count on from the parent's, so that no question is drawn twice; the learning rate begins anew. Raises ValueError if
     the parent is not finished, is to have another task or backbone, or cannot grow in this way.
     """
+    if parent.config.society.rounds:
+        raise ValueError(f"run {parent.path} is a society, which does not grow; start one with other widths by neuromas finetune")
     done = parent.step
     if done < parent.config.num_steps:
         raise ValueError(

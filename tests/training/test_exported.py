@@ -237,8 +237,8 @@ def test_names_that_are_taken_or_empty_are_refused(call: Call, run: Path, export
     assert_refused(call("export", run, "--out", tmp_path), "--out .* exists already; name a folder that does not")
     made = tmp_path / "made"
     made.mkdir()
-    assert_refused(call("import", export, "--run-dir", made), "exists already; name another --run-dir")
-    assert_refused(call("import", export, "--run-dir", run), "exists already; continue it with --resume")
+    for taken in (made, run):
+        assert_refused(call("import", export, "--run-dir", taken), "exists already; name another --run-dir$")
     assert_refused(call("import", run, "--run-dir", tmp_path / "new"), "is no export: expected config.json and state.json")
     (tmp_path / "file").write_text("")
     assert_refused(call("import", export, "--run-dir", tmp_path / "file/x"), "cannot be written")
