@@ -18,7 +18,7 @@ def grown_config(parent: RunDirectory, entry: GrowthConfig, *, steps: int | None
     the parent is not finished, is to have another task or backbone, or cannot grow in this way.
     """
     if parent.config.society.rounds:
-        raise ValueError(f"run {parent.path} is a society, which does not grow; start one with other widths by neuromas finetune")
+        raise ValueError(f"run {parent.path} is a society, which does not grow; start a larger one by neuromas finetune")
     done = parent.step
     if done < parent.config.num_steps:
         raise ValueError(

@@ -402,7 +402,7 @@ def test_a_run_learns_counts_and_answers_as_before(config: TrainConfig, call: Ca
     assert [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| society")] == ["0", "1", "2"]
     assert (run / "iterations.svg").read_text().startswith("<?xml")
     assert_refused(call("ask", run, "Why?"), "these settings are a society's .society.rounds., which debates and is no network")
-    assert_refused(call("grow", run, "--to", 3, 3), "is a society, which does not grow; start one with other widths by neuromas")
+    assert_refused(call("grow", run, "--to", 3, 3), "is a society, which does not grow; start a larger one")
     start, *later = read_iterations(RunDirectory.open(run))
     no_iteration = r"iterations.json is damaged \(an entry is no iteration\)"
     for damaged, message in (
