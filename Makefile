@@ -61,8 +61,10 @@ docs: install-dev $(VENV)/installed-docs
 test-ray: $(VENV)-ray/installed
 	$(VENV)-ray/bin/pytest -m ray tests/on_ray
 
+# The service's client leaves connections to the end of the process, which is after the last test.
 test-tinker: install-dev $(VENV)/installed-tinker $(VENV)-skyrl/installed
-	NEUROMAS_SERVICE_PYTHON=$(VENV)-skyrl/bin/python $(BIN)/pytest -p no:xdist -m tinker
+	NEUROMAS_SERVICE_PYTHON=$(VENV)-skyrl/bin/python $(BIN)/pytest -p no:xdist -m tinker \
+	  -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm $(VENV)-ray $(VENV)-skyrl build *.egg-info

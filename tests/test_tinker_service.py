@@ -26,11 +26,7 @@ from neuromas.training.reinforce import Credits, build_batch
 from neuromas.training.tinker_learner import TinkerLearner, plug_service
 from neuromas.types import Group
 
-pytestmark = [
-    pytest.mark.tinker,
-    # The service's client leaves connections to the end of the process.
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.tinker
 
 PYTHON = os.environ.get("NEUROMAS_SERVICE_PYTHON", ".venv-skyrl/bin/python")
 SERVER = Path(__file__).parent / "tinker_server.py"
