@@ -8,6 +8,7 @@ VENV ?= .venv
 # SkyRL, the service of test-tinker, wants Python 3.12 or newer.
 SERVICE_PYTHON ?= python3.12
 BIN = $(VENV)/bin
+PARALLEL = -n auto --maxprocesses 8 --dist loadfile
 EXACT = $(BIN)/pytest -m exact
 FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
@@ -39,7 +40,8 @@ test: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest $(PARALLEL)
+	$(BIN)/pytest $(PARALLEL) -m "runs and not processes"
 	$(BIN)/pytest -m processes
 
 # What MKL takes on processors that it does not know, and what an older one has. Threads that wait leave the processor to others.

@@ -41,6 +41,7 @@ def test_pages_and_pictures_are_small() -> None:
     assert {name: size for name, size in sizes.items() if size > (1e6 if name.endswith(".html") else 6e5)} == {}
 
 
+@pytest.mark.runs
 def test_the_program_of_the_page_prints_what_nodes_say() -> None:
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/usage.md").read_text(), re.DOTALL)
     out = io.StringIO()

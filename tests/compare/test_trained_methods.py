@@ -34,6 +34,8 @@ from neuromas.training.setup import set_up
 from neuromas.training.trainer import Trainer
 from neuromas.types import Example, Request
 
+pytestmark = pytest.mark.runs
+
 EXAMPLE = Example("a", "Question a?", "Yes", Navigate.answer_format)
 SMALL = AdapterConfig(rank=2, target_modules=("q_proj", "v_proj"))
 STEPS = 3

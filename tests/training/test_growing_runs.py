@@ -41,6 +41,8 @@ from neuromas.training.setup import set_up
 from neuromas.training.signals import Stop
 from neuromas.training.trainer import Trainer
 
+pytestmark = pytest.mark.runs
+
 FIVE = GrowthConfig(at_step=2, widths=(2, 2, 1), start=("4:copy:1",), opening="annealed", open_steps=2)
 SEVEN = GrowthConfig(at_step=4, widths=(2, 2, 2, 1), warmup_new=1)
 SCHEDULE = (FIVE, SEVEN)

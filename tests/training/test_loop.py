@@ -54,6 +54,8 @@ from neuromas.training.setup import build_network, check_memory, set_up
 from neuromas.training.trainer import Trainer
 from neuromas.types import Completion, Example, Prompt, Sample
 
+pytestmark = pytest.mark.runs
+
 NUM_STEPS = 16
 FLAGS = [
     "--widths", "1", "1", "--num-steps", str(NUM_STEPS), "--examples-per-step", "4", "--group-size", "4",

@@ -35,6 +35,8 @@ from neuromas.training.sharding import Announced, Exchange, ShardedEngine, Share
 from neuromas.training.signals import Interrupted
 from neuromas.types import Example, Request
 
+pytestmark = pytest.mark.runs
+
 CONFIG = TrainConfig(
     topology=TopologyConfig(widths=(1, 1)), num_steps=3, examples_per_step=4, group_size=4, max_new_tokens=3, eval_size=4,
     eval_every=2, validation_size=3, save_every=2, lr=0.01, device="cpu",
