@@ -137,7 +137,15 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/credit"))
     options = parser.parse_args()
-    loaded = load_run(options.run)
+    for name, least in {"estimates": 4, "warm": 0, "questions": 1, "group_size": 2, "replays": 1}.items():
+        if (got := getattr(options, name)) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {got}")
+    try:
+        loaded = load_run(options.run)
+    except ValueError as error:
+        parser.error(str(error))
+    if loaded.run.config.society.rounds:
+        parser.error(f"{options.run} is a run of `neuromas finetune`: a society has no credit schemes")
     network, task = loaded.network, loaded.task
     nodes, config = network.topology.nodes, replace(loaded.run.config, group_size=options.group_size, replays=options.replays)
     names = cast(list[Credit], list(dict.fromkeys(["shared", *options.schemes])))

@@ -59,7 +59,10 @@ class Worker:
         except OSError:
             line = ""
         if not line:
-            raise PeerFailed(f"died with exit code {self.process.wait()}, see {self.log}")
+            code = self.process.wait()
+            killed = " (killed by the system, most likely for its memory)" if code == -signal.SIGKILL else ""
+            # A table is published: it names no folder of this machine.
+            raise PeerFailed(f"died with exit code {code}{killed}, see logs/{self.log.name} in --folder")
         self._signal(signal.SIGSTOP)
         reply = json.loads(line)
         if "error" in reply:

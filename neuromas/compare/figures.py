@@ -47,7 +47,7 @@ def scores_picture(data: Data) -> str:
 
 def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
     """Draw mean accuracy against cost, with the Pareto frontier."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     methods = [method for method in data["methods"] if all(method in problem["scores"] for problem in problems)]
     figure, axes = make_panels(3, 3, (WIDTH, 4.1), sharey=True)
@@ -60,11 +60,13 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
         amounts = [x for x, _ in points.values()]
         if min(amounts) > 0 and max(amounts) / min(amounts) > 12:
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_minor_formatter(NullFormatter())
         else:
             panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         panel.set_xlabel(QUANTITIES[key])
         panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.0f}")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         panel.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy" if len(problems) == 1 else f"accuracy, mean of {len(problems)} tasks")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)

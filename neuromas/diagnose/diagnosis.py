@@ -13,7 +13,7 @@ from neuromas.diagnose.texts import of_rollout, specialisation
 from neuromas.graph.growth import widths_of
 from neuromas.rollout.network import Network
 from neuromas.tasks import Task, rewards_of
-from neuromas.training.evaluate import EXAMPLES_AT_ONCE, evaluate
+from neuromas.training.evaluate import evaluate, parts
 from neuromas.types import Example
 
 
@@ -33,8 +33,7 @@ def diagnose(
     """
     examples = list({example.id: example for example in examples}.values())
     network.check_lengths(examples)
-    asked = range(0, len(examples), EXAMPLES_AT_ONCE)
-    passes = iter(f"undisturbed: {start} of {len(examples)} questions answered" for start in asked)
+    passes = iter(f"undisturbed: {part.start} of {len(examples)} questions answered" for part in parts(examples))
     how = Sampling(("evaluate", seed), temperature)
     score, groups = evaluate(network, task, examples, temperature=temperature, seed=seed, between=lambda: tell(next(passes)))
     rollouts = [group[0] for group in groups]

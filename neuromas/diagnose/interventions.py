@@ -18,7 +18,7 @@ import numpy as np
 from neuromas.diagnose import Kind
 from neuromas.graph.messages import NOTHING
 from neuromas.rollout.network import Network
-from neuromas.training.evaluate import EXAMPLES_AT_ONCE
+from neuromas.training.evaluate import parts
 from neuromas.types import Message, Rollout
 
 Edge = tuple[int, int]
@@ -94,7 +94,7 @@ class Intervention:
 
 def _parts(rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
     """Yield rollouts in parts, so that memory does not grow with their number."""
-    return (rollouts[start : start + EXAMPLES_AT_ONCE] for start in range(0, len(rollouts), EXAMPLES_AT_ONCE))
+    return (rollouts[part] for part in parts([rollout.example for rollout in rollouts]))
 
 
 def answer(network: Network, asked: Sequence[Rollout], how: Sampling) -> list[Rollout]:

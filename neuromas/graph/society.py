@@ -23,6 +23,8 @@ MOST_EPOCHS, MOST_TEXTS = 1_000, 100_000
 LEFT_ALONE: Mapping[str, tuple[object, str]] = {
     "group_size": (1, "there is one debate of each question"),
     "credit": ("shared", "there are no advantages"),
+    "replays": (1, "there are no advantages"),
+    "critic_lr": (0.02, "there is no value head"),
     "centring": ("none", "nothing is centred"),
     "branches": (1, "there is no tree"),
     "growth": ((), "a society does not grow"),

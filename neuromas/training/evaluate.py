@@ -1,7 +1,7 @@
 """Scores that are never shown alone: accuracy with n, interval, floor, parse rate, and what an answer cost."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,8 @@ from neuromas.types import Example, Group
 
 UNPARSED = "(none)"
 EXAMPLES_AT_ONCE = 128
+CHARACTERS_AT_ONCE = 96_000
+"""Of the questions that are answered together, whose prefixes are in memory together, as long as the longest of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,23 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
     )
 
 
+def parts(examples: Sequence[Example]) -> Iterator[slice]:
+    """Yield the slices of examples that are answered together: 128, or as many as hold 96,000 characters padded to the longest.
+
+    >>> examples = [Example("", "q" * (40_000 if i == 1 else 1), "Yes", "Write it.") for i in range(300)]
+    >>> [part.stop for part in parts(examples)]
+    [2, 130, 258, 300]
+    """
+    start = longest = 0
+    for stop, example in enumerate(examples):
+        longest = max(longest, len(example.question))
+        if stop > start and (stop - start == EXAMPLES_AT_ONCE or (stop + 1 - start) * longest > CHARACTERS_AT_ONCE):
+            yield slice(start, stop)
+            start, longest = stop, len(example.question)
+    if examples:
+        yield slice(start, len(examples))
+
+
 class Answering(Protocol):
     """What answers examples: a network, or a society."""
 
@@ -126,11 +145,10 @@ def evaluate(
     and `tell` is told how far it is after each but the last.
     """
     groups: list[Group] = []
-    for start in range(0, len(examples), EXAMPLES_AT_ONCE):
+    for part in parts(examples):
         between()
-        if start:
-            tell(f"{start} of {len(examples)} questions answered")
-        part = examples[start : start + EXAMPLES_AT_ONCE]
-        groups += network.rollout(part, 1, seed=("evaluate", seed), temperature=temperature)
+        if part.start:
+            tell(f"{part.start} of {len(examples)} questions answered")
+        groups += network.rollout(examples[part], 1, seed=("evaluate", seed), temperature=temperature)
         return_freed_memory()
     return score(task, groups), groups

@@ -141,6 +141,18 @@ def test_evaluate_answers_each_example_once(tiny_backbone: Backbone) -> None:
     assert (scored.calls_per_answer, scored.tokens_per_answer) == (2.0, 24.0)
 
 
+def test_long_questions_are_answered_fewer_at_a_time(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuromas.training.evaluate.CHARACTERS_AT_ONCE", 30)
+    engine = ScriptedEngine(lambda request: "Answer: Yes")
+    network = Network(Topology.layered([1]), tiny_backbone, adapter=AdapterConfig(rank=1), engine=engine)
+    lengths, told = [10, 10, 10, 15, 16, 40, 1], list[str]()
+    examples = [Example(str(i), "q" * length, "Yes", "Write it.") for i, length in enumerate(lengths)]
+    _, groups = evaluate(network, TASK, examples, tell=told.append)
+    # Three of 10 fill the 30, 15 and 16 do not go together, and 40 is asked although it is longer.
+    assert told == [f"{start} of 7 questions answered" for start in (3, 4, 5, 6)]
+    assert [group[0].example for group in groups] == examples
+
+
 def test_a_long_evaluation_says_how_far_it_is(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neuromas.training.evaluate.EXAMPLES_AT_ONCE", 2)
     adapter = AdapterConfig(rank=1, target_modules=("q_proj",))

@@ -531,6 +531,8 @@ ALONE = TopologyConfig(widths=(1,))
         ({"topology": ALONE}, r"--topology.widths must hold more than one agent to debate in several rounds, got \[1\]"),
         ({"topology": TopologyConfig(widths=(3, 3), vote=True, skip=True)}, "--topology.edges, --topology.skip and"),
         ({"train_tokens": 5}, "--train-tokens must be 0 with more than one round"),
+        ({"replays": 3}, r"--replays must be 1 with --society.rounds \(there are no advantages\), got 3"),
+        ({"critic_lr": 0.1}, r"--critic-lr must be 0.02 with --society.rounds \(there is no value head\), got 0.1"),
         ({"group_size": 8}, r"--group-size must be 1 with --society.rounds \(there is one debate of each question\), got 8"),
         ({"kl_coef": 0.5}, r"--kl-coef must be 0.0 with --society.rounds \(there is no reward in its loss\), got 0.5"),
     ],

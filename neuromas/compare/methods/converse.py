@@ -16,7 +16,7 @@ from neuromas.rollout.torch_engine import TorchEngine
 from neuromas.rollout.voting import majority_vote
 from neuromas.tasks import Task, from_config, rewards_of
 from neuromas.training.config_file import to_json
-from neuromas.training.evaluate import EXAMPLES_AT_ONCE
+from neuromas.training.evaluate import parts
 from neuromas.training.ledger import spending
 from neuromas.training.questions import evaluation_sets
 from neuromas.types import Example, Group, Request, Sample
@@ -159,9 +159,9 @@ def answer_in_parts(
 ) -> list[Answered]:
     """Answer examples part by part, so that memory does not grow with their number; `between` is called before each part."""
     answered: list[Answered] = []
-    for start in range(0, len(examples), EXAMPLES_AT_ONCE):
+    for part in parts(examples):
         between()
-        answered += answer(examples[start : start + EXAMPLES_AT_ONCE])
+        answered += answer(examples[part])
     return answered
 
 
