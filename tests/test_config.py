@@ -149,6 +149,8 @@ NAN = float("nan")
         ({"group_size": 1}, "--group-size must be at least 2 with --centring leave_one_out, got 1"),
         ({"group_size": 1, "centring": "group_mean"}, "--group-size must be at least 2 with --centring group_mean, got 1"),
         ({"group_size": 1, "centring": "ema", "normalize": True}, "--group-size must be at least 2 with --centring ema, got 1"),
+        ({"group_size": 1, "credit": "replay"}, "--group-size must be at least 2 with --credit replay, got 1"),
+        ({"group_size": 0, "credit": "own_critics"}, "--group-size must be at least 1 with --credit own_critics, got 0"),
         ({"group_size": 0, "centring": "none"}, "--group-size must be at least 1 with --centring none, got 0"),
         ({"prompt_date": "26 Jul 2024"}, "--prompt-date must be a date YYYY-MM-DD, got '26 Jul 2024'"),
         ({"prompt_date": "20240726"}, "--prompt-date must be a date YYYY-MM-DD, got '20240726'"),

@@ -33,7 +33,9 @@ def diagnose(
     """
     examples = list({example.id: example for example in examples}.values())
     network.check_lengths(examples)
-    passes = iter(f"undisturbed: {part.start} of {len(examples)} questions answered" for part in parts(examples))
+    passes = iter(
+        f"undisturbed: {part.start} of {len(examples)} questions answered" for part in parts(network.policy, examples)
+    )
     how = Sampling(("evaluate", seed), temperature)
     score, groups = evaluate(network, task, examples, temperature=temperature, seed=seed, between=lambda: tell(next(passes)))
     rollouts = [group[0] for group in groups]

@@ -66,7 +66,7 @@ class Intervention:
 
         return [
             rollout
-            for part in _parts(undisturbed)
+            for part in _parts(network, undisturbed)
             for rollout in network.redeliver(part, delivered, seed=how.seed, temperature=how.temperature)
         ]
 
@@ -92,16 +92,16 @@ class Intervention:
         return dict.fromkeys(gone, NOTHING)
 
 
-def _parts(rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
+def _parts(network: Network, rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
     """Yield rollouts in parts, so that memory does not grow with their number."""
-    return (rollouts[part] for part in parts([rollout.example for rollout in rollouts]))
+    return (rollouts[part] for part in parts(network.policy, [rollout.example for rollout in rollouts]))
 
 
 def answer(network: Network, asked: Sequence[Rollout], how: Sampling) -> list[Rollout]:
     """Answer the questions of these rollouts anew."""
     return [
         group[0]
-        for part in _parts(asked)
+        for part in _parts(network, asked)
         for group in network.rollout([r.example for r in part], 1, seed=how.seed, temperature=how.temperature)
     ]
 

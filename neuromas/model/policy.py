@@ -124,6 +124,11 @@ class Policy:
             return Prompt((*prefix, *own), footer)
         return Prompt(prefix, (*own, *footer))
 
+    def prefix_bytes(self, question: str) -> int:
+        """Return about how many bytes the prefixes that all nodes share of a question take together."""
+        own = len(self.routing.nodes) if self.scope == "all" else 1
+        return max(1, own) * len(self.prompt(question, "").prefix_ids) * self.backbone.token_bytes
+
     def later_headers(self, begins: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the tokens by which each text after a node's first one is begun."""
         return tuple((*self.frame.separator, *self.backbone.tokenize(begin)) for begin in begins[1:])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from neuromas.model.policy import Policy
 from neuromas.system.process import return_freed_memory
 from neuromas.system.terminal import shortened
 from neuromas.tasks import Task, rewards_of
@@ -14,8 +15,8 @@ from neuromas.types import Example, Group
 
 UNPARSED = "(none)"
 EXAMPLES_AT_ONCE = 128
-CHARACTERS_AT_ONCE = 96_000
-"""Of the questions that are answered together, whose prefixes are in memory together, as long as the longest of them."""
+PREFIX_BYTES_AT_ONCE = 2**30
+"""On a CPU, the most that the prefixes of the questions that are answered together take; at a peak there are two copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,25 +103,25 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
     )
 
 
-def parts(examples: Sequence[Example]) -> Iterator[slice]:
-    """Yield the slices of examples that are answered together: 128, or as many as hold 96,000 characters padded to the longest.
-
-    >>> examples = [Example("", "q" * (40_000 if i == 1 else 1), "Yes", "Write it.") for i in range(300)]
-    >>> [part.stop for part in parts(examples)]
-    [2, 130, 258, 300]
-    """
-    start = longest = 0
+def parts(policy: Policy, examples: Sequence[Example]) -> Iterator[slice]:
+    """Yield the slices of examples that are answered together: 128, or on a CPU as many as have room for their prefixes."""
+    bounded = policy.backbone.device.type == "cpu"
+    start = most = 0
     for stop, example in enumerate(examples):
-        longest = max(longest, len(example.question))
-        if stop > start and (stop - start == EXAMPLES_AT_ONCE or (stop + 1 - start) * longest > CHARACTERS_AT_ONCE):
+        needed = policy.prefix_bytes(example.question) if bounded else 0
+        # Prefixes are padded to the longest.
+        most = max(most, needed)
+        if stop > start and (stop - start == EXAMPLES_AT_ONCE or (stop + 1 - start) * most > PREFIX_BYTES_AT_ONCE):
             yield slice(start, stop)
-            start, longest = stop, len(example.question)
+            start, most = stop, needed
     if examples:
         yield slice(start, len(examples))
 
 
 class Answering(Protocol):
     """What answers examples: a network, or a society."""
+
+    policy: Policy
 
     def rollout(
         self, examples: Sequence[Example], group_size: int, *, seed: Sequence[int | str], temperature: float
@@ -145,7 +146,7 @@ def evaluate(
     and `tell` is told how far it is after each but the last.
     """
     groups: list[Group] = []
-    for part in parts(examples):
+    for part in parts(network.policy, examples):
         between()
         if part.start:
             tell(f"{part.start} of {len(examples)} questions answered")

@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from itertools import count
+from typing import Any
 
 import pytest
 
 from neuromas import Backbone, Network, Topology
 from neuromas.compare.statistics import wilson
 from neuromas.config import AdapterConfig
+from neuromas.model.policy import Policy
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.tasks import Navigate
 from neuromas.training.evaluate import UNPARSED, Evaluation, evaluate, score
@@ -142,15 +144,26 @@ def test_evaluate_answers_each_example_once(tiny_backbone: Backbone) -> None:
 
 
 def test_long_questions_are_answered_fewer_at_a_time(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neuromas.training.evaluate.CHARACTERS_AT_ONCE", 30)
     engine = ScriptedEngine(lambda request: "Answer: Yes")
-    network = Network(Topology.layered([1]), tiny_backbone, adapter=AdapterConfig(rank=1), engine=engine)
+    network = Network(Topology.layered([1, 1]), tiny_backbone, adapter=AdapterConfig(rank=1), engine=engine)
+    monkeypatch.setattr(network.policy, "prefix_bytes", len)
+    monkeypatch.setattr("neuromas.training.evaluate.PREFIX_BYTES_AT_ONCE", 30)
     lengths, told = [10, 10, 10, 15, 16, 40, 1], list[str]()
     examples = [Example(str(i), "q" * length, "Yes", "Write it.") for i, length in enumerate(lengths)]
     _, groups = evaluate(network, TASK, examples, tell=told.append)
     # Three of 10 fill the 30, 15 and 16 do not go together, and 40 is asked although it is longer.
     assert told == [f"{start} of 7 questions answered" for start in (3, 4, 5, 6)]
     assert [group[0].example for group in groups] == examples
+
+
+def test_prefixes_are_counted_once_for_each_adapter_that_acts_on_them(tiny_backbone: Backbone) -> None:
+    def counted(nodes: tuple[int, ...], **settings: Any) -> int:
+        return Policy(tiny_backbone, nodes, AdapterConfig(rank=1, **settings)).prefix_bytes("q" * 50)
+
+    bare = Policy(tiny_backbone)
+    assert counted(()) == tiny_backbone.token_bytes * len(bare.prompt("q" * 50, "").prefix_ids) > 0
+    assert counted((1, 2, 3)) == 3 * counted((1,)) == 3 * counted(())
+    assert counted((1, 2, 3), scope="suffix") == counted((1, 2, 3), shared=True) == counted((1,))
 
 
 def test_a_long_evaluation_says_how_far_it_is(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,13 +153,14 @@ def majority_answer(task: Task, group: Group) -> Answered:
 
 
 def answer_in_parts(
+    policy: Policy,
     examples: Sequence[Example],
     answer: Callable[[Sequence[Example]], list[Answered]],
     between: Callable[[], None] = lambda: None,
 ) -> list[Answered]:
     """Answer examples part by part, so that memory does not grow with their number; `between` is called before each part."""
     answered: list[Answered] = []
-    for part in parts(examples):
+    for part in parts(policy, examples):
         between()
         answered += answer(examples[part])
     return answered
@@ -195,7 +196,9 @@ class Answerer:
         def answer(examples: Sequence[Example]) -> list[Answered]:
             return self.converse([(example, conversation(example)) for example in examples], ("evaluate", self.config.seed))
 
-        return {name: answers_of(self.task, answer_in_parts(examples, answer)) for name, examples in self.sets.items()}
+        return {
+            name: answers_of(self.task, answer_in_parts(self.policy, examples, answer)) for name, examples in self.sets.items()
+        }
 
 
 def run_untrained(

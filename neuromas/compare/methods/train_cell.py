@@ -41,7 +41,9 @@ def answer_sets(
         groups = network.rollout(examples, votes, seed=("evaluate", seed), temperature=temperature)
         return [majority_answer(task, group) for group in groups]
 
-    return {name: answers_of(task, answer_in_parts(examples, answer, between)) for name, examples in sets.items()}
+    return {
+        name: answers_of(task, answer_in_parts(network.policy, examples, answer, between)) for name, examples in sets.items()
+    }
 
 
 def curve_of(run: RunDirectory) -> tuple[CurvePoint, ...]:
