@@ -26,8 +26,6 @@ Credit = Literal[
     "shared", "per_node", "replay", "removal", "tree", "value", "token_value", "central_critic", "own_critics",
     "sequential_critic", "turn_groups",
 ]  # fmt: skip
-WITHOUT_GROUPS: frozenset[Credit] = frozenset({"central_critic", "own_critics", "sequential_critic"})
-"""Schemes in which a value takes the place of the mean of a question's other rollouts."""
 Device = Literal["auto", "cpu", "cuda"]
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 Split = Literal["test", "validation", "train", "dev", "first200"]
@@ -327,8 +325,7 @@ class TrainConfig:
         )
         for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens", "train_tokens"):
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
-        least = f"at least {COLDEST} (training samples)"
-        require(self.temperature >= COLDEST, "--temperature", least, self.temperature)
+        require(self.temperature >= COLDEST, "--temperature", f"at least {COLDEST} (training samples)", self.temperature)
         for name in ("lr", "critic_lr"):
             rate = getattr(self, name)
             require(0 < rate <= LARGEST_RATE, _flag(name), f"above 0 and at most {LARGEST_RATE:g}", rate)
@@ -340,11 +337,10 @@ class TrainConfig:
             require(fits, _flag(name), f"left out with --credit {self.credit}", getattr(self, name))
         require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
         require(_is_date(self.prompt_date), "--prompt-date", "a date YYYY-MM-DD", self.prompt_date)
-        compared = self.centring in ("leave_one_out", "group_mean") or self.normalize
-        needed = 2 if compared and self.credit not in WITHOUT_GROUPS else 1
+        # A critic's value takes the place of the mean of a question's other rollouts.
+        compared = "critic" not in self.credit and (self.centring in ("leave_one_out", "group_mean") or self.normalize)
         by = f"--centring {self.centring}" if self.credit == "shared" else f"--credit {self.credit}"
-        enough = f"at least {needed} with {by}"
-        require(self.group_size >= needed, "--group-size", enough, self.group_size)
+        require(self.group_size >= 1 + compared, "--group-size", f"at least {1 + compared} with {by}", self.group_size)
         unbiased = "leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer otherwise)"
         require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
         leaves = self.branches**depth
