@@ -146,8 +146,14 @@ def main() -> None:
         parser.error(str(error))
     if loaded.run.config.society.rounds:
         parser.error(f"{options.run} is a run of `neuromas finetune`: a society has no credit schemes")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out} must be a folder that can be written, got {error.strerror}")
     network, task = loaded.network, loaded.task
-    nodes, config = network.topology.nodes, replace(loaded.run.config, group_size=options.group_size, replays=options.replays)
+    # Rollouts are drawn here one by one, also those of a run whose rollouts form a tree.
+    config = replace(loaded.run.config, group_size=options.group_size, replays=options.replays, branches=1)
+    nodes = network.topology.nodes
     names = cast(list[Credit], list(dict.fromkeys(["shared", *options.schemes])))
     schemes = [Measured(name, network.backbone, nodes, config) for name in names]
     base: list[float] = []
@@ -181,7 +187,6 @@ def write(options: argparse.Namespace, schemes: list[Measured], nodes: Sequence[
             "replay_seconds": float(np.mean(scheme.replay_seconds)), "credit_seconds": float(np.mean(scheme.seconds)),
             "rollout_seconds": float(np.mean(base)),
         }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "variance.json").write_text(json.dumps(data, indent=1))
     (options.out / "variance.md").write_text(table(data, nodes))
 

@@ -339,12 +339,12 @@ class TrainConfig:
         require(_is_date(self.prompt_date), "--prompt-date", "a date YYYY-MM-DD", self.prompt_date)
         # A critic's value takes the place of the mean of a question's other rollouts.
         compared = "critic" not in self.credit and (self.centring in ("leave_one_out", "group_mean") or self.normalize)
-        by = f"--centring {self.centring}" if self.credit == "shared" else f"--credit {self.credit}"
+        of_centring = "--normalize" if self.normalize and self.centring in ("ema", "none") else f"--centring {self.centring}"
+        by = of_centring if self.credit == "shared" else f"--credit {self.credit}"
         require(self.group_size >= 1 + compared, "--group-size", f"at least {1 + compared} with {by}", self.group_size)
         unbiased = "leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer otherwise)"
         require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
-        leaves = self.branches**depth
-        exactly = f"{leaves} with --branches {self.branches} and {depth} layers"
+        exactly = f"{(leaves := self.branches**depth)} with --branches {self.branches} and {depth} layers"
         require(self.branches == 1 or self.group_size == leaves, "--group-size", exactly, self.group_size)
         fixed = self.adapter.shared or self.topology.vote or self.topology.roles or self.branches > 1
         if self.growth and fixed:

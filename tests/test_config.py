@@ -148,7 +148,7 @@ NAN = float("nan")
         ({"final_lr": -0.1}, "--final-lr must be between 0 and 1, got -0.1"),
         ({"group_size": 1}, "--group-size must be at least 2 with --centring leave_one_out, got 1"),
         ({"group_size": 1, "centring": "group_mean"}, "--group-size must be at least 2 with --centring group_mean, got 1"),
-        ({"group_size": 1, "centring": "ema", "normalize": True}, "--group-size must be at least 2 with --centring ema, got 1"),
+        ({"group_size": 1, "centring": "ema", "normalize": True}, "--group-size must be at least 2 with --normalize, got 1"),
         ({"group_size": 1, "credit": "replay"}, "--group-size must be at least 2 with --credit replay, got 1"),
         ({"group_size": 0, "credit": "own_critics"}, "--group-size must be at least 1 with --credit own_critics, got 0"),
         ({"group_size": 0, "centring": "none"}, "--group-size must be at least 1 with --centring none, got 0"),

@@ -47,8 +47,6 @@ def scores_picture(data: Data) -> str:
 
 def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
     """Draw mean accuracy against cost, with the Pareto frontier."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
     methods = [method for method in data["methods"] if all(method in problem["scores"] for problem in problems)]
     figure, axes = make_panels(3, 3, (WIDTH, 4.1), sharey=True)
     for panel, key in zip(axes, AXES, strict=True):
@@ -57,20 +55,27 @@ def pareto_picture(data: Data, problems: Sequence[Data]) -> str:
         panel.step(*zip(*frontier, strict=True), where="post", color="0.75", linewidth=1.5, zorder=0)
         for method, (x, y) in points.items():
             panel.plot([x], [y], linestyle="none", markersize=7, label=title_of(data, method), **style_of(data, method))
-        amounts = [x for x, _ in points.values()]
-        if min(amounts) > 0 and max(amounts) / min(amounts) > 12:
-            panel.set_xscale("log")
-            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.xaxis.set_minor_formatter(NullFormatter())
-        else:
-            panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        number_costs(panel.xaxis, [x for x, _ in points.values()])
         panel.set_xlabel(QUANTITIES[key])
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.0f}")
         panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         panel.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy" if len(problems) == 1 else f"accuracy, mean of {len(problems)} tasks")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return to_svg(figure)
+
+
+def number_costs(axis: Any, amounts: Sequence[float]) -> None:
+    """Number an axis of costs by whole numbers, each once and with room beside it; it is logarithmic over a wide range."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    if min(amounts) > 0 and max(amounts) / min(amounts) > 12:
+        axis.axes.set_xscale("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(amounts) / min(amounts) < 1000 else (1,)))
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        # Of equal costs only one is numbered.
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.0f}")
 
 
 def one_a_task(data: Data) -> list[Data]:
@@ -83,6 +88,8 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
 
     A triangle on a line marks a growth of the network.
     """
+    from matplotlib.ticker import MaxNLocator
+
     problems = [p for p in one_a_task(data) if any(score["curve"] for score in p["scores"].values())]
     if not problems:
         return None
@@ -110,6 +117,7 @@ def curves_picture(data: Data, key: str, label: str) -> str | None:
         panel.set_title(problem["name"], fontsize=8.5)
         panel.set(ylim=(0, 1), xlim=(0, None))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.3g}M" if value >= 1e5 else f"{value:,.0f}")
         panel.grid(alpha=0.25)
     figure.supxlabel(label, fontsize=9)

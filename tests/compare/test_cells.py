@@ -282,6 +282,13 @@ def test_the_dry_run_counts_one_debate_of_each_question(call: Call, tmp_path: Pa
     assert counts == {"neuromas_3": str(5 * 16 * 8), "multiagent_ft": str(5 * 16)}
 
 
+def test_a_society_stands_beside_a_method_with_a_critic_of_another_rate(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    lists = 'methods = ["collm_dc", "multiagent_ft", "star"]\ntasks = ["navigate"]\nseeds = [0]\n'
+    file.write_text(f"{lists}[train]\ncritic_lr = 0.05\nreplays = 2\n")
+    assert "3 cells: 3 methods x 1 tasks x 1 seeds" in call("compare", file, "--dry-run").out
+
+
 def test_a_node_of_a_cluster_with_other_code_makes_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cell = rival_cell("Fine", tmp_path)

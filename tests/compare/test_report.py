@@ -353,6 +353,27 @@ def test_what_is_measured_in_training_is_shown_once_for_a_task_with_a_file(
     assert 0.75 in [line.get_ydata()[0] for line in measures.axes[0].lines]
 
 
+@pytest.mark.parametrize(
+    ("amounts", "numbers"),
+    [
+        ([9, 9], ["9"]),
+        ([1, 3], ["1", "2", "3"]),
+        ([0, 2], ["0", "1", "2"]),
+        ([2, 40], ["2", "5", "10", "20"]),
+        ([4, 45_000], ["10", "100", "1,000", "10,000"]),
+        ([1_000_000, 12_000_000], ["2.5M", "5M", "7.5M", "10M", "12.5M"]),
+    ],
+)
+def test_costs_are_numbered_in_whole_numbers_each_once(amounts: list[float], numbers: list[str]) -> None:
+    figure, (panel, *_) = figures.make_panels(1, 1, (3, 3))
+    panel.plot(amounts, [0.5] * len(amounts), linestyle="none", marker="o")
+    figures.number_costs(panel.xaxis, amounts)
+    figure.canvas.draw()
+    low, high = panel.get_xlim()
+    labels = [text.get_text() for text in panel.get_xticklabels() if low <= text.get_position()[0] <= high]
+    assert labels == numbers
+
+
 def test_equal_differences_have_no_interval(rivals: dict[str, Rival], tmp_path: Path) -> None:
     changed = {(name, seed): replace(result(tmp_path, name, seed), answers={"test": answers("YYNN", "YYYY")})
                for name in ("team", "single") for seed in (0, 1, 2)}  # fmt: skip

@@ -38,8 +38,8 @@ def society(
         adapter = spread(config.adapter, 1 if shared else sum(widths))
         own = replace(config.society, rounds=ROUNDS, labels=labels, summary=summary)
         return replace(
-            config, topology=TopologyConfig(widths=widths, vote=True), adapter=replace(adapter, shared=shared), society=own,
-            group_size=1, centring="none",
+            _of_debates(config), topology=TopologyConfig(widths=widths, vote=True), adapter=replace(adapter, shared=shared),
+            society=own,
         )  # fmt: skip
 
     return change
@@ -52,11 +52,15 @@ def alone(*, labels: bool = False) -> Callable[[TrainConfig], TrainConfig]:
         calls = replace(config.society, rounds=ROUNDS).calls(AGENTS)
         own = replace(config.society, rounds=1, samples=calls, labels=labels)
         return replace(
-            config, topology=TopologyConfig(widths=(1,)), adapter=enlarged(config.adapter), society=own, group_size=1,
-            centring="none",
+            _of_debates(config), topology=TopologyConfig(widths=(1,)), adapter=enlarged(config.adapter), society=own,
         )  # fmt: skip
 
     return change
+
+
+def _of_debates(config: TrainConfig) -> TrainConfig:
+    """Return settings without what groups, replays and value heads of other methods are set to: debates have none."""
+    return replace(config, group_size=1, centring="none", replays=1, critic_lr=TrainConfig().critic_lr)
 
 
 def spread(adapter: AdapterConfig, adapters: int) -> AdapterConfig:
