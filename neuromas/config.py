@@ -323,14 +323,13 @@ class TrainConfig:
         require(
             rollouts <= MOST_ROLLOUTS, "--examples-per-step x --group-size x --replays", f"at most {MOST_ROLLOUTS:,}", rollouts
         )
-        for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens", "train_tokens"):
+        coefficients = ("format_bonus", "kl_coef", "entropy_coef")
+        for name in ("warmup_steps", "max_grad_norm", "eval_every", "seed", "step_tokens", "train_tokens", *coefficients):
             require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         require(self.temperature >= COLDEST, "--temperature", f"at least {COLDEST} (training samples)", self.temperature)
         for name in ("lr", "critic_lr"):
             rate = getattr(self, name)
             require(0 < rate <= LARGEST_RATE, _flag(name), f"above 0 and at most {LARGEST_RATE:g}", rate)
-        for name in ("format_bonus", "kl_coef", "entropy_coef"):
-            require(getattr(self, name) >= 0, _flag(name), "at least 0", getattr(self, name))
         default = TrainConfig()
         for name in ("centring", "normalize", "branches"):
             fits = self.credit == "shared" or getattr(self, name) == getattr(default, name)
@@ -344,7 +343,8 @@ class TrainConfig:
         require(self.group_size >= 1 + compared, "--group-size", f"at least {1 + compared} with {by}", self.group_size)
         unbiased = "leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer otherwise)"
         require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
-        exactly = f"{(leaves := self.branches**depth)} with --branches {self.branches} and {depth} layers"
+        leaves = self.branches**depth
+        exactly = f"{leaves} with --branches {self.branches} and {depth} layers"
         require(self.branches == 1 or self.group_size == leaves, "--group-size", exactly, self.group_size)
         fixed = self.adapter.shared or self.topology.vote or self.topology.roles or self.branches > 1
         if self.growth and fixed:

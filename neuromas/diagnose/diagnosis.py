@@ -13,7 +13,7 @@ from neuromas.diagnose.texts import of_rollout, specialisation
 from neuromas.graph.growth import widths_of
 from neuromas.rollout.network import Network
 from neuromas.tasks import Task, rewards_of
-from neuromas.training.evaluate import evaluate, parts
+from neuromas.training.evaluate import evaluate
 from neuromas.types import Example
 
 
@@ -33,11 +33,11 @@ def diagnose(
     """
     examples = list({example.id: example for example in examples}.values())
     network.check_lengths(examples)
-    passes = iter(
-        f"undisturbed: {part.start} of {len(examples)} questions answered" for part in parts(network.policy, examples)
-    )
     how = Sampling(("evaluate", seed), temperature)
-    score, groups = evaluate(network, task, examples, temperature=temperature, seed=seed, between=lambda: tell(next(passes)))
+    tell(f"undisturbed: 0 of {len(examples)} questions answered")
+    score, groups = evaluate(
+        network, task, examples, temperature=temperature, seed=seed, tell=lambda text: tell(f"undisturbed: {text}")
+    )
     rollouts = [group[0] for group in groups]
     undisturbed = Undisturbed(rollouts, rewards_of(task, [(r.example, r.answer) for r in rollouts]), score)
     texts = {"trained": specialisation(list(map(of_rollout, rollouts)))}

@@ -3,15 +3,18 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from neuromas.model.policy import Policy
 from neuromas.system.process import return_freed_memory
 from neuromas.system.terminal import shortened
 from neuromas.tasks import Task, rewards_of
 from neuromas.training.intervals import independent, wilson
 from neuromas.training.ledger import spending
 from neuromas.types import Example, Group
+
+if TYPE_CHECKING:
+    # Imports torch, and scores are shown without it.
+    from neuromas.model.policy import Policy
 
 UNPARSED = "(none)"
 EXAMPLES_AT_ONCE = 128
@@ -103,7 +106,7 @@ def score(task: Task, groups: Sequence[Group]) -> Evaluation:
     )
 
 
-def parts(policy: Policy, examples: Sequence[Example]) -> Iterator[slice]:
+def parts(policy: "Policy", examples: Sequence[Example]) -> Iterator[slice]:
     """Yield the slices of examples that are answered together: 128, or on a CPU as many as have room for their prefixes."""
     bounded = policy.backbone.device.type == "cpu"
     start = most = 0
@@ -121,7 +124,7 @@ def parts(policy: Policy, examples: Sequence[Example]) -> Iterator[slice]:
 class Answering(Protocol):
     """What answers examples: a network, or a society."""
 
-    policy: Policy
+    policy: "Policy"
 
     def rollout(
         self, examples: Sequence[Example], group_size: int, *, seed: Sequence[int | str], temperature: float
