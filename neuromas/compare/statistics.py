@@ -91,7 +91,8 @@ def crossed_estimate(table: Table) -> Estimate:
     variance = max(ms_runs + ms_questions - ms_residual, ms_runs, ms_questions)
     if variance < 1e-15:
         return Estimate(mean, 0.0, float(runs - 1))
-    spread = ms_runs**2 / (runs - 1) + ms_questions**2 / (questions - 1) + ms_residual**2 / freedom_residual
+    # Runs that are by luck closer to each other than their questions allow are no evidence of degrees of freedom.
+    spread = max(ms_runs, ms_residual) ** 2 / (runs - 1) + ms_questions**2 / (questions - 1) + ms_residual**2 / freedom_residual
     return Estimate(mean, math.sqrt(variance / (runs * questions)), max(1.0, variance**2 / spread))
 
 

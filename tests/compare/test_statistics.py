@@ -137,6 +137,16 @@ def test_identical_methods_with_training_luck_differ_in_five_percent(luck: float
     assert rate("crossed", runs=5, questions=100, luck=luck) == pytest.approx(0.05, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("runs", [2, 3])
+def test_so_few_runs_that_they_may_agree_by_luck_are_no_better_evidence(runs: int) -> None:
+    for luck in (0.3, 0.5):
+        assert rate("crossed", runs=runs, questions=300, luck=luck) <= 0.05 + TOLERANCE
+    # Two runs with the same mean difference, by answers to other questions: runs have one degree of freedom.
+    table = np.zeros((2, 40))
+    table[0, :6] = table[1, 6:12] = 1
+    assert statistics.crossed_estimate(table).degrees_of_freedom < 2
+
+
 def test_identical_methods_without_training_luck_differ_in_five_percent_at_most() -> None:
     assert rate("crossed", runs=5, questions=100) <= 0.05 + TOLERANCE
     assert rate("crossed", runs=5, questions=100, fixed=True) == pytest.approx(0.05, abs=TOLERANCE)
