@@ -82,7 +82,7 @@ class TaskConfig:
     """What is asked and how answers are checked."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "navigate"
-    """What is asked: a generated family, a benchmark, or a task of your own; `neuromas tasks` lists them."""
+    """What is asked: a name that `neuromas tasks` lists, or your own questions, jsonl:FILE or class:FILE.py:CLASS."""
     difficulty: int | None = None
     """How hard generated problems are, in the task's own unit (Navigate: sentences). None: as the published items."""
     file: Path | None = None

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 from neuromas.compare.budget_match import QUANTITIES
 from neuromas.compare.methods import METHODS, CellSpec, Method
 from neuromas.compare.methods.networks import Trained, with_credit
-from neuromas.config import TrainConfig
+from neuromas.config import TopologyConfig, TrainConfig
 from neuromas.system.files import read_toml
 from neuromas.system.schema import from_dict
 from neuromas.tasks import from_config
@@ -88,7 +88,7 @@ def describe_cell(spec: CellSpec) -> str:
 
 
 def find_method(name: str) -> Method:
-    """Return the method of that name, or the one that `class:FILE.py:CLASS` makes; ValueError lists the names there are.
+    """Return the method of that name, or that of `class:FILE.py:NAME`, a class or an object; ValueError lists all names.
 
     `NAME:CREDIT` is a trained network with another credit scheme, e.g. `neuromas_3:replay`.
     """
@@ -101,18 +101,18 @@ def find_method(name: str) -> Method:
 
 
 def _load_class(location: str) -> Method:
-    """Return the method of `FILE.py:CLASS`. The file is executed: it is the user's own."""
+    """Return the method of `FILE.py:NAME`. The file is executed: it is the user's own."""
     file, _, name = location.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"method class: must be followed by FILE.py:CLASS of a Python file that is there, got {location!r}")
     kind = getattr(run_file(path, f"method_{path.stem}", f"method class:{location}"), name, None)
     try:
-        method = kind() if isinstance(kind, type) else None
+        method = kind() if isinstance(kind, type) else kind
     except Exception as error:  # any error of the user's own class
         raise ValueError(f"method class:{location}: it cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(method, Method):
-        raise ValueError(f"method class: {file} must have a class {name!r} with name, title, source, trained and run")
+        raise ValueError(f"method class: {file} must have a class or object {name!r} with name, title, source, trained and run")
     return method
 
 
@@ -239,6 +239,11 @@ class _Layers:
         if config.engine.name == "tinker":
             # Its service would go on answering with the last adapters, where a comparison scores the best ones too.
             raise ValueError(f"{self.where}: --engine tinker is for `neuromas train`; a comparison runs on torch or vllm")
+        if method.partition(":")[0] in METHODS and config.topology != TopologyConfig(skip=config.topology.skip):
+            raise ValueError(
+                f"{self.where}: topology is what {method} itself sets; leave it out, or make your team a method, "
+                "class:FILE.py:NAME (docs/compare.md)"
+            )
         named = dataclasses.replace(config.task, name=task)
         config = dataclasses.replace(config, task=named)
         try:

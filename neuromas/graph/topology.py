@@ -49,6 +49,9 @@ class Topology:
         Node ids are 1 to the largest id named. Raises ValueError for an id below 1, an edge named twice, a cycle, a node
         on no edge, or several nodes that send to nobody.
         """
+        edges = tuple(edges)
+        if wrong := [edge for edge in edges if not (isinstance(edge, Sequence) and len(edge) == 2)]:
+            raise ValueError(f"--topology.edges must be pairs of node ids, such as (1, 2), got {wrong[0]!r}")
         edges = tuple(sorted((int(a), int(b)) for a, b in edges))
         if not edges:
             raise ValueError("--topology.edges must name at least one edge, got none; one node is --topology.widths 1")

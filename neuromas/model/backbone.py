@@ -82,7 +82,7 @@ class Backbone:
     def load(
         cls, name: str = "bundled", *, dtype: str = "float32", device: str = "auto", prompt_date: str = PROMPT_DATE
     ) -> "Backbone":
-        """Load `bundled`, a local folder, or a model of the Hugging Face hub, from its cache if it is there.
+        """Load what `--backbone` names: `bundled`, a folder, a GGUF file, `smollm2-135m`, `gemma3-270m` or a hub id.
 
         A chat template that asks for today's date gets `prompt_date` (YYYY-MM-DD). `dtype` is as in `resolve_dtype`.
 

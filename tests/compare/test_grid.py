@@ -1,14 +1,16 @@
 """Comparison files: what they resolve to, and one clear line for what is wrong with them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import CONFIGS, RIVALS
+from paths import CONFIGS, DOCS, RIVALS
 
 from neuromas.compare.grid import Grid, find_method, load_grid
 from neuromas.compare.methods.networks import Trained
 from neuromas.compare.run import with_dtypes
+from neuromas.config import TrainConfig
 from neuromas.graph.topology import Topology
 from neuromas.types import Example
 
@@ -110,6 +112,8 @@ def test_the_reference_meets_every_method_that_no_pair_names(tmp_path: Path) -> 
         ("[tuning]\nlr = [1e-3]\nrank = [0]", r"tuning.rank must be at least 1, got \[0\]"),
         ("[tuning]\nlr = [1e-3]\nalpha = [1]", "unknown key 'tuning.alpha'; known are tuning.lr, tuning.rank, tuning.seeds"),
         ("[tuning]\nlr = [1e-3]\n[method.single_rl]\nlr = 1e-4", r"\[method.single_rl\] may not set 'lr': \[tuning\] chooses"),
+        ("[method.neuromas_3.topology]\nwidths = [2, 1]", "topology is what neuromas_3 itself sets; .* class:FILE.py:NAME"),
+        ("[train.topology]\nedges = [[1, 2]]", "topology is what direct itself sets"),
         ('tolerance = 2\nmatched = ["updates"]\npairs = [["direct", "single_rl"]]', "tolerance must be a share .*, got 2"),
     ],
 )  # fmt: skip
@@ -142,8 +146,29 @@ def test_unknown_methods_tasks_and_seeds_are_one_line(tmp_path: Path, old: str, 
 
 def test_a_class_that_lacks_something_is_no_method(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("class Empty: ...\n")
-    with pytest.raises(ValueError, match=r"own.py must have a class 'Empty' with name, title, source, trained and run"):
+    with pytest.raises(
+        ValueError, match=r"own.py must have a class or object 'Empty' with name, title, source, trained and run"
+    ):
         load(tmp_path, HEAD.replace('"direct"', f'"class:{tmp_path}/own.py:Empty"'))
+
+
+def test_a_team_of_ones_own_and_an_adapter_for_its_tokens_are_objects_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the page, by their names and in their file."""
+    page = (DOCS / "compare.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (file,) = [text for text in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "jsonl:" in text]
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(program)
+    Path("questions.jsonl").write_text("".join(f'{{"question": "Is {n} even?", "answer": "Yes"}}\n' for n in range(20)))
+    grid = load(tmp_path, file)
+    team, one = (find_method(name) for name in grid.methods)
+    assert isinstance(team, Trained)
+    assert isinstance(one, Trained)
+    assert one.tokens_of == grid.methods[0]
+    assert team.change(TrainConfig()).topology.build().edges == ((1, 2), (1, 3), (2, 4), (3, 4))
+    assert one.change(TrainConfig()).max_new_tokens == 4 * TrainConfig().max_new_tokens
 
 
 def test_two_methods_may_not_have_one_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,8 @@ def test_a_chain_is_the_same_network_by_widths_and_by_edges() -> None:
     [
         ([], "--topology.edges must name at least one edge, got none; one node is --topology.widths 1"),
         ([(1, 2), (2, 3), (1, 2)], "--topology.edges names [1, 2] more than once; remove the repetition"),
+        ([1, 2, 1, 3], "--topology.edges must be pairs of node ids, such as (1, 2), got 1"),
+        ([(1, 2, 3)], "--topology.edges must be pairs of node ids, such as (1, 2), got (1, 2, 3)"),
         ([(0, 1)], "--topology.edges must use node ids from 1, got 0"),
         ([(1, 2), (-4, 2)], "--topology.edges must use node ids from 1, got -4"),
         ([(1, 3)], "--topology.edges leaves node 2 unreachable; add an edge or renumber the nodes"),
@@ -82,7 +85,7 @@ def test_a_chain_is_the_same_network_by_widths_and_by_edges() -> None:
         ),
     ],
 )
-def test_edges_that_are_no_network(edges: list[tuple[int, int]], message: str) -> None:
+def test_edges_that_are_no_network(edges: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Topology.from_edges(edges)
 
