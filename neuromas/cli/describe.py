@@ -26,7 +26,7 @@ from neuromas.training.setup import require_training_memory
 from neuromas.types import Rollout
 
 
-def describe_plan(config: TrainConfig, remark: str = "") -> str:
+def describe_plan(config: TrainConfig, remark: str) -> str:
     """Return the plan of a run as text: the drawing, the budget, a remark on the task, all settings.
 
     Raises ValueError if the adapters do not fit into memory.

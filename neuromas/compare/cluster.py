@@ -69,7 +69,7 @@ def _outcome(ref: Any, cell: Cell, started: float) -> Stored:
 
 def make_remotely(order: str, folder: str) -> Stored:
     """Make a cell in a process of the cluster."""
-    enter(folder, "--workers")
+    enter(folder)
     configure_process()
     cell = from_order(order)
     config = replace(cell.spec.config, device=device_of(cell.spec.config.device))

@@ -114,14 +114,14 @@ def share_interval(right: Table, questions: float | None = None) -> tuple[float,
     return wilson(share * effective, effective, freedom=estimate.degrees_of_freedom)
 
 
-def bootstrap_interval(table: Table, *, resamples: int = RESAMPLES) -> tuple[float, float]:
+def bootstrap_interval(table: Table) -> tuple[float, float]:
     """Return the percentile interval of the mean over resampled questions; runs are fixed, and a question keeps all its runs.
 
     It says nothing about runs that were not trained: for that see `crossed_estimate`.
     """
     question_means = table.mean(0)
     rng, means = np.random.default_rng(0), []
-    for count in _chunk_sizes(resamples, question_means.size):
+    for count in _chunk_sizes(RESAMPLES, question_means.size):
         weights = rng.multinomial(question_means.size, np.full(question_means.size, 1 / question_means.size), size=count)
         means.append(weights @ question_means / question_means.size)
     low, high = np.quantile(np.concatenate(means), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])

@@ -78,7 +78,7 @@ def from_order(line: str) -> Cell:
 class Worker:
     """A process that makes cells, and gets and returns one line for each; it is started again when it has died."""
 
-    def __init__(self, threads: int, keep: Sequence[int] = ()) -> None:
+    def __init__(self, threads: int, keep: Sequence[int]) -> None:
         self._threads, self._keep = threads, keep
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False

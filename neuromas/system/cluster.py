@@ -90,12 +90,15 @@ def device_of(device: str) -> Literal["cpu", "cuda"]:
     return "cuda" if device == "cuda" else "cpu"
 
 
-def enter(folder: str, node_of: str) -> None:
-    """Make `folder` the working folder of a process on a node, so that relative paths mean what they mean where the user is."""
+def enter(folder: str) -> None:
+    """Make `folder` the working folder of a process on a node, so that relative paths mean what they mean where the user is.
+
+    Raises ValueError if the node has no such folder.
+    """
     try:
         os.chdir(folder)
     except OSError as error:
         raise ValueError(
-            f"{node_of}: a node of the cluster has no folder {folder} ({error.strerror}); start the command in a folder that "
+            f"--workers: a node of the cluster has no folder {folder} ({error.strerror}); start the command in a folder that "
             "all nodes share"
         ) from error

@@ -27,7 +27,7 @@ class JsonlTask(DatasetTask):
 
     _verifier: VerifierName
 
-    def __init__(self, path: Path, verifier: VerifierName = "exact", *, train_on_evaluation: bool = False) -> None:
+    def __init__(self, path: Path, verifier: VerifierName, *, train_on_evaluation: bool) -> None:
         self.path, self.train_on_evaluation = path, train_on_evaluation
         self.verifier, self._verifier = verifier, verifier
         self.name = f"jsonl:{path}"
@@ -105,7 +105,7 @@ def _by_hash(examples: list[Example]) -> dict[str, list[Example]]:
 class JsonlCodeTask(CodeTask, JsonlTask):
     """A JSONL task whose answers are tests, in Python, of the one function that they call and do not define."""
 
-    def __init__(self, path: Path, *, train_on_evaluation: bool = False) -> None:
+    def __init__(self, path: Path, *, train_on_evaluation: bool) -> None:
         JsonlTask.__init__(self, path, "python", train_on_evaluation=train_on_evaluation)
         self.programs = {}
 

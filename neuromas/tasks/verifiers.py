@@ -133,7 +133,7 @@ class Math(Verifier):
         return _judge().ask("math", gold, answer)
 
 
-def _is_mathematical(answer: str, own: Iterable[str] = ()) -> bool:
+def _is_mathematical(answer: str, own: Iterable[str]) -> bool:
     return all(len(word) == 1 or word in _COMMANDS or word in own for word in _COMMAND.findall(answer))
 
 

@@ -11,8 +11,8 @@ FREE = ("num_steps", "growth", "lr", "warmup_steps", "final_lr", "step_tokens", 
 """Settings in which a run may differ from the run that it grows from, besides those of every resumed run."""
 
 
-def grown_config(parent: RunDirectory, entry: GrowthConfig, *, steps: int | None = None, **changes: object) -> TrainConfig:
-    """Return the config of a run that grows a finished one and goes on for `steps` steps, by default as many as it had.
+def grown_config(parent: RunDirectory, entry: GrowthConfig, *, steps: int | None, **changes: object) -> TrainConfig:
+    """Return the config of a run that grows a finished one and goes on for `steps` steps; None: as many as it had.
 
     Steps count on from the parent's, so that no question is drawn twice; the learning rate begins anew. Raises ValueError if
     the parent is not finished, is to have another task or backbone, or cannot grow in this way.

@@ -169,7 +169,7 @@ def work(order: dict[str, Any]) -> None:
 
 
 def _train(order: dict[str, Any], exchange: Exchange, board: Any) -> None:
-    enter(order["folder"], "--workers")
+    enter(order["folder"])
     configure_process()
     plan = resolve(from_json(order["config"], "order"))
     config, task = plan.config, plan.questions.task

@@ -106,7 +106,7 @@ class RunDirectory:
             raise damaged(self.path / "identity.json", "its questions are no JSON object")
         return found
 
-    def adopt(self, parent: "RunDirectory", questions: Mapping[str, str] | None = None) -> None:
+    def adopt(self, parent: "RunDirectory", questions: Mapping[str, str]) -> None:
         """Make this new run, before `initialise`, the continuation of another one, which stays as it is.
 
         Its newest checkpoint and growths are copied, and its scores after training on `questions` that are the same;
@@ -125,7 +125,7 @@ class RunDirectory:
             write_folder(self.path / "checkpoints" / folder.name, files)
         # What the parent has answered last is where this run begins, if it is asked the same.
         asked = parent._started_with.get("questions", {})
-        same = [name for name, checksum in (questions or {}).items() if asked.get(_kind(name)) == checksum]
+        same = [name for name, checksum in questions.items() if asked.get(_kind(name)) == checksum]
         before = {name: score for name, score in parent.scores("after").items() if name in same}
         self.write_json("evaluation.json", {"before": before})
         self.write_json("growth.json", parent.read_json("growth.json", list) or [])

@@ -207,7 +207,7 @@ class Trainer:
         self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
         return metrics
 
-    def save_if_due(self, *, asked: bool = False) -> None:
+    def save_if_due(self, *, asked: bool) -> None:
         """Save every `save_every` steps, at the end, and when the user has asked to stop."""
         if asked or self.step % self.config.save_every == 0 or self.finished:
             self.save()

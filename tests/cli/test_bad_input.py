@@ -127,7 +127,7 @@ def test_what_has_no_end_is_not_read(refuses: Refuses, call: Call, trained: Path
 
 def test_a_comparison_that_cannot_be_made_leaves_nothing(call: Call, tmp_path: Path) -> None:
     grid, out = tmp_path / "grid.toml", tmp_path / "out"
-    grid.write_text('methods = ["single_rl"]\ntasks = ["gsm8k"]\nseeds = [0]\n')
+    grid.write_text('methods = ["single_rl"]\ntasks = ["gsm8k"]\nseeds = [0]\n[train]\neval_size = 2\n')
     refused = call("compare", grid, "--out", out, "--data", tmp_path / "none")
     assert_refused(refused, r"^error: task\.data .*/none is not there, which should be a file or folder for task gsm8k")
     refused = call("compare", grid, "--out", out, "--tasks", "navigate", "--backbone", tmp_path)

@@ -466,7 +466,7 @@ def test_flags_win_over_toml_and_toml_over_defaults(call: Call, tmp_path: Path, 
     assert (settings["lr"], settings["seed"], settings["topology"]["widths"]) == (0.25, 4, [2, 1])
     # Another backbone than the bundled one has defaults of its own, whether the file or a flag names it.
     assert (settings["group_size"], settings["max_new_tokens"]) == (4, 32)
-    path.write_text("lr = 0.25\ngroup_size = 6\n")
+    path.write_text("lr = 0.25\ngroup_size = 6\neval_size = 2\n")
     for flags, expected in (((), (6, 80)), (("--backbone", tiny_folder), (6, 32))):
         planned = call("train", path, "--dry-run", *flags)
         settings = json.loads(planned.out[planned.out.index("\n{") :])

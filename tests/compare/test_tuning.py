@@ -23,6 +23,7 @@ seeds = [0, 1]
 lr = [5e-4, 1e-3, 2e-3]
 seeds = [11]
 """
+FEW = "[train]\neval_size = 20\nvalidation_size = 20\n"
 
 Curves = Callable[[CellSpec], list[float] | None]
 
@@ -116,7 +117,7 @@ def test_settings_that_a_method_cannot_train_with_are_told_before_the_first_cell
 
 
 def test_what_is_scored_chooses_nothing(tmp_path: Path) -> None:
-    tuning = tuning_of(tmp_path, lambda spec: None, HEAD + '[train.task]\nsplit = "validation"\n')
+    tuning = tuning_of(tmp_path, lambda spec: None, HEAD + FEW + '[train.task]\nsplit = "validation"\n')
     with pytest.raises(ValueError, match=r"\[tuning\] would choose by questions that are scored; score another split or file"):
         tuning.check()
 
@@ -155,7 +156,7 @@ def test_a_single_candidate_needs_no_trials_and_ranks_are_tried_too(tmp_path: Pa
 
 
 def test_trials_need_validation(tmp_path: Path) -> None:
-    tuning = tuning_of(tmp_path, lambda spec: None, HEAD + "[train]\neval_every = 0\n")
+    tuning = tuning_of(tmp_path, lambda spec: None, HEAD + FEW + "eval_every = 0\n")
     with pytest.raises(ValueError, match=r"trial of lr 0.002: \[tuning\] chooses by validation; give the task validation"):
         tuning.check()
-    tuning_of(tmp_path, lambda spec: None).check()
+    tuning_of(tmp_path, lambda spec: None, HEAD + FEW).check()

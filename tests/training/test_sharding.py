@@ -334,7 +334,7 @@ def test_ray_is_an_extra_and_addresses_are_checked_before(monkeypatch: pytest.Mo
     assert ended == ["ended"]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--workers: a node of the cluster has no folder /no/such"):
-        cluster.enter("/no/such", "--workers")
+        cluster.enter("/no/such")
 
 
 def test_flags_that_do_not_go_together(call: Call) -> None:
