@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from neuromas import load_run
 from neuromas.bundled import BUNDLED
 from neuromas.cli import main as neuromas
-from neuromas.training.load_run import load_run
 
 steps = sys.argv[1] if len(sys.argv) > 1 else "2"
 

@@ -11,12 +11,9 @@ import random
 import sys
 from pathlib import Path
 
-from neuromas.config import TaskConfig, TopologyConfig, TrainConfig
+from neuromas import TaskConfig, TopologyConfig, TrainConfig, train
 from neuromas.tasks import GeneratedTask, Problem
 from neuromas.tasks.verifiers import words
-from neuromas.training.loop import train
-from neuromas.training.plan import resolve
-from neuromas.training.run_directory import RunDirectory
 
 
 class Parity(GeneratedTask):
@@ -41,6 +38,6 @@ if __name__ == "__main__":
         topology=TopologyConfig(widths=(1, 1)), task=TaskConfig(name=f"class:{__file__}:Parity"), num_steps=steps,
         max_new_tokens=24, eval_size=20 * steps, eval_every=0, run_dir=Path("runs/parity"),
     )  # fmt: skip
-    scores = train(resolve(config), RunDirectory.find(config, resume=True))
+    scores = train(config, resume=True)
     for when in ("before", "after"):
         print(f"{when} training: {scores[when]['test']}")

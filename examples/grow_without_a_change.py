@@ -10,19 +10,15 @@ open, which is not: the new node says what node 1 says, and an output node of th
 import sys
 from pathlib import Path
 
-from neuromas.config import GrowthConfig, TopologyConfig, TrainConfig
-from neuromas.graph.topology import Topology
-from neuromas.training.load_run import load_run
-from neuromas.training.loop import train
-from neuromas.training.plan import resolve
-from neuromas.training.run_directory import RunDirectory
+from neuromas import Topology, TopologyConfig, TrainConfig, load_run, train
+from neuromas.config import GrowthConfig
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 config = TrainConfig(
     topology=TopologyConfig(widths=(1, 1)), num_steps=steps, examples_per_step=4, eval_size=4, eval_every=0,
     run_dir=Path("runs/parent"),
 )  # fmt: skip
-train(resolve(config), RunDirectory.find(config, resume=True))
+train(config, resume=True)
 loaded = load_run(Path("runs/parent"))
 network, examples = loaded.network, loaded.task.examples("validation", 10 * steps)
 

@@ -10,17 +10,14 @@ are. A number behind the command is another number of steps.
 import sys
 from pathlib import Path
 
-from neuromas.config import TopologyConfig, TrainConfig
-from neuromas.training.loop import train
-from neuromas.training.plan import resolve
-from neuromas.training.run_directory import RunDirectory
+from neuromas import TopologyConfig, TrainConfig, train
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
 config = TrainConfig(
     topology=TopologyConfig(widths=(1, 1, 1)), num_steps=steps, eval_size=min(500, 20 * steps), eval_every=0,
     run_dir=Path("runs/from-python"),
 )  # fmt: skip
-scores = train(resolve(config), RunDirectory.find(config, resume=True))
+scores = train(config, resume=True)
 for when, by_set in scores.items():
     for name, score in by_set.items():
         print(f"{when} training, {name}: {score}")

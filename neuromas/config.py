@@ -375,7 +375,7 @@ class TrainConfig:
     @property
     def run_path(self) -> Path:
         if self.run_dir is not None:
-            return self.run_dir
+            return Path(self.run_dir)  # programs may give a string
         shape = "edges" if self.topology.edges else "-".join(map(str, self.topology.widths))
         for growth in self.growths():
             shape += f"-to-{'-'.join(map(str, growing.widths_of(growth.grown)))}"

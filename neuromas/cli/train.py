@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
@@ -14,6 +14,8 @@ from neuromas.model.sources import find_backbone
 from neuromas.training.plan import resolve
 from neuromas.training.questions import check_code
 from neuromas.training.run_directory import RunDirectory
+from neuromas.training.signals import Interrupted
+from neuromas.training.start import train, with_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ def run_command(args: Sequence[str], command: str, arguments: type[TrainArgument
         run, named = RunDirectory.open(run_path), parsed.config.task.name
         parsed = parse_flags(arguments, rest, command, default=arguments(config=run.config))
         check_code(run, parsed.allow_code or named == run.config.task.name)
-    config = with_dtype(parsed.config, resume=parsed.resume)
+    config = parsed.config
     if command == "train" and config.society != SocietyConfig():
         raise ValueError("settings of a society ([society], --society.*) are for `neuromas finetune`; `train` trains a network")
     if command == "finetune" and not config.society.rounds:
@@ -58,24 +60,9 @@ def run_command(args: Sequence[str], command: str, arguments: type[TrainArgument
     if command == "finetune" and parsed.workers:
         raise ValueError("--workers is for `neuromas train`: agents that debate learn in one process")
     if parsed.dry_run:
-        print_plan(config)
+        print_plan(with_dtype(config, resume=parsed.resume))
     else:
         train_and_report(config, resume=parsed.resume, workers=parsed.workers)
-
-
-def with_dtype(config: TrainConfig, *, resume: bool) -> TrainConfig:
-    """Return a config whose `--dtype auto` is what it means: the choice of the run to resume, or of this machine."""
-    if config.dtype != "auto":
-        return config
-    if resume and (config.run_path / "config.json").is_file():
-        return replace(config, dtype=RunDirectory.open(config.run_path).config.dtype)
-    config.check()
-    find_backbone(config.backbone)
-    from neuromas.model.backbone import resolve_dtype  # loads torch; a wrong flag is refused before
-
-    dtype = resolve_dtype(config.dtype, config.backbone, config.device)
-    print(f"--dtype auto: {dtype} suits this backbone and machine")
-    return replace(config, dtype=dtype)
 
 
 def print_plan(config: TrainConfig) -> None:
@@ -91,28 +78,17 @@ def train_and_report(
     config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None, workers: tuple[int, ...] = ()
 ) -> None:
     """Train a run, print its scores and draw its curve; exit with 130 if the user stops it."""
-    run = RunDirectory.find(config, resume=resume)
-    find_backbone(config.backbone)
-    plan = resolve(config)
-    # These load torch: mistakes are reported before.
-    from neuromas.cli.plot import plot_run
-    from neuromas.compare.iterations import write_run_report
-    from neuromas.training.finetune import finetune
-    from neuromas.training.loop import train
-    from neuromas.training.signals import Interrupted
-
     try:
-        if workers:
-            from neuromas.training.on_ray import check_workers, train_on_ray
-
-            scores = train_on_ray(plan, run, check_workers(config, workers))
-        else:
-            scores = finetune(plan, run) if config.society.rounds else train(plan, run, parent=parent)
+        scores = train(config, resume=resume, parent=parent, workers=workers)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         if parent:
-            print(f"resume it by: neuromas train --resume --run-dir {run.path}", file=sys.stderr)
+            print(f"resume it by: neuromas train --resume --run-dir {config.run_path}", file=sys.stderr)
         sys.exit(130)
+    from neuromas.cli.plot import plot_run
+    from neuromas.compare.iterations import write_run_report
+
+    run = RunDirectory.open(config.run_path)
     for when, results in scores.items():
         for name, result in results.items():
             print(f"{when} {'finetuning' if config.society.rounds else 'training'}, {name}: {result}")

@@ -25,13 +25,13 @@ class LoadedRun:
     step: int
 
 
-def load_run(path: Path, *, untrained: bool = False, allow_code: bool = False) -> LoadedRun:
+def load_run(path: Path | str, *, untrained: bool = False, allow_code: bool = False) -> LoadedRun:
     """Load the newest checkpoint of a run, or its network before training.
 
     Raises ValueError if there is no run or checkpoint, a file is damaged, the backbone has other weights than it had, or the
     task is a Python file and `allow_code` does not say that it may be executed.
     """
-    run, task = open_run(path, untrained=untrained, allow_code=allow_code)
+    run, task = open_run(Path(path), untrained=untrained, allow_code=allow_code)
     network, step = load_network(run, untrained=untrained)
     return LoadedRun(run, network, task, step)
 
