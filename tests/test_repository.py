@@ -43,7 +43,7 @@ def test_pages_and_pictures_are_small() -> None:
 
 @pytest.mark.runs
 def test_the_program_of_the_page_prints_what_nodes_say() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/usage.md").read_text(), re.DOTALL)
+    _, program = re.findall(r"```python\n(.*?)```", (ROOT / "docs/usage.md").read_text(), re.DOTALL)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(program, "usage.md", "exec"), {})
