@@ -60,6 +60,8 @@ def test_an_example_names_its_wording(call: Call) -> None:
     ):
         assert call("tasks", "show", "navigate", *flags).out.splitlines()[0] == line
     assert one_object(call("tasks", "show", "navigate", "--json"))["wording"] == "terse"
+    refused = call("tasks", "show", "navigate", "--prompt.begin-answer", "It is")
+    assert_refused(refused, r"^error: --prompt\.begin-answer 'It is' begins no answer: only words of the task's answer")
 
 
 @pytest.mark.parametrize("command", ["train", "show"])
