@@ -259,8 +259,14 @@ def test_a_backbone_that_has_changed_since(call: Call, tmp_path: Path, trained: 
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "backbone": str(folder)}))
     (run / "identity.json").unlink()
-    for command in (["ask", run, "Where?"], ["train", "--resume", "--run-dir", run]):
+    for command in (["ask", run, "Where?"], ["eval", run, "--untrained"], ["train", "--resume", "--run-dir", run]):
         assert_refused(call(*command), r"--backbone .*/other has other weights now \(checksum \w+\) than run ")
+    # Killed before its first checkpoint, a run knows it as well: it has its score before training.
+    shutil.rmtree(run / "checkpoints")
+    checksum = json.loads((trained / "identity.json").read_text())["backbone"]
+    (run / "identity.json").write_text(json.dumps({"backbone": checksum}))
+    refused = call("train", "--resume", "--run-dir", run)
+    assert_refused(refused, rf"/other has other weights now \(checksum \w+\) than run \S+ was trained on \({checksum}\)")
 
 
 @pytest.mark.parametrize(
