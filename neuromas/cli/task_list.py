@@ -5,7 +5,7 @@ from typing import Any
 
 from neuromas.config import TaskConfig
 from neuromas.graph.topology import Topology
-from neuromas.graph.wording import Wording
+from neuromas.graph.wording import Wording, check_begin_answer
 from neuromas.tasks import BENCHMARKS, FORMS, TASKS, DatasetTask, Task, from_config, get_task
 from neuromas.types import Message, MessageStatus
 
@@ -79,6 +79,7 @@ def example_prompts(config: TaskConfig, wording: Wording) -> dict[str, Any]:
     if isinstance(task, DatasetTask) and not task.has(split):
         split = next(iter(task.splits))
     (example,) = task.examples(split, 1)
+    check_begin_answer(wording, [example])
     nodes = []
     for node in topology.nodes:
         inbox = [Message(k, node, f"(what node {k} writes)", MessageStatus.OK) for k in topology.senders(node)]

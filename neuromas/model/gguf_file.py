@@ -1,6 +1,7 @@
 """GGUF files as backbones: converted once into the cache, in the format of transformers."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def converted(file: Path) -> Path:
     missing, the file is damaged, its architecture or quantization is not known, memory or disk is too small, or the cache
     cannot be written to.
     """
-    folder = cache_folder() / f"{file.stem}-{digest_of(file)[:16]}"
+    # Its name tells a person what it is; a long one, or one that is no UTF-8, would be no name of a folder.
+    folder = cache_folder() / f"{os.fsencode(file.stem)[:64].decode(errors='ignore')}-{digest_of(file)[:16]}"
     if not _is_whole(folder):
         elements = _check(file)
         with cache_workplace() as partial:

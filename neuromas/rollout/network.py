@@ -12,7 +12,7 @@ from neuromas.config import AdapterConfig, PromptConfig
 from neuromas.graph import messages
 from neuromas.graph.growth import Growth
 from neuromas.graph.topology import Topology
-from neuromas.graph.wording import BEGIN_ANSWERS, Wording
+from neuromas.graph.wording import Wording, check_begin_answer
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy
@@ -210,12 +210,7 @@ class Network:
         """Raise ValueError if a node's prompt and text may be longer than the backbone reads, in `later` topologies too, or no
         answer begins as the settings say."""
         limit, examples = self.backbone.max_tokens, list(examples)
-        begin = self.wording.begin_answer
-        if begin not in BEGIN_ANSWERS and examples and not any(begin in example.answer_format for example in examples):
-            raise ValueError(
-                f"--prompt.begin-answer {begin!r} begins no answer: only words of the task's answer format do, which is "
-                f"{examples[0].answer_format!r}"
-            )
+        check_begin_answer(self.wording, examples)
         shapes = [self.topology, *([self.parent] if self.parent else []), *later]
         if self.wording.begin_messages:
             texts = max(_most_frequent(sender for sender, _ in shape.edges) for shape in shapes)

@@ -33,7 +33,12 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def require_writable(path: Path, flag: str) -> None:
-    """Raise ValueError if `replace_file` would fail, before the work whose results it is to write."""
+    """Raise ValueError if `replace_file` would fail, before the work whose results it is to write.
+
+    It would also put a file in the place of a device, a pipe or a link: /dev/stdout would then be gone.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{flag} {path} is a link or no regular file, and would be replaced; name another file")
     fresh = path.with_name(f"{path.name}.new")
     try:
         write_file(fresh, b"")

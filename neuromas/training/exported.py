@@ -182,9 +182,10 @@ def make_run(export: Export, run_dir: Path | None) -> RunDirectory:
     folder = f"checkpoints/step-{export.step:06d}"
     files = {f"{folder}/{name}": data for name, data in seal(head, checkpoint).items()}
     files |= {name: data for name, data in export.files.items() if name not in checkpoint}
-    questions = (export.json("identity.json") or {}).get("questions", {})
     # The backbone may have another name here.
-    files["identity.json"] = json.dumps({"settings": identity(run.config), "questions": questions}, indent=2).encode()
+    named = {"settings": identity(run.config)}
+    started_with = {**named, "questions": {}} | (export.json("identity.json") or {}) | named
+    files["identity.json"] = json.dumps(started_with, indent=2).encode()
     files["topology.json"] = json.dumps(run.topology.to_json(), indent=2).encode()
     files["config.json"] = to_json(run.config).encode()
     try:

@@ -110,6 +110,8 @@ class Finetuner:
         state = checkpoint.load(run, self.bank)
         if state:
             run.check_backbone(self.checksum, state.backbone_checksum)
+        else:
+            run.check_start(self.checksum)
         self.step = state.step if state else 0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
         run.forget_after(self.step)

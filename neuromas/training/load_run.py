@@ -59,6 +59,9 @@ def load_society(run: RunDirectory, *, untrained: bool = False, best: bool = Fal
 def _load(run: RunDirectory, into: Network | Society, untrained: bool, best: bool) -> int:
     """Load the adapters of a checkpoint and return its step."""
     if untrained:
+        if run.checkpoints():
+            # On other weights it would not be what the run has begun with.
+            run.check_backbone(into.backbone.checksum())
         return 0
     state = checkpoint.load(run, into.adapters)
     assert state is not None

@@ -1,7 +1,7 @@
 """The run directory: config, topology, metrics and rollouts as they come, and checkpoints that are whole or not there.
 
     RUN/config.json  topology.json  held_out.json  metrics.jsonl  rollouts.jsonl  evaluation.json  curve.png
-    RUN/identity.json    what the run was started with: checksums of its settings and questions
+    RUN/identity.json    what the run was started with: checksums of settings, questions and backbone
     RUN/growth.json  parent.json (where it has grown)
     RUN/checkpoints/step-000040/    adapters/<node>/ (PEFT)  optimizer.safetensors  ledger.json  state.json  checksum
     RUN/checkpoints/best-000020/    the same, after the validation with the highest accuracy (the first of equals)
@@ -161,6 +161,16 @@ class RunDirectory:
                 f"--backbone {self.config.backbone} has other weights now (checksum {checksum}) than run {self.path} was "
                 f"trained on ({stored}); restore the backbone that the run had"
             )
+
+    def check_start(self, checksum: str) -> None:
+        """Keep the backbone's checksum of a run without checkpoints, whose score before training is that backbone's.
+
+        Raises ValueError if the run has begun on another one.
+        """
+        if before := self._started_with.get("backbone"):
+            self.check_backbone(checksum, before)
+        else:
+            self.write_json("identity.json", {**self._started_with, "backbone": checksum})
 
     @contextmanager
     def locked(self) -> Iterator[None]:

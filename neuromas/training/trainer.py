@@ -56,6 +56,8 @@ class Trainer:
         state = checkpoint.load(run, self.bank, self.learner, self.critic)
         if state:
             run.check_backbone(self.checksum, state.backbone_checksum)
+        else:
+            run.check_start(self.checksum)
         self.learns_anew = state is not None and not state.has_optimizer
         """Whether the run goes on from an import, with an optimizer (and a critic) that begins anew."""
         self.step = state.step if state else 0

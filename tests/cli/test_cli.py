@@ -60,6 +60,8 @@ def test_an_example_names_its_wording(call: Call) -> None:
     ):
         assert call("tasks", "show", "navigate", *flags).out.splitlines()[0] == line
     assert one_object(call("tasks", "show", "navigate", "--json"))["wording"] == "terse"
+    refused = call("tasks", "show", "navigate", "--prompt.begin-answer", "It is")
+    assert_refused(refused, r"^error: --prompt\.begin-answer 'It is' begins no answer: only words of the task's answer")
 
 
 @pytest.mark.parametrize("command", ["train", "show"])
@@ -257,8 +259,14 @@ def test_a_backbone_that_has_changed_since(call: Call, tmp_path: Path, trained: 
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "backbone": str(folder)}))
     (run / "identity.json").unlink()
-    for command in (["ask", run, "Where?"], ["train", "--resume", "--run-dir", run]):
+    for command in (["ask", run, "Where?"], ["eval", run, "--untrained"], ["train", "--resume", "--run-dir", run]):
         assert_refused(call(*command), r"--backbone .*/other has other weights now \(checksum \w+\) than run ")
+    # Killed before its first checkpoint, a run knows it as well: it has its score before training.
+    shutil.rmtree(run / "checkpoints")
+    checksum = json.loads((trained / "identity.json").read_text())["backbone"]
+    (run / "identity.json").write_text(json.dumps({"backbone": checksum}))
+    refused = call("train", "--resume", "--run-dir", run)
+    assert_refused(refused, rf"/other has other weights now \(checksum \w+\) than run \S+ was trained on \({checksum}\)")
 
 
 @pytest.mark.parametrize(

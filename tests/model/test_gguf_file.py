@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import resource
 import struct
 from pathlib import Path
@@ -175,6 +176,12 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
         sources.cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", "/kept")
     assert sources.cache_folder() == Path("/kept/neuromas")
+
+
+@pytest.mark.parametrize("stem", [b"a" * 250, "\N{SNOWMAN}".encode() * 80, b"b\xffad"], ids=["long", "cut", "no UTF-8"])
+def test_any_name_of_a_file_is_converted(file: Path, stem: bytes) -> None:
+    file = file.rename(file.with_name(os.fsdecode(stem + b".gguf")))
+    assert_equal(Backbone.load(str(file)), make_model("llama").state_dict())
 
 
 def test_what_is_wrong_with_a_file_is_one_line(file: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

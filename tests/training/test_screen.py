@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +192,9 @@ def test_mistakes_are_said_before_anything_is_loaded(
     call: Call, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Backbone, "load", lambda *_, **__: pytest.fail("a backbone was loaded"))
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "out.json")
+    os.mkfifo(pipe)
     for flags, message in (
         (["--tasks", "navigate", "chess"], r"task must be one of \[.*\] or .*, got 'chess'$"),
         (
@@ -204,6 +208,8 @@ def test_mistakes_are_said_before_anything_is_loaded(
         (["--out", tmp_path / "none" / "out.json"], r"--out must be a file in a folder that is there, got \S+out\.json$"),
         (["--out", "/proc/out.json"], r"--out /proc/out\.json cannot be written: "),
         (["--out", tmp_path], r"--out must be a file in a folder that is there, got \S+$"),
+        (["--out", link], r"--out \S+link is a link or no regular file, and would be replaced; name another file$"),
+        (["--out", pipe], r"--out \S+pipe is a link or no regular file, and would be replaced; name another file$"),
         (["--backbone", "./none"], r"--backbone \./none: expected a folder with a config\.json, found none$"),
     ):
         assert_refused(call("screen", *FLAGS, "--backbone", tiny_folder, *flags), message)
