@@ -1,17 +1,20 @@
 """Trains what a config describes: the one call behind `neuromas train`, `finetune` and `grow`, and what programs call."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from neuromas.config import TrainConfig
 from neuromas.model.sources import find_backbone
-from neuromas.training.evaluate import Evaluation
 from neuromas.training.plan import resolve
 from neuromas.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:  # Imports SciPy, and `neuromas train --help` does not wait for it.
+    from neuromas.training.evaluate import Evaluation
 
 
 def train(
     config: TrainConfig, *, resume: bool = False, parent: RunDirectory | None = None, workers: tuple[int, ...] = ()
-) -> dict[str, dict[str, Evaluation]]:
+) -> dict[str, dict[str, "Evaluation"]]:
     """Train a run to its end and return its scores, `before` and `after`, by set of examples (`test`, or a file's name).
 
     The run is the folder `config.run_path`. With `resume` one that is there goes on from its newest checkpoint; with a `parent`

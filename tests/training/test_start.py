@@ -1,5 +1,7 @@
 """Training from Python: the call that programs make is the command line's own."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,3 +31,10 @@ def test_a_program_is_told_what_is_wrong_before_anything_is_made(tmp_path: Path)
         with pytest.raises(ValueError, match=said):
             neuromas.train(wrong)
     assert not (tmp_path / "run").exists()
+
+
+def test_help_and_mistakes_do_not_wait_for_what_training_needs() -> None:
+    heavy = "sorted({'torch', 'scipy', 'matplotlib', 'transformers'} & set(sys.modules))"
+    program = f"import sys, neuromas.cli.train; from neuromas import TrainConfig, train; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
