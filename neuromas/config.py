@@ -203,7 +203,9 @@ class GrowthConfig:
             grown = growing.grow_to(parent, self.widths, new_layers=self.new_layers, skip=skip)
         for sender, recipient in self.connect:
             grown = growing.connect(grown, sender, recipient)
-        growing.check(parent, grown)
+        # A finished run may also train on as it is.
+        if self != GrowthConfig(at_step=self.at_step, restart_lr=True):
+            growing.check(parent, grown)
         return Growth(
             parent, grown, growing.parse_copies(self.start, parent, grown), at_step=self.at_step, opening=self.opening,
             open_steps=self.open_steps, warmup_new=self.warmup_new, noise=self.noise,
@@ -330,9 +332,8 @@ class TrainConfig:
         for name in ("lr", "critic_lr"):
             rate = getattr(self, name)
             require(0 < rate <= LARGEST_RATE, _flag(name), f"above 0 and at most {LARGEST_RATE:g}", rate)
-        default = TrainConfig()
         for name in ("centring", "normalize", "branches"):
-            fits = self.credit == "shared" or getattr(self, name) == getattr(default, name)
+            fits = self.credit == "shared" or getattr(self, name) == getattr(TrainConfig(), name)
             require(fits, _flag(name), f"left out with --credit {self.credit}", getattr(self, name))
         require(0 <= self.final_lr <= 1, "--final-lr", "between 0 and 1", self.final_lr)
         require(_is_date(self.prompt_date), "--prompt-date", "a date YYYY-MM-DD", self.prompt_date)
@@ -343,11 +344,10 @@ class TrainConfig:
         require(self.group_size >= 1 + compared, "--group-size", f"at least {1 + compared} with {by}", self.group_size)
         unbiased = "leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer otherwise)"
         require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
-        leaves = self.branches**depth
-        exactly = f"{leaves} with --branches {self.branches} and {depth} layers"
+        exactly = f"{(leaves := self.branches**depth)} with --branches {self.branches} and {depth} layers"
         require(self.branches == 1 or self.group_size == leaves, "--group-size", exactly, self.group_size)
         fixed = self.adapter.shared or self.topology.vote or self.topology.roles or self.branches > 1
-        if self.growth and fixed:
+        if fixed and any(growth.grown != growth.parent for growth in self.growths()):
             raise ValueError("growth goes with none of --adapter.shared, --topology.vote, --topology.roles and --branches")
         if self.growth and self.train_tokens:
             raise ValueError("growth counts steps: it goes with --num-steps, not with --train-tokens")

@@ -19,8 +19,8 @@ from neuromas.training.run_directory import RunDirectory
 class GrowArguments:
     """Grow a finished run's network and train on, in a new run; the old one stays as it is.
 
-    Old nodes keep ids, adapters and optimizer state. Steps, questions and the ledger count on from the old run's; the learning
-    rate begins anew. Settings not named here are the old run's.
+    Without --to, --connect and --edges the network trains on as it is. Old nodes keep ids, adapters and optimizer state. Steps,
+    questions and the ledger count on from the old run's; the learning rate begins anew. All other settings are the old run's.
     """
 
     run: tyro.conf.Positional[Path]
@@ -48,8 +48,6 @@ def run(args: Sequence[str]) -> None:
     """Run the command `grow`."""
     parsed = parse_flags(GrowArguments, args, "grow")
     entry = parsed.growth
-    if not (entry.widths or entry.connect or entry.edges):
-        raise ValueError("grow needs --to, --connect or --edges, e.g. --to 2 2 1")
     if any(width < 1 for width in entry.widths):
         raise ValueError(f"--to must be positive widths, e.g. 2 2 1, got {' '.join(map(str, entry.widths))}")
     parent = RunDirectory.open(parsed.run)

@@ -14,7 +14,7 @@ USAGE = """usage: neuromas COMMAND [ARGUMENTS]
   screen --tasks NAMES  answer many times without training; says which tasks reinforcement can learn
   train [CONFIG.toml]   train a network; without arguments a small one on a bundled backbone, in minutes
   finetune [CONFIG.toml]  let agents that debate learn from what they agree on, without labels
-  grow RUN --to WIDTHS  add nodes or layers to a trained network and train on, in a new run
+  grow RUN --to WIDTHS  add nodes or layers to a trained network, or none, and train on, in a new run
   eval RUN              score a trained run on held-out problems or on a file
   ask RUN QUESTION      put one question to a trained run; prints every message on its edge, then the answer
   chat RUN              talk to a trained run in the terminal, every message on its edge as it is written

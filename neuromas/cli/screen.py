@@ -20,6 +20,8 @@ from neuromas.training.progress import StatusLine
 from neuromas.training.questions import questions_to_screen
 
 ONE_NODE = TrainConfig(topology=TopologyConfig(widths=(1,)))
+MOST_SAMPLES = 1000
+"""Answers to a question, which are sampled at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +50,8 @@ def run(args: Sequence[str]) -> None:
     """Run the command `screen`."""
     parsed, _ = parse_settings(ScreenArguments, args, "screen", ONE_NODE)
     config = parsed.config.check()
-    require(2 <= parsed.samples <= MOST_COUNTED, "--samples", f"2 to {MOST_COUNTED:,}", parsed.samples)
+    require(config.engine.name == "torch", "--engine", "torch, which does all sampling here", config.engine.name)
+    require(2 <= parsed.samples <= MOST_SAMPLES, "--samples", f"2 to {MOST_SAMPLES:,}", parsed.samples)
     require(1 <= parsed.questions <= MOST_COUNTED, "--questions", f"1 to {MOST_COUNTED:,}", parsed.questions)
     names = dict.fromkeys(parsed.tasks or (config.task.name,))
     configs = [dataclasses.replace(config, task=dataclasses.replace(config.task, name=name)) for name in names]

@@ -240,8 +240,11 @@ def _uninformative(scores: Sequence[Score], rights: Sequence[statistics.Table], 
         return f"both at the ceiling ({CEILING:.0%} or more)"
     # Intervals over questions alone: of two runs that are both clear of the floor, those over runs may reach it.
     intervals = [statistics.crossed_estimate(right.mean(0, keepdims=True)).interval() for right in rights]
-    if all(low <= (score.floor or 0.0) <= high for score, (low, high) in zip(scores, intervals, strict=True)):
+    floors = [score.floor or 0.0 for score in scores]
+    if all(low <= floor <= high for floor, (low, high) in zip(floors, intervals, strict=True)):
         return "both at the floor (it lies in the intervals of these runs)"
+    if all(low <= floor for floor, (low, _) in zip(floors, intervals, strict=True)):
+        return "neither is above the floor"
     return None
 
 

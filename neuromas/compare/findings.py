@@ -85,7 +85,7 @@ class Difference:
     unmatched: list[str] = field(default_factory=list)
     """Descriptions of the quantities that differ and are not declared as matched."""
     uninformative: str | None = None
-    """Why the difference is uninformative: both methods are at the floor, or at the ceiling; for a mean, on which tasks."""
+    """Why the difference is uninformative: neither method is above the floor, or both are at the ceiling; for a mean, where."""
 
 
 @dataclass(frozen=True, slots=True)

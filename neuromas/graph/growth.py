@@ -217,11 +217,16 @@ class Growth:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return a growth's record as lines of text: what is kept, what is new, which adapter goes where, how it opens."""
+    """Return a growth's record as lines of text: what is kept, what is new, which adapter goes where, how it opens.
+
+    A growth that adds nothing, by which a finished run trains on, is one line.
+    """
 
     def edges(pairs: list[list[int]]) -> str:
         return "  ".join(f"{a}─▶{b}" for a, b in pairs) or "none"
 
+    if record["from"] == record["to"] and not record["new_edges"]:
+        return f"trained on from step {record['at_step']} as it was: {record['to']}"
     kept = [node for node, origin in record["adapters"].items() if origin == "kept"]
     new = [
         f"({node}) in layer {record['layers'][node]}, {origin}"

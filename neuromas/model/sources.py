@@ -64,8 +64,10 @@ def find_backbone(name: str) -> str:
         inside = next((f"; a GGUF file is named itself: {file}" for file in sorted(path.glob("*")) if is_gguf(file.name)), "")
         raise ValueError(f"--backbone {name}: expected a folder with a config.json, found none{inside}")
     # Else the hub would be asked for it, which may take a minute.
-    near = get_close_matches(source.lower(), ("bundled", *SHIPPED), 1, cutoff=0.8) if "/" not in source else []
-    if near and not path.exists():
+    names, written = ("bundled", *SHIPPED), source.lower()
+    near = [name for name in names if name.startswith(written) or written.startswith(name)]
+    near = near or get_close_matches(written, names, 1, cutoff=0.8)
+    if near and "/" not in source and not path.exists():
         raise ValueError(f"--backbone {name}: there is no such folder; the name of the model is {near[0]}")
     _check_layers(name, path / "config.json")
     return source

@@ -215,12 +215,11 @@ class RunDirectory:
             if path.is_dir() and not (path / "lock").exists():
                 raise ValueError(f"--run-dir {path} is no run, there is nothing to --resume; start one there without it")
             return cls.create(config)
-        run = cls.open(config.run_path)
+        run = cls.open(path)
         if other := differences(run.config, config):
-            raise ValueError(
-                f"--run-dir {run.path} belongs to another config, which has {other}; resume with its own settings or name "
-                "another --run-dir"
-            )
+            on = f"; neuromas grow {run.path} --steps N trains it on" if config.num_steps > run.config.num_steps else ""
+            what = f"--run-dir {path} belongs to another config, which has {other}"
+            raise ValueError(f"{what}; resume with its own settings or name another --run-dir{on}")
         return run
 
     @property

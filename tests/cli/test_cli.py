@@ -202,7 +202,9 @@ def test_a_run_directory_that_exists(call: Call, tiny_folder: Path, trained: Pat
 def test_a_run_directory_of_another_config(call: Call, tiny_folder: Path, trained: Path) -> None:
     refused = call("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", trained, "--lr", "0.5", "--resume")
     message = r"/run belongs to another config, which has lr = 0\.0005 \(got 0\.5\); resume with its own settings"
-    assert_refused(refused, message)
+    assert_refused(refused, message + r" or name another --run-dir$")
+    longer = call("train", *FLAGS, "--backbone", tiny_folder, "--run-dir", trained, "--num-steps", 9, "--resume")
+    assert_refused(longer, rf"neuromas grow {trained} --steps N trains it on$")
 
 
 def test_a_run_directory_that_is_something_else(call: Call, tmp_path: Path) -> None:

@@ -448,6 +448,8 @@ def test_runs_that_are_clear_of_the_floor_are_not_at_it_however_far_apart_they_a
         ("YYYYNNNN", "YYYYNNNN", "both at the ceiling (95% or more)"),
         ("YYYYYNNN", "YYYYYYYN", "both at the floor (it lies in the intervals of these runs)"),
         ("YYYYNNNN", "YYYYYYYY", None),
+        ("NNNNYYYY", "NNNNYYYN", "neither is above the floor"),
+        ("NNNNYYYY", "YYYYYYYY", "neither is above the floor"),
     ],
 )
 def test_a_difference_at_the_floor_or_the_ceiling_is_uninformative(
@@ -460,7 +462,7 @@ def test_a_difference_at_the_floor_or_the_ceiling_is_uninformative(
         for seed in (0, 1, 2)
     }
     # Three of eight apart from half is clear of the floor with 200 questions, so the floor here has other answers.
-    if reason and "floor" in reason:
+    if reason and "both at the floor" in reason:
         changed = {key: replace(each, answers={"test": answers(golds, "Y" * 200)}) for key, each in changed.items()}
     comparison = run_all(tmp_path, changed)
     assert comparison.tables[0].differences[0].uninformative == reason

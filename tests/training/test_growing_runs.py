@@ -346,6 +346,29 @@ def test_a_grown_run_equals_the_schedule_in_one_run(speaker: Path, three: Path, 
     assert child.ledger == at_once.ledger
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_finished_run_trains_on_as_it_is(call: Call, speaker: Path, tmp_path: Path, shared: bool) -> None:
+    adapter = AdapterConfig(rank=2, target_modules=("q_proj",), shared=shared)
+    config = make_config(speaker, tmp_path / "run", growth=(), num_steps=2, warmup_steps=0, final_lr=0.0, adapter=adapter)
+    train_run(config)
+    parent = RunDirectory.open(tmp_path / "run")
+    status, _, err = call("grow", parent.path, "--steps", 3)
+    assert status == 0
+    assert "trained on from step 2 as it was: [1, 1, 1]" in err
+    child = RunDirectory.open(tmp_path / "run-to-1-1-1")
+    assert (child.step, child.scores("before")) == (5, parent.scores("after"))
+    # The schedule begins anew, where the parent's would have ended at 0.
+    assert [record["lr/value"] for record in logged(child.path) if record["step"] == 2] == [0.01]
+    assert len(drawn(child.path)) == 3 * 4
+    assert drawn(child.path).isdisjoint(drawn(parent.path))
+    assert call("show", child.path).status == 0
+
+
+def drawn(run: Path) -> set[str]:
+    """Return the questions of a run's training steps."""
+    return {record["example"] for record in logged(run, "rollouts.jsonl") if record["split"] == "train"}
+
+
 def test_show_of_a_network_half_open(call: Call, speaker: Path, tmp_path: Path) -> None:
     trainer = start(make_config(speaker, tmp_path / "run", growth=(FIVE,)))
     for _step in range(3):
@@ -379,7 +402,7 @@ def test_killed_while_it_is_made_a_child_is_no_run_and_is_made_again(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], r"grow needs --to, --connect or --edges, e\.g\. --to 2 2 1$"),
+        (["--warmup-new", 1], r"growth changes nothing: the network has widths \[1, 1, 1\] and these edges already$"),
         (["--to", 1, 1], r"widths \[1, 1, 1\] does not fit into \[1, 1\]; nodes and layers are added, never removed$"),
         (["--to", 1, 0, 1], r"--to must be positive widths, e\.g\. 2 2 1, got 1 0 1$"),
         (["--to", 1, 1, 1], r"growth changes nothing: the network has widths \[1, 1, 1\] and these edges already$"),

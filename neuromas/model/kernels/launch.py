@@ -58,6 +58,7 @@ def _prepare() -> None:
         file.seek(0)
         if file.read() == made_by:
             return
+        print("compiling loops for this machine's processor, once", file=sys.stderr, flush=True)
         done = subprocess.run(
             [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {_PREPARING: "1"}, check=False,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
