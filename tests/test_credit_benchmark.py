@@ -46,6 +46,8 @@ def test_rollouts_of_a_run_of_trees_are_drawn_one_by_one(
     options = ["--estimates", "4", "--warm", "0", "--group-size", "3", "--questions", "1", "--schemes", "shared"]
     monkeypatch.setattr(sys, "argv", ["credit.py", str(run), *options, "--out", str(out)])
     # A tiny model is never right, so that there is no variance to divide by.
+    with pytest.raises(SystemExit, match=r"^error: the rewards of no question differ, so no gradient varies; take a run"):
+        credit.main()
     estimates = list[int]()
     monkeypatch.setattr(credit, "write", lambda _, schemes, *rest: estimates.append(len(schemes[0].tokens)))
     credit.main()
