@@ -1,13 +1,17 @@
-"""Compiles the loops, as a program of its own: `python -m neuromas.training.compile_kernels`.
+"""Compiles the loops ahead of their first use: `python -m neuromas.training.compile_kernels`.
 
 Where a process has compiled a parallel loop itself, Numba runs another translation of it than the one that it keeps on disk:
-sums then differ in their last bits from those of every later process. So no process that computes anything compiles them.
+sums then differ in their last bits from those of every later process. So no process that computes anything compiles them:
+it starts this program, with an environment variable that says so.
 """
+
+import os
 
 import torch
 
 from neuromas.graph.topology import Topology
 from neuromas.model.backbone import Backbone
+from neuromas.model.kernels.launch import COMPILING, prepare
 from neuromas.rollout.network import Network
 from neuromas.training.reinforce import Credits, build_batch, loss
 from neuromas.types import Example
@@ -26,5 +30,8 @@ def compile_for(dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    compile_for("float32")
-    compile_for("bfloat16")
+    if COMPILING in os.environ:
+        compile_for("float32")
+        compile_for("bfloat16")
+    else:
+        prepare()

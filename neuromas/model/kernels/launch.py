@@ -34,11 +34,11 @@ def _most_threads() -> int:
     return most
 
 
-_PREPARING = "NEUROMAS_COMPILES_LOOPS"
+COMPILING = "NEUROMAS_COMPILES_LOOPS"
 
 
 @functools.cache
-def _prepare() -> None:
+def prepare() -> None:
     """Have another process compile the loops if they are not all kept on disk yet; `compile_kernels` says why.
 
     A file beside them says which Numba has compiled them all, from which source, for which processor: in another environment of
@@ -48,7 +48,7 @@ def _prepare() -> None:
 
     loop: Any = loops.weigh
     kept = loop.stats.cache_path
-    if _PREPARING in os.environ or kept is None:
+    if COMPILING in os.environ or kept is None:
         return
     made_by = f"{numba.__version__} {Path(loops.__file__).stat().st_mtime_ns} {loop.targetctx.codegen().magic_tuple()}"
     with (Path(kept) / f"loops.{sys.implementation.cache_tag}.compiled").open("a+") as file:
@@ -60,7 +60,7 @@ def _prepare() -> None:
             return
         print("compiling loops for this machine's processor, once", file=sys.stderr, flush=True)
         done = subprocess.run(
-            [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {_PREPARING: "1"}, check=False,
+            [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {COMPILING: "1"}, check=False,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         # If that process fails, this one compiles them.
@@ -71,7 +71,7 @@ def _prepare() -> None:
 
 def run(loop: Callable[..., None], *arguments: Tensor | np.ndarray | float | int) -> None:
     """Call a loop on as many threads as torch uses."""
-    _prepare()
+    prepare()
     most, threads = _most_threads(), torch.get_num_threads()
     if getattr(_threads, "set", None) != threads:
         numba.set_num_threads(min(threads, most))
