@@ -178,6 +178,8 @@ def write(options: argparse.Namespace, schemes: list[Measured], nodes: Sequence[
     """Write the numbers as JSON and as a table; what is there so far is whole after every estimate."""
     rng, shared = np.random.default_rng(0), schemes[0]
     if not any(estimate.any() for estimate in shared.gradients):
+        if len(shared.gradients) < options.estimates:
+            return
         raise SystemExit("error: the rewards of no question differ, so no gradient varies; take a run that has begun to learn")
     settings = {name: str(value) for name, value in vars(options).items() if name not in ("run", "out")}
     data: dict[str, Any] = {"settings": settings, "step": step, "estimates": len(shared.tokens), "schemes": {}}

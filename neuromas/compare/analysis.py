@@ -244,7 +244,7 @@ def _uninformative(scores: Sequence[Score], rights: Sequence[statistics.Table], 
     if all(low <= floor <= high for floor, (low, high) in zip(floors, intervals, strict=True)):
         return "both at the floor (it lies in the intervals of these runs)"
     if all(low <= floor for floor, (low, _) in zip(floors, intervals, strict=True)):
-        return "neither is above the floor"
+        return "neither is clear of the floor"
     return None
 
 

@@ -85,7 +85,7 @@ class Difference:
     unmatched: list[str] = field(default_factory=list)
     """Descriptions of the quantities that differ and are not declared as matched."""
     uninformative: str | None = None
-    """Why the difference is uninformative: neither method is above the floor, or both are at the ceiling; for a mean, where."""
+    """Why the difference is uninformative: no method is clear of the floor, or both are at the ceiling; for a mean, where."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,10 @@ def check(parent: Topology, grown: Topology) -> None:
                 f"growth must keep every edge, it removes {sender}->{recipient} and puts no new nodes between them"
             )
     if grown == parent:
-        raise ValueError(f"growth changes nothing: the network has widths {widths_of(parent)} and these edges already")
+        raise ValueError(
+            f"growth changes nothing: the network has widths {widths_of(parent)} and these edges already; "
+            "without any flag of a growth a run trains on as it is"
+        )
 
 
 def _leads(grown: Topology, sender: int, recipient: int, old: set[int]) -> bool:
@@ -226,7 +229,7 @@ def describe(record: dict[str, Any]) -> str:
         return "  ".join(f"{a}─▶{b}" for a, b in pairs) or "none"
 
     if record["from"] == record["to"] and not record["new_edges"]:
-        return f"trained on from step {record['at_step']} as it was: {record['to']}"
+        return f"step {record['at_step']}: training goes on with the same network, {record['to']}"
     kept = [node for node, origin in record["adapters"].items() if origin == "kept"]
     new = [
         f"({node}) in layer {record['layers'][node]}, {origin}"

@@ -197,9 +197,8 @@ class RunDirectory:
             raise ValueError(f"{path} is no run: expected {missing} in it, {error.strerror}") from error
         topology = config.topology.build()
         if parse_json(path / "topology.json", drawn, dict) != topology.to_json():
-            raise ValueError(
-                f"{path / 'topology.json'} is not the topology of config.json in the same folder; restore them both"
-            )
+            other = path / "topology.json"
+            raise ValueError(f"{other} is not the topology of config.json in the same folder; restore them both")
         return cls(path, config, topology)
 
     @classmethod
@@ -217,7 +216,9 @@ class RunDirectory:
             return cls.create(config)
         run = cls.open(path)
         if other := differences(run.config, config):
-            on = f"; neuromas grow {run.path} --steps N trains it on" if config.num_steps > run.config.num_steps else ""
+            counts_steps = not (run.config.society.rounds or run.config.train_tokens)
+            may_go_on = counts_steps and run.config.num_steps <= run.step < config.num_steps
+            on = f"; neuromas grow {path} --steps {config.num_steps - run.step} trains it on" if may_go_on else ""
             what = f"--run-dir {path} belongs to another config, which has {other}"
             raise ValueError(f"{what}; resume with its own settings or name another --run-dir{on}")
         return run

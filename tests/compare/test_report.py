@@ -448,8 +448,8 @@ def test_runs_that_are_clear_of_the_floor_are_not_at_it_however_far_apart_they_a
         ("YYYYNNNN", "YYYYNNNN", "both at the ceiling (95% or more)"),
         ("YYYYYNNN", "YYYYYYYN", "both at the floor (it lies in the intervals of these runs)"),
         ("YYYYNNNN", "YYYYYYYY", None),
-        ("NNNNYYYY", "NNNNYYYN", "neither is above the floor"),
-        ("NNNNYYYY", "YYYYYYYY", "neither is above the floor"),
+        ("NNNNYYYY", "NNNNYYYN", "neither is clear of the floor"),
+        ("NNNNYYYY", "YYYYYYYY", "neither is clear of the floor"),
     ],
 )
 def test_a_difference_at_the_floor_or_the_ceiling_is_uninformative(

@@ -354,7 +354,7 @@ def test_a_finished_run_trains_on_as_it_is(call: Call, speaker: Path, tmp_path: 
     parent = RunDirectory.open(tmp_path / "run")
     status, _, err = call("grow", parent.path, "--steps", 3)
     assert status == 0
-    assert "trained on from step 2 as it was: [1, 1, 1]" in err
+    assert "step 2: training goes on with the same network, [1, 1, 1]" in err
     child = RunDirectory.open(tmp_path / "run-to-1-1-1")
     assert (child.step, child.scores("before")) == (5, parent.scores("after"))
     # The schedule begins anew, where the parent's would have ended at 0.
@@ -402,10 +402,10 @@ def test_killed_while_it_is_made_a_child_is_no_run_and_is_made_again(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--warmup-new", 1], r"growth changes nothing: the network has widths \[1, 1, 1\] and these edges already$"),
+        (["--warmup-new", 1], r"growth changes nothing: .* widths \[1, 1, 1\] .*; without any flag of a growth a run"),
         (["--to", 1, 1], r"widths \[1, 1, 1\] does not fit into \[1, 1\]; nodes and layers are added, never removed$"),
         (["--to", 1, 0, 1], r"--to must be positive widths, e\.g\. 2 2 1, got 1 0 1$"),
-        (["--to", 1, 1, 1], r"growth changes nothing: the network has widths \[1, 1, 1\] and these edges already$"),
+        (["--to", 1, 1, 1], r"growth changes nothing: .* widths \[1, 1, 1\] .*; without any flag of a growth a run"),
         (["--edges", 1, 3, 2, 3], r"growth must keep every edge, it removes 1->2 and puts no new nodes between them$"),
         (["--edges", 1, 2, 2, 3, 1, 4], r"must lead to one output node, got 2 nodes that send to nobody: \[3, 4\]"),
         (["--edges", 1, 2], r"growth must keep every node, it removes \[3\]; a network never shrinks$"),
