@@ -203,8 +203,7 @@ class GrowthConfig:
             grown = growing.grow_to(parent, self.widths, new_layers=self.new_layers, skip=skip)
         for sender, recipient in self.connect:
             grown = growing.connect(grown, sender, recipient)
-        # A finished run may also train on as it is.
-        if self != GrowthConfig(at_step=self.at_step, restart_lr=True):
+        if self != GrowthConfig(at_step=self.at_step, restart_lr=True):  # by which a finished run trains on as it is
             growing.check(parent, grown)
         return Growth(
             parent, grown, growing.parse_copies(self.start, parent, grown), at_step=self.at_step, opening=self.opening,
@@ -344,10 +343,11 @@ class TrainConfig:
         require(self.group_size >= 1 + compared, "--group-size", f"at least {1 + compared} with {by}", self.group_size)
         unbiased = "leave_one_out, ema or none with --branches above 1 (the group's mean would scale each layer otherwise)"
         require(self.branches == 1 or self.centring != "group_mean", "--centring", unbiased, self.centring)
-        exactly = f"{(leaves := self.branches**depth)} with --branches {self.branches} and {depth} layers"
+        leaves = self.branches**depth
+        exactly = f"{leaves} with --branches {self.branches} and {depth} layers"
         require(self.branches == 1 or self.group_size == leaves, "--group-size", exactly, self.group_size)
         fixed = self.adapter.shared or self.topology.vote or self.topology.roles or self.branches > 1
-        if fixed and any(growth.grown != growth.parent for growth in self.growths()):
+        if fixed and not all(growth.adds_nothing for growth in self.growths()):
             raise ValueError("growth goes with none of --adapter.shared, --topology.vote, --topology.roles and --branches")
         if self.growth and self.train_tokens:
             raise ValueError("growth counts steps: it goes with --num-steps, not with --train-tokens")

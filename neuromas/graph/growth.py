@@ -189,6 +189,11 @@ class Growth:
         return tuple(sorted(set(self.grown.nodes) - set(self.parent.nodes)))
 
     @property
+    def adds_nothing(self) -> bool:
+        """Whether the network stays as it is: a finished run trains on."""
+        return self.grown == self.parent
+
+    @property
     def opened_by(self) -> int:
         """The first step of which all groups are open."""
         return self.at_step + (self.open_steps if self.opening == "annealed" else 0)

@@ -234,7 +234,7 @@ class Trainer:
     def _grow(self, growth: Growth) -> None:
         """Take on a growth: old adapters and their optimizer state are not touched. What was done is told and stored."""
         record = growth.record()
-        measured = growth.opening == "immediate" and growth.grown != growth.parent and self.task.has("validation")
+        measured = growth.opening == "immediate" and not growth.adds_nothing and self.task.has("validation")
         examples = self.task.examples("validation", self.config.validation_size) if measured else []
         before = evaluate(self.network, self.task, examples) if measured else None
         if parameters := self.network.grow(growth):
