@@ -113,16 +113,15 @@ def ratio(own: Measured, shared: Measured, nodes: Sequence[int], rng: np.random.
         ]
         found[name] = {"ratio": of(everything), "low": float(np.quantile(resampled, 0.025)),
                        "high": float(np.quantile(resampled, 0.975))}  # fmt: skip
-        if name == "all":
-            n = len(everything)
-            apart = whole[:n, :n] + whole[n:, n:] - whole[:n, n:] - whole[n:, :n]
-            found["difference"] = {
-                # Of the expected gradients, squared; `error` is at least its standard error if they are the same, for the
-                # products of vectors with themselves, which are larger, are among those that it is from.
-                "squared": squared_mean(apart), "error": float(np.sqrt(2 / (n * (n - 1)) * (apart**2).sum() / n**2)),
-                "signal": squared_mean(products[1]),
-            }  # fmt: skip
-            found["variance"] = trace(products[0])
+        n = len(everything)
+        apart = whole[:n, :n] + whole[n:, n:] - whole[:n, n:] - whole[n:, :n]
+        found[name]["difference"] = {
+            # Of the expected gradients, squared; `error` is at least its standard error if they are the same, for the
+            # products of vectors with themselves, which are larger, are among those that it is from.
+            "squared": squared_mean(apart), "error": float(np.sqrt(2 / (n * (n - 1)) * (apart**2).sum() / n**2)),
+            "signal": squared_mean(products[1]),
+            "signal_error": float(np.sqrt(2 / (n * (n - 1)) * (products[1] ** 2).sum() / n**2)),
+        }  # fmt: skip
     return found
 
 
@@ -203,7 +202,7 @@ def table(data: dict[str, Any], nodes: Sequence[int]) -> str:
             "squared difference of means / squared mean"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for name, row in data["schemes"].items():
-        apart = row["difference"]
+        apart = row["all"]["difference"]
         cells = [
             name, interval(row["all"]), *(f"{row[str(node)]['ratio']:.2f}" for node in nodes), f"{row['tokens']:.2f}",
             f"{row['replay_seconds']:.2f} / {row['rollout_seconds']:.2f}",
