@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from neuromas.model import kernels
+from neuromas.model.kernels import launch, loops
 from neuromas.model.ops import CompiledOps, TorchOps, _passed
 from neuromas.model.rms_norm import RMSNorm
 
@@ -258,6 +260,7 @@ def test_a_term_of_0_is_not_passed_where_the_sum_of_a_gpu_still_changes() -> Non
 LAST_BITS = """
 import sys, hashlib, torch
 from neuromas.model import kernels
+from neuromas.model.kernels import launch, loops
 x, scale = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((37, 576), (576,)))
 y, inverse = kernels.normalise(x, scale, 1e-5, torch.float32)
 gradient = kernels.normalise_backward(y, x, scale, inverse)
@@ -295,3 +298,17 @@ def test_loops_work_where_no_cache_folder_can_be_written_to() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(1 / (1 + math.exp(-1)))
+
+
+def test_a_compilation_that_fails_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, stderr="Traceback\nMemoryError: no room\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    loop: Any = loops.weigh
+    elsewhere = SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path)), targetctx=loop.targetctx)
+    monkeypatch.setattr(loops, "weigh", elsewhere)
+    launch.prepare.__wrapped__()
+    assert "compiling ahead failed (MemoryError: no room)" in capsys.readouterr().err
+    (mark,) = tmp_path.iterdir()
+    assert not mark.read_text()

@@ -61,12 +61,15 @@ def prepare() -> None:
         print("compiling loops for this machine's processor, once", file=sys.stderr, flush=True)
         done = subprocess.run(
             [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {COMPILING: "1"}, check=False,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
         )  # fmt: skip
-        # If that process fails, this one compiles them.
         if done.returncode == 0:
             file.truncate(0)
             file.write(made_by)
+        else:
+            why = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+            told = f"compiling ahead failed ({why}); this process compiles them: sums may end in other bits than those of other runs"
+            print(told, file=sys.stderr, flush=True)
 
 
 def run(loop: Callable[..., None], *arguments: Tensor | np.ndarray | float | int) -> None:
