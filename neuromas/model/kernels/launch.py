@@ -68,7 +68,7 @@ def prepare() -> None:
             file.write(made_by)
         else:
             why = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-            told = f"compiling ahead failed ({why}); this process compiles them: sums may end in other bits than those of other runs"
+            told = f"compiling ahead failed ({why}); this process compiles them, and its sums may have other last bits"
             print(told, file=sys.stderr, flush=True)
 
 
