@@ -62,7 +62,7 @@ def run(args: Sequence[str]) -> None:
     find_backbone(config.backbone)
     asked = questions_to_screen(configs, parsed.questions)
     # These load torch: mistakes are reported before.
-    from neuromas.training.screen import RULE, screen, table
+    from neuromas.training.screen import RULE, screen, table, wrong_answers
     from neuromas.training.setup import build_network
 
     network, done = build_network(config), []
@@ -91,4 +91,5 @@ def run(args: Sequence[str]) -> None:
         f"{parsed.samples} samples a question, temperature {config.temperature:g}, "
         f"at most {config.max_new_tokens} tokens a text, seed {config.seed}"
     )
-    print(json.dumps(report) if parsed.json else printable(f"{table(done)}\n\n{settings}\n{RULE}"))
+    parts = (table(done), wrong_answers(done), f"{settings}\n{RULE}")
+    print(json.dumps(report) if parsed.json else printable("\n\n".join(filter(None, parts))))

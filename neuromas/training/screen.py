@@ -9,6 +9,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from neuromas.rollout.network import Network
+from neuromas.system.terminal import shortened
 from neuromas.tasks import Task, rewards_of
 from neuromas.training.evaluate import EXAMPLES_AT_ONCE, evaluate
 from neuromas.training.intervals import wilson
@@ -19,6 +20,8 @@ from neuromas.types import Example, Group, MessageStatus
 LEAST, MOST = 0.05, 0.6
 ROOM = 0.1
 MIXED = 0.2
+SHOWN = 3
+"""Wrong answers of a task that are shown."""
 RULE = (
     f"Rule of thumb: reinforcement can learn a task with a pass@1 of {LEAST:.0%} to {MOST:.0%}, with a pass@k at "
     f"least {100 * ROOM:.0f} points above it, and with unequal rewards in at least {MIXED:.0%} of the groups: "
@@ -51,6 +54,8 @@ class Screening:
     """Share of groups whose rewards are not all equal."""
     tokens_per_answer: float
     """Sampled tokens of all nodes."""
+    wrong: tuple[tuple[str, str], ...]
+    """An answer of reward 0 as it was written, and the gold one, of each of the first questions that have such an answer."""
     seconds: float
 
     @property
@@ -122,6 +127,7 @@ def screen(
     rollouts = [rollout for group in groups for rollout in group]
     flat = rewards_of(task, [(rollout.example, rollout.answer) for rollout in rollouts])
     rewards = [flat[i : i + samples] for i in range(0, len(flat), samples)]
+    wrong = {r.example.id: (r.answer, r.example.answer) for r, reward in zip(rollouts, flat, strict=True) if not reward}
     statuses = [message.status for r in rollouts for completion in r.completions for message in completion.messages]
     (best, best_share), (low, high) = task.floor(examples), interval(rewards)
     return Screening(
@@ -138,6 +144,7 @@ def screen(
         well_formed=fmean(status is MessageStatus.OK for status in statuses) if statuses else None,
         mixed=mixed_share(rewards),
         tokens_per_answer=spending(groups).sampled_tokens / len(rollouts),
+        wrong=tuple(wrong.values())[:SHOWN],
         seconds=time.monotonic() - started,
     )
 
@@ -145,6 +152,14 @@ def screen(
 def _sizes(samples: int) -> list[int]:
     """Return 1, 2, 4 and so on up to the number of samples, and that number."""
     return [*(1 << i for i in range((samples - 1).bit_length())), samples]
+
+
+def wrong_answers(screenings: Sequence[Screening]) -> str:
+    """Return some wrong answers of each task, a line each: reading tells a wrong answer from a right one in another form."""
+    lines: list[str] = []
+    for s in screenings:
+        lines += [f"{s.task}, wrong: {shortened(text.strip(), 80)!r}, gold {shortened(gold)!r}" for text, gold in s.wrong]
+    return "\n".join(lines)
 
 
 def table(screenings: Sequence[Screening]) -> str:

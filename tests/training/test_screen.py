@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,13 +80,15 @@ def test_what_is_said_of_a_task_is_what_was_answered(tiny_backbone: Backbone) ->
     written = 4 * sum(map(len, ("TO node 2: x", "TO node 2:", "x", "TO node 9: x")))
     answers = sum(len(text) if text == "hm" else len(f"Answer: {text}") for name in "abcd" for text in said[name])
     assert found.tokens_per_answer == (written + answers) / 16
+    # One wrong answer of b, c and d each: all of a's are right.
+    assert found.wrong == (("Answer: No", "Yes"), ("Answer: Yes", "No"), ("Answer: No", "Yes"))
     assert told == ["navigate: 0 of 4 questions sampled", "navigate: greedy answers"]
     one = screen(make_network(tiny_backbone, lambda request: "Answer: Yes", 1), TASK, EXAMPLES, 2)
     assert (one.well_formed, one.pass_at) == (None, {1: 3 / 4, 2: 3 / 4})
 
 
 def screening(once: float, best: float, mixed: float, low: float = 0.4, floor: float = 0.3) -> Screening:
-    return Screening("t", 40, 8, {1: once, 8: best}, low, 1.0, 0.5, floor, "Yes", 1.0, None, mixed, 9.0, 1.0)
+    return Screening("t", 40, 8, {1: once, 8: best}, low, 1.0, 0.5, floor, "Yes", 1.0, None, mixed, 9.0, (), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,8 @@ def test_the_command_prints_a_table_or_json(call: Call, tiny_folder: Path, tmp_p
     assert (
         "in float32, 1 node, wording terse, 2 samples a question, temperature 1, at most 3 tokens a text, seed 0" in plain.out
     )
+    wrong = re.findall("^(navigate|dyck_languages), wrong: '.*', gold '.+'$", plain.out, re.MULTILINE)
+    assert wrong[-1] == "dyck_languages"
     assert "can learn a task with a pass@1 of 5% to 60%, with a pass@k at least 10 points above it" in plain.out
     told = plain.err.splitlines()
     assert told[0] == "navigate: 0 of 3 questions sampled"
@@ -139,9 +144,8 @@ def test_the_command_prints_a_table_or_json(call: Call, tiny_folder: Path, tmp_p
     assert [found["task"] for found in report["tasks"]] == ["navigate", "dyck_languages"]
     assert report["config"]["topology"]["widths"] == [1]
     assert (report["config"]["dtype"], report["config"]["prompt"]["wording"]) == ("float32", "terse")
-    assert {"pass_at", "low", "high", "greedy", "floor", "parse_rate", "mixed", "learnable", "verdict"} <= report["tasks"][
-        0
-    ].keys()
+    said = {"pass_at", "low", "high", "greedy", "floor", "parse_rate", "mixed", "wrong", "learnable", "verdict"}
+    assert said <= report["tasks"][0].keys()
     # The same seed says the same; a file gives its settings, and flags win over it.
     toml = tmp_path / "run.toml"
     toml.write_text(f'backbone = "{tiny_folder}"\ntopology.widths = [1, 1]\ntask.name = "dyck_languages"\nlr = 0.5\n')
