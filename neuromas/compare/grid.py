@@ -10,7 +10,7 @@ What a table leaves out comes from the one before it.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -98,6 +98,12 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(sorted(METHODS))} or class:FILE.py:CLASS, got {name!r}")
     return with_credit(METHODS[name], credit) if colon else METHODS[name]
+
+
+def settings_of(method: str, config: TrainConfig) -> TrainConfig:
+    """Return the settings that a method runs with: those of a cell, as the method changes them if it does."""
+    change: Callable[[TrainConfig], TrainConfig] = getattr(find_method(method), "change", lambda config: config)
+    return change(config)
 
 
 def _load_class(location: str) -> Method:
@@ -251,9 +257,11 @@ class _Layers:
         except ValueError as error:
             raise ValueError(f"{self.tasks_from}: {method} on {task}: {error}") from error
         try:
-            return config.check()
+            # What a method itself sets may be what makes the others fit: a critic needs no group.
+            settings_of(method, config).check()
         except ValueError as error:
             raise ValueError(f"{self.where}: {method} on {task}: {error}") from error
+        return config
 
 
 def _pairs(raw: Mapping[str, Any], methods: Sequence[str], left_out: set[str], where: str) -> tuple[Pair, ...]:

@@ -22,7 +22,7 @@ from neuromas.compare.budget_match import QUANTITIES, format_amount
 from neuromas.compare.cells import Cell, Stored, cell_of, read
 from neuromas.compare.cluster import make_on_cluster
 from neuromas.compare.findings import Comparison, format_difference, format_problem, to_json
-from neuromas.compare.grid import Grid, Pair, describe_cell, find_method, problem_of
+from neuromas.compare.grid import Grid, Pair, describe_cell, find_method, problem_of, settings_of
 from neuromas.compare.methods.method import CellResult, CellSpec
 from neuromas.compare.methods.paper_sizes import qwen3_0_6b
 from neuromas.compare.report import write_report
@@ -118,7 +118,9 @@ def _require_any(found: Mapping[Path, Stored], out: Path) -> None:
 
 def check_questions(grid: Grid) -> None:
     """Raise ValueError if a task has no questions for its cells: before any is made, not as an error of each."""
-    needed = {(spec.config.task.name, find_method(spec.method).trained): spec.config for spec in grid.cells}
+    needed = {
+        (spec.config.task.name, find_method(spec.method).trained): settings_of(spec.method, spec.config) for spec in grid.cells
+    }
     for (_, trained), config in needed.items():
         if trained:
             resolve(config)
@@ -264,8 +266,7 @@ def describe_pair(pair: Pair) -> str:
 def _training(specs: Sequence[CellSpec]) -> tuple[str, str]:
     """Return training rollouts and steps as text; a budget of tokens is named itself, as its rollouts depend on the texts."""
     method = find_method(specs[0].method)
-    change: Callable[[TrainConfig], TrainConfig] = getattr(method, "change", lambda config: config)
-    configs = [change(spec.config) for spec in specs]
+    configs = [settings_of(spec.method, spec.config) for spec in specs]
     if other := getattr(method, "tokens_of", None):
         return f"tokens of {other}", "as many"
     steps = _range([config.num_steps for config in configs])

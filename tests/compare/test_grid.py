@@ -9,7 +9,7 @@ from paths import CONFIGS, DOCS, RIVALS
 
 from neuromas.compare.grid import Grid, find_method, load_grid
 from neuromas.compare.methods.networks import Trained
-from neuromas.compare.run import with_dtypes
+from neuromas.compare.run import check_questions, with_dtypes
 from neuromas.config import TrainConfig
 from neuromas.graph.topology import Topology
 from neuromas.types import Example
@@ -169,6 +169,17 @@ def test_a_team_of_ones_own_and_an_adapter_for_its_tokens_are_objects_of_a_file(
     assert one.tokens_of == grid.methods[0]
     assert team.change(TrainConfig()).topology.build().edges == ((1, 2), (1, 3), (2, 4), (3, 4))
     assert one.change(TrainConfig()).max_new_tokens == 4 * TrainConfig().max_new_tokens
+
+
+def test_settings_are_judged_as_the_method_changes_them(tmp_path: Path) -> None:
+    lists = 'methods = ["collm_dc", "multiagent_ft", "neuromas_3:own_critics"]\ntasks = ["navigate"]\nseeds = [0]\n'
+    text = lists + "[train]\ngroup_size = 1\n"
+    grid = load(tmp_path, text)
+    check_questions(grid)
+    assert [spec.config.group_size for spec in grid.cells] == [1, 1, 1]
+    message = "neuromas_3 on navigate: --group-size must be at least 2 with --centring leave_one_out, got 1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(tmp_path, text.replace("neuromas_3:own_critics", "neuromas_3"))
 
 
 def test_two_methods_may_not_have_one_name(tmp_path: Path) -> None:
