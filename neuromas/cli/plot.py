@@ -6,6 +6,8 @@ from neuromas.graph.growth import widths_of
 from neuromas.training.run_directory import RunDirectory
 
 SMOOTHING_STEPS = 10
+VALIDATED = {"validation/accuracy/mean", "validation/low/value", "validation/high/value"}
+"""What a line of metrics has of a step that validated."""
 
 
 def plot_run(run: RunDirectory) -> Path:
@@ -16,13 +18,14 @@ def plot_run(run: RunDirectory) -> Path:
     from matplotlib import pyplot as plt
 
     records = run.metrics()
-    steps = [record["step"] + 1 for record in records]
-    rewards = [record["reward/mean"] for record in records]
+    # A line may lack what other code, or a hand, has not written.
+    rewarded = [record for record in records if "reward/mean" in record]
+    steps, rewards = [record["step"] + 1 for record in rewarded], [record["reward/mean"] for record in rewarded]
     smooth = [sum(part) / len(part) for i in range(len(rewards)) if (part := rewards[max(0, i + 1 - SMOOTHING_STEPS) : i + 1])]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, rewards, color="tab:blue", alpha=0.25, linewidth=1)
     axes.plot(steps, smooth, color="tab:blue", label=f"training reward, mean of {SMOOTHING_STEPS} steps")
-    validations = [record for record in records if "validation/accuracy/mean" in record]
+    validations = [record for record in records if record.keys() >= VALIDATED]
     if validations:
         how = "by debate and vote" if run.config.society.rounds else "greedy"
         accuracy = [record["validation/accuracy/mean"] for record in validations]

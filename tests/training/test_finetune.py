@@ -447,8 +447,10 @@ def test_a_run_ends_by_the_iteration_that_spends_its_tokens(
     drawn: list[Any] = []
     run.write_json("evaluation.json", {"after": {"test": {"accuracy": 0.5, "low": 0.25, "high": 0.75, "floor": 0.5, "n": 2}}})
     monkeypatch.setattr(pyplot, "close", drawn.append)
+    run.log_metrics(1, {"loss/mean": 1.0})  # a line without a reward or a validation is no point
     plot_run(run)
     (axes,) = drawn[0].axes
+    assert [line.get_xdata().tolist() for line in axes.lines[:2]] == [[1], [1]]
     points = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     assert "validation accuracy, by debate and vote, 95% interval" in points
     assert points["test (n 2)"].lines[0].get_xdata().tolist() == [1]
