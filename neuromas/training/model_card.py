@@ -39,7 +39,8 @@ def card(export: Export, backbone: Backbone) -> str:
         config=config, adapter=adapter, topology=export.topology, nodes=export.nodes, head=export.head,
         wording=worded(backbone, config.prompt)[0].name,
         names=[f"node{node}" for node in export.nodes], before=before, after=after, ledger=export.json("ledger.json"),
-        title=_title(export), kind=_kind(export), chosen=_chosen(export), imports=imports, source=source,
+        places={node: _place(export, node) for node in export.topology.nodes}, title=_title(export), kind=_kind(export),
+        chosen=_chosen(export), imports=imports, source=source,
         vllm_rank=None if others else rank, own_code=config.task.name.startswith(OWN_CODE),
         no_vllm=f"it takes no adapters on {', '.join(others)}" if others else f"its largest rank is {RANKS[-1]}",
         own_name=is_own,
@@ -62,6 +63,22 @@ def _kind(export: Export) -> str:
     told = " that send each other messages" if len(answering) < count else ""
     ends = f"node {answering[0]} answers" if len(answering) == 1 else f"{len(answering)} answer, and a majority vote decides"
     return f"A network of {count} nodes{told}; {ends}."
+
+
+def _place(export: Export, node: int) -> str:
+    """Return what a node reads and whom it writes to, as two cells of a table."""
+    topology, society = export.topology, export.config.society
+    if not society.rounds:
+        read, told = topology.senders(node), topology.recipients(node)
+        reads = ", ".join(["the question", *(f"node {sender}" for sender in read)])
+        return f"{reads} | {', '.join(f'node {recipient}' for recipient in told) or 'the answer'}"
+    layer, agents = topology.layer(node), len([each for each in topology.nodes if topology.layer(each) == 1])
+    others = "a summary of the others' by the bare backbone" if society.summary else "the others' in full"
+    if layer == 2:
+        return f"the question, the last answer that began as node {node - agents}'s, {others} | an answer in each later round"
+    later = society.rounds > 1 and topology.depth == 1
+    reads = f"the question, in later rounds its own last answer and {others}" if later else "the question"
+    return f"{reads} | an answer in {'each' if later else 'the first'} round"
 
 
 def _chosen(export: Export) -> str:

@@ -13,6 +13,7 @@ from models import load_backbone, make_model, plain_logprobs, save_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from neuromas.graph.society import SocietyConfig
 from neuromas.graph.topology import Topology
 from neuromas.training.exported import collect
 from neuromas.training.load_run import load_run
@@ -168,6 +169,23 @@ def test_the_card_of_a_vote_names_no_node_that_answers(run: Path, speaker: Path)
     }.items():
         text = card(dataclasses.replace(export, topology=Topology.layered(widths, vote=True)), backbone)
         assert f"A network of {said} majority vote decides.\n" in text
+
+
+def test_the_card_of_a_society_says_what_its_agents_read(run: Path, speaker: Path) -> None:
+    export, backbone = collect(RunDirectory.open(run)), load_backbone(speaker)
+    others = "a summary of the others' by the bare backbone"
+    for widths, rounds, rows in (
+        ((2, 2), 2, ["the question | an answer in the first round",
+                     f"the question, the last answer that began as node 2's, {others} | an answer in each later round"]),
+        ((2,), 2, [f"the question, in later rounds its own last answer and {others} | an answer in each round"]),
+        ((2,), 1, ["the question | an answer in the first round"]),
+    ):  # fmt: skip
+        config = dataclasses.replace(export.config, society=SocietyConfig(rounds=rounds))
+        text = card(dataclasses.replace(export, config=config, topology=Topology.layered(widths, vote=True)), backbone)
+        assert [f"| {2 * layer} | {layer} | {row} |" in text for layer, row in enumerate(rows, 1)] == [True] * len(rows)
+        assert "| node | layer | reads | writes |" in text
+        assert "Either serves agents, not the society" in text
+        assert "neuromas tasks show" not in text
 
 
 def forge(export: Path, **changes: bytes) -> None:
