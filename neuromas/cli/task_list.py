@@ -79,7 +79,7 @@ def example_prompts(config: TaskConfig, wording: Wording) -> dict[str, Any]:
     if isinstance(task, DatasetTask) and not task.has(split):
         split = next(iter(task.splits))
     (example,) = task.examples(split, 1)
-    check_begin_answer(wording, [example])
+    check_begin_answer(wording.begin_answer, [example])
     nodes = []
     for node in topology.nodes:
         inbox = [Message(k, node, f"(what node {k} writes)", MessageStatus.OK) for k in topology.senders(node)]

@@ -113,9 +113,8 @@ BEGIN_ANSWERS = frozenset(wording.begin_answer for wording in WORDINGS.values())
 _FIELDS = {"place": ("node", "layer"), "message": ("sender", "text"), "write": ("node", "headers", "recipients")}
 
 
-def check_begin_answer(wording: Wording, examples: Sequence[Example]) -> None:
+def check_begin_answer(begin: str, examples: Sequence[Example]) -> None:
     """Raise ValueError if a setting that is to begin answers begins none of these examples'."""
-    begin = wording.begin_answer
     if begin not in BEGIN_ANSWERS and examples and not any(begin in example.answer_format for example in examples):
         raise ValueError(
             f"--prompt.begin-answer {begin!r} begins no answer: only words of the task's answer format do, which is "

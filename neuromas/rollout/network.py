@@ -210,7 +210,7 @@ class Network:
         """Raise ValueError if a node's prompt and text may be longer than the backbone reads, in `later` topologies too, or no
         answer begins as the settings say."""
         limit, examples = self.backbone.max_tokens, list(examples)
-        check_begin_answer(self.wording, examples)
+        check_begin_answer(self.wording.begin_answer, examples)
         shapes = [self.topology, *([self.parent] if self.parent else []), *later]
         if self.wording.begin_messages:
             texts = max(_most_frequent(sender for sender, _ in shape.edges) for shape in shapes)

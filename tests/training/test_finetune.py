@@ -556,6 +556,8 @@ def test_mistakes_are_told_before_any_work(call: Call, tiny_folder: Path, tmp_pa
     assert_refused(
         call("finetune", *long), "a question of .* tokens .* and 2 texts of --max-new-tokens 20000 to read need up to"
     )
+    begun = ["--backbone", tiny_folder, "--device", "cpu", "--max-new-tokens", 8, "--prompt.begin-answer", "So:"]
+    assert_refused(call("finetune", *begun), "--prompt.begin-answer 'So:' begins no answer: only words of the task's answer")
     assert list(tmp_path.glob("runs/*")) == []
 
 
