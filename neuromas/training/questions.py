@@ -27,6 +27,8 @@ class Questions:
     training: list[Example]
     """All that training draws from, or, where problems are generated, some of what the first step draws."""
     evaluation_sets: dict[str, list[Example]]
+    validation: list[Example]
+    """What chooses a checkpoint; empty where a run does not validate."""
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Questions":
@@ -37,11 +39,13 @@ class Questions:
             sets = evaluation_sets(config, task)
             # A task with nothing to train on says so now, not after the first evaluation.
             first = task.training_batch(config.seed, 0, min(config.drawn_per_step, LOOKED_AT))
-            return cls(task, task.training_examples() if isinstance(task, DatasetTask) and not task.generates else first, sets)
+            drawn = task.training_examples() if isinstance(task, DatasetTask) and not task.generates else first
+            return cls(task, drawn, sets, validation_examples(config, task))
 
     def checksums(self) -> dict[str, str]:
         """Return checksums of questions and answers, by what they are for."""
-        return {name: checksum_of(asked) for name, asked in {"training": self.training, **self.evaluation_sets}.items()}
+        asked = {"training": self.training, **self.evaluation_sets, "validating": self.validation}
+        return {name: checksum_of(examples) for name, examples in asked.items()}
 
 
 @contextmanager
@@ -88,6 +92,11 @@ def _to_train_on(task: Task, config: TrainConfig, count: int) -> list[Example]:
             f"task {task.name} has neither validation nor training questions here, and test questions are not screened; leave "
             "the task out, or give --task.data that holds some"
         ) from error
+
+
+def validation_examples(config: TrainConfig, task: Task) -> list[Example]:
+    """Return the validation questions of a run; none where it does not validate."""
+    return task.examples("validation", config.validation_size) if config.eval_every and task.has("validation") else []
 
 
 def data_checksum(config: TaskConfig) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from neuromas.config import TrainConfig
 from neuromas.tasks import Task
 from neuromas.training.evaluate import Evaluation
+from neuromas.training.questions import validation_examples
 from neuromas.training.run_directory import RunDirectory
 from neuromas.types import Example, Group
 
@@ -16,8 +17,7 @@ class Validation:
     """The validation questions of a run, none where it does not validate, and the best accuracy on them so far."""
 
     def __init__(self, config: TrainConfig, task: Task, sets: Sets, run: RunDirectory) -> None:
-        validates = config.eval_every > 0 and task.has("validation")
-        self.examples = task.examples("validation", config.validation_size) if validates else []
+        self.examples = validation_examples(config, task)
         scored = {example.id for examples in sets.values() for example in examples}
         # What is scored chooses nothing.
         self._chooses = not any(example.id in scored for example in self.examples)

@@ -292,10 +292,22 @@ def test_settings_that_were_changed_by_hand_are_not_resumed(call: Call, trained:
 
 def test_questions_that_have_changed_are_noticed(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
     file, run = tmp_path / "mine.jsonl", tmp_path / "run"
-    lines = [*numbered(4, split="train"), {"question": "Last?", "answer": "9", "split": "test"}]
-    flags = ["train", *FLAGS, "--backbone", tiny_folder, "--run-dir", run, "--task", f"jsonl:{write_lines(file, lines)}"]
+    others = [{"question": f"{split}?", "answer": "9", "split": split} for split in ("test", "validation")]
+    lines = [*numbered(4, split="train"), *others]
+    flags = [
+        "train",
+        *FLAGS,
+        "--eval-every",
+        1,
+        "--backbone",
+        tiny_folder,
+        "--run-dir",
+        run,
+        "--task",
+        f"jsonl:{write_lines(file, lines)}",
+    ]
     assert call(*flags).status == 0
-    for index, what in ((1, "training"), (4, "test")):
+    for index, what in ((1, "training"), (4, "test"), (5, "validating")):
         write_lines(file, [{**line, "answer": "7"} if at == index else line for at, line in enumerate(lines)])
         message = rf"was started with other questions or answers \({what}\); resume with the same data or name another"
         assert_refused(call(*flags, "--resume"), message)
