@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ def finetuner_of(plan: Plan, run: RunDirectory) -> Iterator[tuple["Finetuner", P
     """Yield the finetuner of a run at its newest checkpoint, while the run directory is locked; raises as `loop.trainer_of`."""
     run.check_files()
     society = build_society(plan.config)
-    society.check_lengths([*plan.questions.training, *chain(*plan.questions.evaluation_sets.values())])
+    society.check_lengths(plan.questions.all)
     check_memory(plan.config, society, len(society.topology.nodes))
     with run.locked():
         run.initialise(plan.questions.task.held_out, plan.questions.checksums())
@@ -115,9 +114,9 @@ class Finetuner:
         self.step = state.step if state else 0
         self.ledger = state.ledger if state else Ledger(self.bank.trainable_parameters)
         run.forget_after(self.step)
-        self.validation = Validation(self.config, self.task, self.sets, run)
         # A list may hold a question twice, and what is measured is told by question.
-        self.validation.examples = list({example.id: example for example in self.validation.examples}.values())
+        validation = list({example.id: example for example in plan.questions.validation}.values())
+        self.validation = Validation(validation, self.sets, run)
         # A killed run may have measured what it has not saved.
         self.measured = [measured for measured in read_iterations(run) if measured["iteration"] <= self.step]
         self.sampled_from = -1

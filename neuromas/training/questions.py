@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from neuromas.config import TaskConfig, TrainConfig
@@ -40,7 +41,13 @@ class Questions:
             # A task with nothing to train on says so now, not after the first evaluation.
             first = task.training_batch(config.seed, 0, min(config.drawn_per_step, LOOKED_AT))
             drawn = task.training_examples() if isinstance(task, DatasetTask) and not task.generates else first
-            return cls(task, drawn, sets, validation_examples(config, task))
+            validates = config.eval_every > 0 and task.has("validation")
+            return cls(task, drawn, sets, task.examples("validation", config.validation_size) if validates else [])
+
+    @property
+    def all(self) -> list[Example]:
+        """All of them, whatever they are for."""
+        return [*self.training, *chain(*self.evaluation_sets.values()), *self.validation]
 
     def checksums(self) -> dict[str, str]:
         """Return checksums of questions and answers, by what they are for."""
@@ -92,11 +99,6 @@ def _to_train_on(task: Task, config: TrainConfig, count: int) -> list[Example]:
             f"task {task.name} has neither validation nor training questions here, and test questions are not screened; leave "
             "the task out, or give --task.data that holds some"
         ) from error
-
-
-def validation_examples(config: TrainConfig, task: Task) -> list[Example]:
-    """Return the validation questions of a run; none where it does not validate."""
-    return task.examples("validation", config.validation_size) if config.eval_every and task.has("validation") else []
 
 
 def data_checksum(config: TaskConfig) -> str:

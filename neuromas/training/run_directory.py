@@ -91,7 +91,7 @@ class RunDirectory:
                 f"{self.path / 'config.json'} has other settings than the run was started with; restore it, or delete "
                 f"{self.path / 'identity.json'} to go on with them all the same"
             )
-        asked = {"validating": questions.get("validating")} | before.get("questions", questions)  # older runs do not say it
+        asked = before.get("questions", questions)
         if changed := [name for name in {**asked, **questions} if asked.get(name) != questions.get(name)]:
             raise ValueError(
                 f"--run-dir {self.path} was started with other questions or answers ({', '.join(changed)}); resume "

@@ -3,10 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from neuromas.config import TrainConfig
-from neuromas.tasks import Task
 from neuromas.training.evaluate import Evaluation
-from neuromas.training.questions import validation_examples
 from neuromas.training.run_directory import RunDirectory
 from neuromas.types import Example, Group
 
@@ -16,8 +13,8 @@ Sets = Mapping[str, list[Example]]
 class Validation:
     """The validation questions of a run, none where it does not validate, and the best accuracy on them so far."""
 
-    def __init__(self, config: TrainConfig, task: Task, sets: Sets, run: RunDirectory) -> None:
-        self.examples = validation_examples(config, task)
+    def __init__(self, examples: list[Example], sets: Sets, run: RunDirectory) -> None:
+        self.examples = examples
         scored = {example.id for examples in sets.values() for example in examples}
         # What is scored chooses nothing.
         self._chooses = not any(example.id in scored for example in self.examples)

@@ -1,7 +1,6 @@
 """From a plan to a network that is ready to train; what does not fit is said before any training."""
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
@@ -42,9 +41,8 @@ def network_of(plan: Plan) -> Network:
     """Build the network of a plan, whose engine is not started yet; ValueError names the flag that is wrong."""
     network = build_network(plan.config, plan.topology)
     # What the network will grow to must fit as well, and that is better said now than in the midst of the run.
-    questions = plan.questions
     later = [growth.grown for growth in plan.growths]
-    network.check_lengths([*questions.training, *chain(*questions.evaluation_sets.values())], *later)
+    network.check_lengths(plan.questions.all, *later)
     check_memory(plan.config, network, _most_nodes(plan))
     return network
 

@@ -67,7 +67,7 @@ class Trainer:
         self.sampled_from = -1
         """The step whose adapters have written finite numbers last."""
         run.forget_after(self.step)
-        self.validation = Validation(self.config, self.task, self.sets, run)
+        self.validation = Validation(plan.questions.validation, self.sets, run)
 
     def diverged(self, when: str, error: Diverged) -> ValueError:
         """Return what to say of a run whose numbers are no longer finite; no checkpoint that cannot answer stays."""

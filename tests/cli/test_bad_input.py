@@ -71,9 +71,10 @@ def test_questions_that_are_too_long(refuses: Refuses, call: Call, trained: Path
     message = r"a question of \d+ tokens \('word word .* the backbone reads \d+; shorten one of them$"
     refuses(message, "--task.file", items)
     refuses(r"\d{5} tokens for a node alone, .* the backbone reads \d+; shorten", "--topology.roles", long, "You are brief.")
-    # Also one that no evaluation meets, and that training would meet later.
-    lines = [*numbered(30, split="train"), {"question": long, "answer": "1", "split": "train"}, *numbered(1, split="test")]
-    refuses(message, "--task", f"jsonl:{write_lines(tmp_path / 'mine.jsonl', lines)}")
+    # Also one that is not scored, and that training or validation would meet later.
+    for split in ("train", "validation"):
+        lines = [*numbered(30, split="train"), {"question": long, "answer": "1", "split": split}, *numbered(1, split="test")]
+        refuses(message, "--task", f"jsonl:{write_lines(tmp_path / 'mine.jsonl', lines)}", "--eval-every", 1)
     assert_refused(call("ask", trained, long), message)
     assert_refused(call("ask", trained, "x" * 1_000_001), r"QUESTION must be at most 1,000,000 characters$")
 
