@@ -51,8 +51,7 @@ class TopologyConfig:
     """The network's shape."""
 
     widths: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--widths"])] = (1, 1, 1)
-    """Nodes per layer, ending in 1 (the output node) unless --topology.vote lets all of the last layer answer. `1` alone is
-    single-model reinforcement learning."""
+    """Nodes per layer, ending in 1 (the output node) without --topology.vote. `1`: single-model reinforcement learning."""
     skip: bool = False
     """Connect every node to all later layers, not only to the next."""
     edges: tuple[tuple[int, int], ...] = ()
