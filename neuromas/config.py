@@ -51,7 +51,7 @@ class TopologyConfig:
     """The network's shape."""
 
     widths: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--widths"])] = (1, 1, 1)
-    """Nodes per layer, ending in 1 (the output node). `1` alone is single-model reinforcement learning."""
+    """Nodes per layer, ending in 1 (the output node) without --topology.vote. `1`: single-model reinforcement learning."""
     skip: bool = False
     """Connect every node to all later layers, not only to the next."""
     edges: tuple[tuple[int, int], ...] = ()
@@ -255,7 +255,7 @@ class TrainConfig:
     max_new_tokens: int = 80
     """Longest text of a node, stop token included; 32 where --backbone is not the bundled one."""
     temperature: float = 1.0
-    """Sampling temperature while training; evaluation is greedy."""
+    """Sampling temperature while training. A network is evaluated greedily, a society at this temperature too."""
     lr: float = 1e-3
     """Peak learning rate of AdamW; 5e-4 where --backbone is not the bundled one."""
     warmup_steps: int = 5

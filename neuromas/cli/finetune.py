@@ -30,7 +30,8 @@ class FinetuneArguments(TrainArguments):
 
     A TOML file may come first: neuromas finetune configs/mine.toml --lr 5e-4. A step is an iteration. `--widths 3 3` is three
     generation agents and three critics, `--widths 3` generation agents alone, `--widths 1 --society.rounds 1
-    --society.samples 9` one agent that votes with itself.
+    --society.samples 9` one agent that votes with itself. Settings of joint REINFORCE and its advantages (--credit,
+    --centring, --group-size, --kl-coef, ...) stand below because a run has them; a society refuses other values than its own.
     """
 
 

@@ -1,7 +1,8 @@
 """How different agents are: measured on debates of the same questions after each iteration of finetuning.
 
-Every measure is a mean over pairs of texts, so that it does not depend on how many agents there are. Texts are first answers:
-what generation agents write alone.
+Agreement and texts are measured on pairs, so that consensus does not depend on how many agents there are. What is measured on
+pairs of right first answers does: the more answers, the harder the questions to which two of them are right. Texts are first
+answers: what generation agents write alone.
 """
 
 from collections.abc import Callable, Sequence

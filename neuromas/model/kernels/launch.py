@@ -58,7 +58,7 @@ def prepare() -> None:
         file.seek(0)
         if file.read() == made_by:
             return
-        print("compiling loops for this machine's processor, once", file=sys.stderr, flush=True)
+        print("compiling loops for this machine's processor, once: half a minute or more", file=sys.stderr, flush=True)
         done = subprocess.run(
             [sys.executable, "-m", "neuromas.training.compile_kernels"], env=os.environ | {COMPILING: "1"}, check=False,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
