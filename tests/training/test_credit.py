@@ -149,6 +149,14 @@ def test_removal_takes_off_what_is_right_without_the_message(backbone: Backbone)
     assert [(node, a) for node, _, a in given(credits)] == [(1, 1.0), (2, 0.0), (3, 0.0), (1, -1.0), (2, 0.0), (3, 0.0)]
 
 
+def test_removal_takes_off_the_luck_of_what_follows_in_a_chain(backbone: Backbone) -> None:
+    step = step_of(backbone, CHAIN, says(CHAIN, {"3.1"}), "removal")
+    # Node 3 is right in rollout 1 whatever it reads: with the same random numbers it is so without a message, too.
+    assert [(node, a) for node, _, a in given(SCHEMES["removal"].credit(step))] == [
+        (1, 0.0), (2, 0.0), (3, -1.0), (1, 0.0), (2, 0.0), (3, 1.0),
+    ]  # fmt: skip
+
+
 def test_removal_of_a_vote(backbone: Backbone) -> None:
     topology = Topology.layered([3], vote=True)
     step = step_of(backbone, topology, lambda request: f"Answer: {'Yes' if request.node > 1 else 'No'}", "removal")

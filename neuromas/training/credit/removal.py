@@ -9,9 +9,9 @@ A text that answers leaves nothing when it is left out: one of several is missin
 it is 0. What follows is sampled with the random numbers of the rollout itself, so that the two differ by the message and not
 by luck.
 
-Unbiased: what is taken off does not depend on what the node wrote. Differs: CCPO normalizes by a running mean and deviation
-of all credits, here they are centred leave-one-out; where no other path leads around a node, all rollouts of a question have
-the same counterfactual, which then only adds noise.
+Unbiased: what is taken off does not depend on what the node wrote. Where no other path leads around a node, what follows reads
+nothing that was said before: its counterfactual then tells the luck of the rollout and no more. Differs: CCPO normalizes by a
+running mean and deviation of all credits, here they are centred leave-one-out.
 """
 
 from neuromas.training.credit.step import Step
