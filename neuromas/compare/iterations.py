@@ -21,6 +21,8 @@ MEASURES = {
     "nll_other": "-log p, other agents",
 }
 """Measures of `neuromas.training.diversity` with their names in tables."""
+BASES = (0, 1)
+"""Iterations since which changes are shown: whether finetuning helps at all, and whether a method goes on improving."""
 SHARES = ("first_accuracy", "consensus", "different_texts", "distinct_bigrams")
 
 
@@ -34,8 +36,8 @@ class Iteration:
     """Lower end of the 95% interval over questions and runs; over questions alone where there is one run."""
     high: float
     by_seed: dict[int, float]
-    since_first: statistics.Estimate | None
-    """Change of the accuracy since the first iteration, on the same questions; None at and before it."""
+    since: dict[int, statistics.Estimate]
+    """Change of the accuracy on the same questions since each earlier iteration of BASES."""
     measures: dict[str, list[float]]
     """Each of MEASURES by seed; empty where no seed has it."""
 
@@ -58,7 +60,7 @@ def iterations_of(measured: Sequence[dict[str, Any]]) -> list[Iteration]:
         found.append(
             Iteration(
                 number, float(table.mean()), low, high, accuracies,
-                statistics.crossed_estimate(table - tables[1]) if number > 1 and 1 in tables else None,
+                {base: statistics.crossed_estimate(table - tables[base]) for base in BASES if base in tables and base < number},
                 {name: [run[name] for run in runs if run[name] is not None] for name in MEASURES},
             )
         )  # fmt: skip
@@ -75,14 +77,16 @@ def rows_of(title: str, iterations: Sequence[Iteration]) -> list[list[str]]:
     return [
         [
             title, str(each.iteration), f"{100 * each.accuracy:.1f} ({100 * each.low:.1f} to {100 * each.high:.1f})",
-            ", ".join(f"{seed}: {100 * accuracy:.1f}" for seed, accuracy in each.by_seed.items()), _change(each.since_first),
+            ", ".join(f"{seed}: {100 * accuracy:.1f}" for seed, accuracy in each.by_seed.items()),
+            *(_change(each.since.get(base)) for base in BASES),
             *(_mean(name, each.measures[name]) for name in MEASURES),
         ]
         for each in iterations
     ]  # fmt: skip
 
 
-COLUMNS = ("method", "iteration", "accuracy (95%)", "by seed", "since iteration 1 (95%)", *MEASURES.values())
+CHANGES = tuple(f"since iteration {base} (95%)" for base in BASES)
+COLUMNS = ("method", "iteration", "accuracy (95%)", "by seed", *CHANGES, *MEASURES.values())
 
 
 def _change(estimate: statistics.Estimate | None) -> str:

@@ -614,14 +614,13 @@ def test_iterations_over_seeds_by_hand() -> None:
     )  # fmt: skip
     assert [(each.iteration, each.accuracy) for each in found] == [(0, 0.25), (1, 0.375), (2, 0.625)]
     assert (found[2].by_seed, found[2].measures["consensus"]) == ({0: 0.75, 1: 0.5}, [0.75, 0.25])
-    assert found[1].since_first is None
-    assert found[2].since_first is not None
-    assert found[2].since_first.mean == 0.25
+    changes = [{base: change.mean for base, change in each.since.items()} for each in found]
+    assert changes == [{}, {0: 0.125}, {0: 0.375, 1: 0.25}]
     row = rows_of("Society", found)[2]
-    assert (row[:2], row[3], row[6]) == (["Society", "2"], "0: 75.0, 1: 50.0", "50.0 (25.0 to 75.0)")
-    assert row[-1] == rows_of("Society", found)[0][6] == "-"
+    assert (row[:2], row[3], row[7]) == (["Society", "2"], "0: 75.0, 1: 50.0", "50.0 (25.0 to 75.0)")
+    assert row[-1] == rows_of("Society", found)[0][7] == "-"
     same = iterations_of([measured(0, number, [0, 1, 1, 0], None) for number in (1, 2)])
-    assert rows_of("Society", same)[1][4] == "+0.0 (no interval: all differences are equal)"
+    assert rows_of("Society", same)[1][5] == "+0.0 (no interval: all differences are equal)"
     single = [measured(0, number, [number - 1], None) for number in (1, 2)]
-    assert rows_of("Society", iterations_of(single))[1][4] == "+100.0 (-100.0 to +100.0)"
+    assert rows_of("Society", iterations_of(single))[1][5] == "+100.0 (-100.0 to +100.0)"
     assert iterations_of([]) == []
