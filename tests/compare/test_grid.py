@@ -44,11 +44,12 @@ def test_cells_say_which_number_format_auto_is_on_this_machine(tmp_path: Path, m
 def test_a_long_call_on_a_real_model_is_told_that_it_may_work_and_how_to_end() -> None:
     """Its turn is not begun by the answer, so that it has a use of its length."""
     long = [c.config.prompt for c in load_grid(CONFIGS / "real.toml").cells if c.method.startswith("single_rl_long")]
-    (prompt,) = set(long)
-    wording, example = prompt.build(), Example("", "", "", 'Write "Answer: Yes" or "Answer: No".')
-    assert wording.begins((), example.answer_format) == ()
+    assert long
+    example = Example("", "", "", 'Write "Answer: Yes" or "Answer: No".')
     told = "You are node 1 in the output layer. You may work first; end with the answer.\n" + example.answer_format
-    assert wording.render(Topology.layered([1]), 1, example, []) == told
+    for wording in {prompt.build() for prompt in long}:
+        assert wording.begins((), example.answer_format) == ()
+        assert wording.render(Topology.layered([1]), 1, example, []) == told
 
 
 def test_settings_lie_over_each_other(tmp_path: Path) -> None:
