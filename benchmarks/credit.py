@@ -143,8 +143,6 @@ def main() -> None:
         loaded = load_run(options.run)
     except ValueError as error:
         parser.error(str(error))
-    if loaded.run.config.society.rounds:
-        parser.error(f"{options.run} is a run of `neuromas finetune`: a society has no credit schemes")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

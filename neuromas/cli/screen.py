@@ -49,6 +49,7 @@ class ScreenArguments:
 def run(args: Sequence[str]) -> None:
     """Run the command `screen`."""
     parsed, _ = parse_settings(ScreenArguments, args, "screen", ONE_NODE)
+    require(not parsed.config.society.rounds, "--society.rounds", "0: a network is screened", parsed.config.society.rounds)
     config = parsed.config.check()
     require(config.engine.name == "torch", "--engine", "torch, which does all sampling here", config.engine.name)
     require(2 <= parsed.samples <= MOST_SAMPLES, "--samples", f"2 to {MOST_SAMPLES:,}", parsed.samples)

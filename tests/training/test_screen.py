@@ -208,6 +208,7 @@ def test_mistakes_are_said_before_anything_is_loaded(
         (["--tasks", "jsonl:none.jsonl"], r"none\.jsonl cannot be read: No such file or directory$"),
         (["--samples", 1], r"--samples must be 2 to 1,000, got 1$"),
         (["--engine", "vllm"], r"--engine must be torch, which does all sampling here, got 'vllm'$"),
+        (["--society.rounds", 1], r"--society\.rounds must be 0: a network is screened, got 1$"),
         (["--questions", 0], r"--questions must be 1 to 999,999, got 0$"),
         (["--temperature", 0], r"--temperature must be at least 0\.001"),
         (["--out", tmp_path / "none" / "out.json"], r"--out must be a file in a folder that is there, got \S+out\.json$"),
