@@ -39,7 +39,7 @@ real: install $(VENV)/installed-real
 test: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m neuromas.training.compile_kernels & $(BIN)/pyright --pythonpath $(BIN)/python; types=$$?; wait; exit $$types
+	$(BIN)/python -m neuromas.training.compile_kernels & trap "kill $$!" INT TERM; $(BIN)/pyright --pythonpath $(BIN)/python; types=$$?; wait; exit $$types
 	$(BIN)/pytest $(PARALLEL)
 	$(BIN)/pytest $(PARALLEL) -m "runs and not processes"
 	$(BIN)/pytest -m processes
