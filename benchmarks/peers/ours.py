@@ -129,7 +129,7 @@ def make_trainer(spec: dict[str, Any], steps: Sequence[Sequence[str]]) -> Traine
     run = RunDirectory.create(config)
     run.initialise()
     network = load(spec, device)
-    plan = Plan(config, config.topology.build(), (), Questions(TextTask(steps), [], {}))
+    plan = Plan(config, config.topology.build(), (), Questions(TextTask(steps), [], {}, []))
     return Trainer(Setup(plan, network, TorchLearner(network.policy, config)), run)
 
 
