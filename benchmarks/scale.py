@@ -14,7 +14,7 @@ import pickle
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def measure() -> Rates:
     # As long as the texts that are simulated, in tokens and in characters.
     network.engine = ScriptedEngine(said)
     examples = get_task("navigate").training_batch(0, 0, 16)
-    seconds = []
+    seconds, groups = [], []
     for step in range(5):
         started = time.process_time()
         groups = network.rollout(examples, 8, seed=(0, step))
@@ -155,13 +155,13 @@ def add_up_seconds(rates: Rates, workers: int) -> float:
 def shared(rates: Rates, workers: int, questions: int) -> Outcome:
     """Simulate `--workers`: sample a share, tell all texts to all, learn a share, add up."""
     env, draws, found = simpy.Environment(), random.Random(0), Outcome("shared", workers, questions)
-    parts = dict.fromkeys(("sampling", "telling", "texts", "learning", "adding up"), 0.0)
+    parts: dict[str, float] = dict.fromkeys(("sampling", "telling", "texts", "learning", "adding up"), 0.0)
 
-    def worker(tokens: list[int]) -> Iterator[Any]:
+    def worker(tokens: list[int]) -> Generator[Any, Any, None]:
         for count in tokens:
             yield env.timeout(count / rates.sampled_per_second)
 
-    def run() -> Iterator[Any]:
+    def run() -> Generator[Any, Any, None]:
         for _ in range(STEPS):
             groups = [group_tokens(rates, draws) for _ in range(questions)]
             began = env.now
@@ -201,7 +201,7 @@ def fleet(rates: Rates, workers: int, questions: int, bound: int) -> Outcome:
     reached = [0]
     began, parts_before = 0.0, dict(parts)
 
-    def deliver(version: int) -> Iterator[Any]:
+    def deliver(version: int) -> Generator[Any, Any, None]:
         nonlocal moved
         parts["broadcast"] += broadcast
         yield env.timeout(broadcast)
@@ -209,7 +209,7 @@ def fleet(rates: Rates, workers: int, questions: int, bound: int) -> Outcome:
         moved, before = env.event(), moved
         before.succeed()
 
-    def engine() -> Iterator[Any]:
+    def engine() -> Generator[Any, Any, None]:
         nonlocal begun
         while True:
             while begun >= (reached[0] + 1 + bound) * questions:
@@ -226,7 +226,7 @@ def fleet(rates: Rates, workers: int, questions: int, bound: int) -> Outcome:
                 yield env.timeout(seconds)
             yield ready.put((version, tokens))
 
-    def learner() -> Iterator[Any]:
+    def learner() -> Generator[Any, Any, None]:
         nonlocal done, began, parts_before
         while done < WARM_UP + STEPS:
             if done == WARM_UP:
