@@ -111,6 +111,8 @@ class PromptConfig:
     """In place of its line for a received message; holds {sender} and {text}."""
     write: str = ""
     """In place of what a node with recipients is told; may hold {node}, {headers} and {recipients}."""
+    answer: str = ""
+    """In place of the task's answer format, which an output node or a single call is told; may hold {format}."""
     begin_messages: bool | None = None
     """Begin each message by its `TO node k:`, which is then not sampled. None: as the wording has it."""
     begin_answer: str | None = None
@@ -120,17 +122,14 @@ class PromptConfig:
         """Return the wording for a backbone; ValueError names the setting that is wrong."""
         fitting = "terse" if bundled else "chat" if has_chat_template else "plain"
         wording = WORDINGS[fitting if self.wording == "auto" else self.wording]
-        for name in ("place", "message", "write", "begin_answer"):
+        for name in ("place", "message", "write", "answer", "begin_answer"):
             require_text(f"--prompt.{name}", getattr(self, name) or "")
-        for name, needed in (("place", ()), ("message", ("sender", "text")), ("write", ())):
+        for name in ("place", "message", "write", "answer"):
             if given := getattr(self, name):
-                check_template(name, given, needed)
+                check_template(name, given, ("sender", "text") if name == "message" else ())
                 wording = dataclasses.replace(wording, **{name: given})
-        if self.begin_messages is not None:
-            wording = dataclasses.replace(wording, begin_messages=self.begin_messages)
-        if self.begin_answer is not None:
-            wording = dataclasses.replace(wording, begin_answer=self.begin_answer)
-        return wording
+        begins = {name: getattr(self, name) for name in ("begin_messages", "begin_answer") if getattr(self, name) is not None}
+        return dataclasses.replace(wording, **begins)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

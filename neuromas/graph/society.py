@@ -75,7 +75,7 @@ class SocietyConfig:
                 "--examples-per-step x calls of an answer (agents, society.rounds, society.samples) must be at most "
                 f"{MOST_TEXTS:,}, got {texts}"
             )
-        for name in ("place", "message", "write", "begin_messages"):
+        for name in ("place", "message", "write", "answer", "begin_messages"):
             if got := getattr(settings["prompt"], name):
                 yield f"--prompt.{name} must be left out in a society, whose agents have prompts of their own, got {got!r}"
         if self.samples > 1 and self.rounds > 1:

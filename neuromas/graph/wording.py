@@ -29,8 +29,9 @@ class Wording:
     message: str
     """Holds {sender} and {text}; a line for each message that the node has received."""
     write: str
-    """What a node with recipients is told; may hold {node}, {headers} and {recipients}. The output node reads the task's
-    answer format."""
+    """What a node with recipients is told; may hold {node}, {headers} and {recipients}."""
+    answer: str
+    """What the output node is told; may hold {format}, the task's answer format."""
     begin_messages: bool
     """Whether each message is begun by its header."""
     begin_answer: str
@@ -60,8 +61,12 @@ class Wording:
             named = " and ".join(f"node {recipient}" for recipient in recipients)
             lines.append(self.write.format(node=node, headers=headers, recipients=named))
         else:
-            lines.append(example.answer_format)
+            lines.append(self.asks(example.answer_format))
         return "\n".join(lines)
+
+    def asks(self, answer_format: str) -> str:
+        """Return what whoever answers is told of the answer's form."""
+        return self.answer.format(format=answer_format)
 
     def begins(self, recipients: Sequence[int], answer_format: str) -> tuple[str, ...]:
         """Return what each text of a node is begun by; empty if the node is left to begin itself."""
@@ -78,6 +83,7 @@ WORDINGS = {
             place="You are node {node} in {layer}.",
             message="From node {sender}: {text}",
             write="Write {headers} and your message.",
+            answer="{format}",
             begin_messages=False,
             begin_answer="",
             chat=True,
@@ -88,6 +94,7 @@ WORDINGS = {
             place="You are node {node} in {layer}.",
             message="Node {sender} wrote to you: {text}",
             write="Do not answer yet. Write to {recipients}, in one or two sentences, what helps to find the answer.",
+            answer="{format}",
             begin_messages=True,
             begin_answer="Answer:",
             chat=True,
@@ -98,6 +105,7 @@ WORDINGS = {
             place="Node {node}, {layer}.",
             message="Node {sender} wrote: {text}",
             write="Node {node} writes what helps to find the answer.",
+            answer="{format}",
             begin_messages=True,
             begin_answer="Answer:",
             chat=False,
@@ -110,7 +118,12 @@ BEGIN_ANSWERS = frozenset(wording.begin_answer for wording in WORDINGS.values())
 """What these begin an answer by, where the task's answer format names it."""
 
 
-_FIELDS = {"place": ("node", "layer"), "message": ("sender", "text"), "write": ("node", "headers", "recipients")}
+_FIELDS = {
+    "place": ("node", "layer"),
+    "message": ("sender", "text"),
+    "write": ("node", "headers", "recipients"),
+    "answer": ("format",),
+}
 
 
 def check_begin_answer(begin: str, examples: Sequence[Example]) -> None:

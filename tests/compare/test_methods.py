@@ -34,7 +34,7 @@ from neuromas.compare.methods.self_check import read_verdict, split_steps
 from neuromas.compare.methods.similarity import bleu, most_similar
 from neuromas.compare.methods.tree_of_thoughts import VALUES, read_value
 from neuromas.compare.methods.untrained import Untrained
-from neuromas.config import TrainConfig
+from neuromas.config import PromptConfig, TrainConfig
 from neuromas.graph.wording import WORDINGS
 from neuromas.model.policy import Policy
 from neuromas.rollout.engine import Engine, OnSample
@@ -209,6 +209,19 @@ def test_an_answer_is_begun_as_an_output_nodes_is(policy: Policy) -> None:
     conversation = [(EXAMPLES[0], ask(EXAMPLES[0], TASK))]
     with pytest.raises(ValueError, match="--max-new-tokens must be at least 2 for a call that works first, got 1"):
         converse(conversation, policy, engine, WORDINGS["chat"], seed=(0,), temperature=0.0, max_new_tokens=1)
+
+
+def test_an_untrained_method_is_told_of_the_answer_what_an_output_node_is(policy: Policy) -> None:
+    def ask(example: Example, task: Task) -> Conversation:
+        yield [Call("now", f"Hello.\n{example.answer_format}")]
+        (last,) = yield [Call("hint", "Give a hint.")]
+        return last
+
+    engine = ScriptedEngine(lambda request: "-")
+    wording = PromptConfig(wording="chat", answer="A letter alone.").build()
+    converse([(EXAMPLES[0], ask(EXAMPLES[0], TASK))], policy, engine, wording, seed=(0,), temperature=0.0, max_new_tokens=9)
+    begun = policy.prompt("Question a?", "Hello.\nA letter alone.", begins=("Answer:",))
+    assert [request.prompt for request in engine.requests] == [begun, policy.prompt("Question a?", "Give a hint.")]
 
 
 def test_given_tokens_are_read_and_not_written(tiny_backbone: Backbone) -> None:

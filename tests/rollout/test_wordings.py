@@ -167,6 +167,7 @@ def test_a_scripted_node_writes_each_text() -> None:
         ("place", "{node.real}", r"prompt.place may hold"),
         ("place", "{node:{total}}", r"prompt.place may hold \{node\}, \{layer\}, got \{node:\{total\}\}"),
         ("place", "{node:99999999}", r"prompt.place may hold \{node\}, \{layer\}, got \{node:99999999\}"),
+        ("answer", "{node} answers", r"prompt.answer may hold \{format\}, got \{node\}"),
         ("place", "a \udcff", r"prompt.place must be UTF-8 text, got '\\udcff' in it, half a character"),
         ("begin_answer", "\ud800", r"prompt.begin_answer must be UTF-8 text, got '\\ud800' in it, half a character"),
         ("message", "{sender}: {text!r}", r"prompt.message may hold \{sender\}, \{text\}, got \{text!r\}"),
@@ -186,6 +187,16 @@ def test_an_answer_is_begun_only_as_its_format_says() -> None:
     wording = PromptConfig(wording="chat").build()
     assert wording.begins((), 'Write "Answer: Yes".') == ("Answer:",)
     assert wording.begins((), "Write the program in a ```python block.") == ()
+
+
+def test_what_the_output_node_is_told_of_the_answer_is_a_setting(stops: Path) -> None:
+    network = make_network(stops, prompt=PromptConfig(wording="plain", answer="Yes or no. {format}"))
+    read = [network.wording.render(WIDE, node, EXAMPLES[0], []) for node in WIDE.nodes]
+    assert read[-1] == f"Node 6, the output layer.\nYes or no. {EXAMPLES[0].answer_format}"
+    assert not any("Yes or no" in text for text in read[:-1])
+    short = PromptConfig(wording="plain", answer="Yes or no.").build()
+    assert short.asks(EXAMPLES[0].answer_format) == "Yes or no."
+    assert short.begins((), EXAMPLES[0].answer_format) == ("Answer:",)
 
 
 def test_a_begin_that_no_answer_format_names_is_one_error(stops: Path) -> None:

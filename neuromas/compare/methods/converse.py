@@ -95,7 +95,11 @@ class _Round:
         return ("", *begins) if begins and call.works_first else begins
 
     def _request(self, answered: Answered, call: Call, begins: tuple[str, ...]) -> Request:
-        prompt = self.policy.prompt(answered.example.question, call.text, begins=begins)
+        example = answered.example
+        text = call.text
+        if text.endswith(example.answer_format):
+            text = text.removesuffix(example.answer_format) + self.wording.asks(example.answer_format)
+        prompt = self.policy.prompt(example.question, text, begins=begins)
         headers = self.policy.later_headers(begins)
         given = sum(len(self.policy.frame.end) + len(header) for header in headers)
         read = len(prompt.prefix_ids) + len(prompt.suffix_ids)
@@ -108,7 +112,7 @@ class _Round:
             )
         answered.calls += 1
         answered.prompt_tokens += read
-        return Request(BARE_BACKBONE, prompt, (*self.seed, answered.example.id, call.key), headers)
+        return Request(BARE_BACKBONE, prompt, (*self.seed, example.id, call.key), headers)
 
 
 def converse(
