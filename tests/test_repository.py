@@ -1,9 +1,13 @@
 """The house law: what the pages promise holds, and modules stay small."""
 
 import ast
+import base64
 import contextlib
+import gzip
 import io
+import json
 import re
+import unicodedata
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -67,6 +71,30 @@ def test_the_readme_is_short_and_has_no_gaps() -> None:
     assert len(text.splitlines()) <= LONGEST_README
     assert not re.search(r"RESULTS|TRANSCRIPT|TODO|PLACEHOLDER", text)
     assert "make train" in text
+
+
+def test_the_counts_of_right_cities_are_those_of_the_page() -> None:
+    """A city counts as a word of its own: Suvabua does not hold Suva."""
+    html = (ROOT / "docs/pages/capitals-1-1-1.html").read_text()
+    packed = re.findall(r'<script type="application/gzip" id="chunk-\d+">([^<]*)</script>', html)
+    index, texts = (json.loads(gzip.decompress(base64.b64decode(data))) for data in packed)
+    answers, messages = {"before": 0, "after": 0}, {"before": 0, "after": 0}
+    for example in index["examples"]:
+        for when, *_, number in example["runs"][0]:
+            if when in answers:
+                answers[when] += holds(texts[number]["answer"]["read"], example["gold"])
+                messages[when] += holds(texts[number]["messages"][0][2], example["gold"])
+
+    readme = (ROOT / "README.md").read_text()
+    assert f"{answers['before']} of the untrained answers hold the right city" in readme
+    assert f"counts as wrong; {answers['after']} do afterwards" in readme
+    assert f"the right city {messages['before']} times before and {messages['after']} times after training" in readme
+
+
+def holds(text: str, city: str) -> bool:
+    """Say whether a text holds a city as words of its own, with or without accents."""
+    plain, name = (unicodedata.normalize("NFKD", words).encode("ascii", "ignore").decode() for words in (text, city))
+    return re.search(rf"\b{re.escape(name)}\b", plain, re.IGNORECASE) is not None
 
 
 def test_make_gets_the_model_by_the_command_that_its_name_names() -> None:
