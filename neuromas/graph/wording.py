@@ -104,7 +104,8 @@ WORDINGS = {
             name="plain",
             place="Node {node}, {layer}.",
             message="Node {sender} wrote: {text}",
-            write="Node {node} writes what helps to find the answer.",
+            # A base model ends its line after a header of which it has read no example.
+            write="Node {node} writes what it knows, as in:\nTO {recipients}: The first part is easy.",
             answer="{format}",
             begin_messages=True,
             begin_answer="Answer:",

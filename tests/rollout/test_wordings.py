@@ -199,6 +199,15 @@ def test_what_the_output_node_is_told_of_the_answer_is_a_setting(stops: Path) ->
     assert short.begins((), EXAMPLES[0].answer_format) == ("Answer:",)
 
 
+def test_a_base_model_reads_a_message_of_the_form_that_its_own_begins_with() -> None:
+    chain = Topology.layered([1, 1, 1])
+    wording = PromptConfig(wording="plain").build()
+    for node in (1, 2):
+        (begin,) = wording.begins(chain.recipients(node), "")
+        *_, last = wording.render(chain, node, EXAMPLES[0], []).splitlines()
+        assert last.startswith(f"{begin} ")
+
+
 def test_a_begin_that_no_answer_format_names_is_one_error(stops: Path) -> None:
     network = make_network(stops, prompt=PromptConfig(wording="chat", begin_answer="The answer is"))
     message = "--prompt.begin-answer 'The answer is' begins no answer: .* answer format do, which is 'Write \"Answer: Yes\"\\.'"
