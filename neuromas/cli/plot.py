@@ -1,8 +1,10 @@
 """Draws the curve of a run."""
 
+import io
 from pathlib import Path
 
 from neuromas.graph.growth import widths_of
+from neuromas.system.files import replace_file
 from neuromas.training.run_directory import RunDirectory
 
 SMOOTHING_STEPS = 10
@@ -60,6 +62,8 @@ def plot_run(run: RunDirectory) -> Path:
     axes.legend(loc="lower right", fontsize=8)
     axes.grid(alpha=0.3)
     path = run.path / "curve.png"
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     plt.close(figure)
+    replace_file(path, picture.getvalue())
     return path

@@ -98,7 +98,13 @@ def train_and_report(
             f"best validation: {state['validation_accuracy']:.1%} after step {state['step']}; "
             f"neuromas eval {run.path} --best scores those adapters"
         )
-    if config.society.rounds:
-        print(f"iterations: {write_run_report(run)}")
-    print(f"curve: {plot_run(run)}")
+    try:
+        if config.society.rounds:
+            print(f"iterations: {write_run_report(run)}")
+        print(f"curve: {plot_run(run)}")
+    except OSError as error:
+        raise ValueError(
+            f"--run-dir {run.path}: the run is complete, but its pictures cannot be written ({error.strerror}). "
+            "Make room and run the same command with --resume"
+        ) from error
     print(f"details: neuromas show {run.path}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from neuromas.compare import figures, statistics
+from neuromas.system.files import replace_file
 from neuromas.training.finetune import read_iterations
 from neuromas.training.run_directory import RunDirectory
 
@@ -124,14 +125,13 @@ def write_run_report(run: RunDirectory) -> Path:
     measured = [{"seed": seed, **each} for each in read_iterations(run)]
     title = f"{run.config.task.name}, widths {'-'.join(map(str, run.config.topology.widths))}"
     if not measured:
-        page.write_text(
-            f"# {title}\n\nNothing was validated (--eval-every 0, or no validation questions), or what was is deleted.\n"
-        )
+        nothing = "Nothing was validated (--eval-every 0, or no validation questions), or what was is deleted."
+        replace_file(page, f"# {title}\n\n{nothing}\n".encode())
         return page
     floor = measured[0]["floor"]
     rows = rows_of("society", iterations_of(measured))
     text = f"# {title}\n\nFloor {100 * floor:.1f}, n {len(measured[0]['right'])}. {NOTE}\n\n{markdown(rows)}\n"
-    page.write_text(text, encoding="utf-8")
+    replace_file(page, text.encode())
     problem = {
         "name": title, "backbone": run.config.backbone, "task": run.config.task.name,
         "scores": {"society": {"iterations": measured}},
@@ -139,7 +139,7 @@ def write_run_report(run: RunDirectory) -> Path:
     data = {"methods": ["society"], "titles": {"society": {"title": "society", "trained": True}}, "problems": [problem]}
     picture = iterations_picture(data)
     assert picture is not None
-    (run.path / "iterations.svg").write_bytes(base64.b64decode(picture.partition(",")[2]))
+    replace_file(run.path / "iterations.svg", base64.b64decode(picture.partition(",")[2]))
     return page
 
 

@@ -494,6 +494,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     return adapters | trainer.learner.state() | {f"critic.{name}": tensor.clone() for name, tensor in critic.items()}
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("credit", ["own_critics", "tree"])
 def test_a_stopped_run_goes_on_bit_for_bit_with_its_critic_and_its_replays(
     folder: Path, tmp_path: Path, credit: Credit

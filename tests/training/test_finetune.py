@@ -6,7 +6,9 @@
 """
 
 import dataclasses
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from neuromas.model.sizes import sizes
 from neuromas.rollout.network import Diverged
 from neuromas.rollout.scripted_engine import ScriptedEngine
 from neuromas.rollout.society import Society
+from neuromas.system import files
+from neuromas.system.files import write_file
 from neuromas.tasks import Navigate, with_repeats
 from neuromas.training import diversity
 from neuromas.training.diversity import distinct_bigrams, measure
@@ -401,6 +405,8 @@ def test_a_run_learns_counts_and_answers_as_before(config: TrainConfig, call: Ca
     page = (run / "iterations.md").read_text()
     assert [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| society")] == ["0", "1", "2"]
     assert (run / "iterations.svg").read_text().startswith("<?xml")
+    for name in ("iterations.svg", "curve.png"):
+        assert_keeps_its_picture(call, run, name)
     assert_refused(call("ask", run, "Why?"), "these settings are a society's .society.rounds., which debates and is no network")
     assert_refused(call("grow", run, "--to", 3, 3), "is a society, which does not grow; start a larger one")
     start, *later = read_iterations(RunDirectory.open(run))
@@ -416,6 +422,27 @@ def test_a_run_learns_counts_and_answers_as_before(config: TrainConfig, call: Ca
     ):
         (run / "iterations.json").write_text(json.dumps(damaged))
         assert_refused(call("finetune", "--resume", "--run-dir", run), message)
+
+
+def assert_keeps_its_picture(call: Call, run: Path, name: str) -> None:
+    """Resume a complete run on a disk that is full when this picture is written, and look at what is left of it."""
+    before = (run / name).read_bytes()
+
+    def write(path: Path, data: bytes) -> None:
+        if path.name.startswith(name):
+            path.write_bytes(data[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_file(path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "write_file", write)
+        outcome = call("finetune", "--resume", "--run-dir", run)
+    assert (outcome.status, "after finetuning, test: " in outcome.out) == (2, True)
+    assert outcome.err.splitlines()[-1] == (
+        f"error: --run-dir {run}: the run is complete, but its pictures cannot be written (No space left on device). "
+        "Make room and run the same command with --resume"
+    )
+    assert (run / name).read_bytes() == before
 
 
 def test_a_single_agent_spends_its_tokens(config: TrainConfig) -> None:
