@@ -295,7 +295,7 @@ class TrainConfig:
     validation_size: int = 100
     """Problems of a validation."""
     save_every: int = 10
-    """Steps between checkpoints."""
+    """Steps between checkpoints; one more is saved after a step that ends two minutes after the last."""
     run_dir: Path | None = None
     """Folder of the run. None: runs/TASK-WIDTHS-seedSEED; another backbone than the bundled one is named before the seed."""
     track: Tracker = "none"

@@ -32,6 +32,7 @@ from neuromas.training.sealed import check_seal, seal
 
 KEPT_CHECKPOINTS = 2
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
+MAKE_ROOM = "Make room and run the same command with --resume"
 MADE_FIRST = {"lock", "checkpoints"} | {
     f"{name}.json{end}"
     for name in ("config", "topology", "held_out", "identity", "parent", "evaluation", "growth")
@@ -274,10 +275,8 @@ class RunDirectory:
             shutil.rmtree(final.with_name(f"{final.name}.partial"), ignore_errors=True)
             last = self.checkpoints()
             kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
-            raise ValueError(
-                f"--run-dir {self.path}: checkpoint {final.name} cannot be saved ({error.strerror}); {kept}. "
-                "Make room and run the same command with --resume"
-            ) from error
+            what = f"checkpoint {final.name} cannot be saved ({error.strerror}); {kept}"
+            raise ValueError(f"--run-dir {self.path}: {what}. {MAKE_ROOM}") from error
         if best:
             return
         # The best before this one is kept until the run can no longer fall back to before the newer one.
@@ -286,6 +285,10 @@ class RunDirectory:
         self.link_adapters(final)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def agreed(self, own: bool) -> bool:
+        """Return what all workers of the run go by, which is the first one's; here there is one."""
+        return own
 
     def drop_checkpoint(self, step: int) -> list[Path]:
         """Delete the checkpoint of a step, if it is there, and return those that are left."""
@@ -360,10 +363,7 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            raise ValueError(
-                f"--run-dir {self.path}: {name} cannot be written ({error.strerror}). "
-                "Make room and run the same command with --resume"
-            ) from error
+            raise ValueError(f"--run-dir {self.path}: {name} cannot be written ({error.strerror}). {MAKE_ROOM}") from error
 
     def read_json(self, name: str, kind: type) -> Any:
         """Return a JSON file's content, None if it is not there; ValueError names one that is damaged or holds no `kind`."""

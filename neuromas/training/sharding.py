@@ -234,6 +234,9 @@ class SharedRun(RunDirectory):
         if self._writes:
             super().save(step, head, files, best=best)
 
+    def agreed(self, own: bool) -> bool:
+        return self.exchange.gather(own)[0]
+
     def drop_checkpoint(self, step: int) -> list[Path]:
         return super().drop_checkpoint(step) if self._writes else self.checkpoints()
 

@@ -1,5 +1,6 @@
 """A run in progress: what each step of the loop does, and what is kept between steps."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,9 @@ from neuromas.training.setup import Setup
 from neuromas.training.signals import Stop
 from neuromas.training.watch import GroupAnswers, Watch
 from neuromas.types import Example, Group, MessageStatus
+
+SAVE_SECONDS = 120.0
+"""A step of a real model may take minutes: what a killed run has to do again is bounded in time as well as in steps."""
 
 
 class Trainer:
@@ -66,6 +70,7 @@ class Trainer:
         self.pace = state.pace if state else Pace()
         self.sampled_from = -1
         """The step whose adapters have written finite numbers last."""
+        self.saved_at = time.monotonic()
         run.forget_after(self.step)
         self.validation = Validation(plan.questions.validation, self.sets, run)
 
@@ -210,9 +215,11 @@ class Trainer:
         return metrics
 
     def save_if_due(self, *, asked: bool) -> None:
-        """Save every `save_every` steps, at the end, and when the user has asked to stop."""
-        if asked or self.step % self.config.save_every == 0 or self.finished:
+        """Save every `save_every` steps, after `SAVE_SECONDS` without, at the end, and when the user has asked to stop."""
+        overdue = self.run.agreed(time.monotonic() - self.saved_at > SAVE_SECONDS)
+        if asked or overdue or self.step % self.config.save_every == 0 or self.finished:
             self.save()
+            self.saved_at = time.monotonic()
 
     # What those need.
 

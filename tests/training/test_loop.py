@@ -362,6 +362,20 @@ def test_a_step_leaves_the_backbone_alone(folders: dict[str, Path], tmp_path: Pa
     assert trainer.backbone.checksum() == load_backbone(folders["qwen3"]).checksum()
 
 
+def test_a_step_that_ends_long_after_the_last_checkpoint_is_saved(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(folders["qwen3"], tmp_path / "run", save_every=50, num_steps=9)
+    clock = {"seconds": 0.0}
+    monkeypatch.setattr("neuromas.training.trainer.time.monotonic", lambda: clock["seconds"])
+    trainer = start(config)
+    # The steps end at these seconds; a checkpoint is two minutes old at 130 and at 260, not at 240.
+    for clock["seconds"] in (60.0, 110.0, 130.0, 240.0, 260.0):
+        trainer.step += 1
+        trainer.save_if_due(asked=False)
+    assert [folder.name for folder in trainer.run.checkpoints()] == ["step-000003", "step-000005"]
+
+
 def test_training_that_diverges_stops_with_the_last_good_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
     config = make_config(folders["qwen3"], tmp_path / "run", lr=1e30, save_every=1, warmup_steps=0, num_steps=6)
     message = (

@@ -193,6 +193,13 @@ def test_a_stop_that_the_first_worker_hears_stops_all_after_saving(folder: Path,
     assert "after step 5" in str(by_workers(1, work)[0])
 
 
+def test_workers_whose_clocks_differ_save_by_the_first_ones(folder: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, backbone=str(folder), run_dir=tmp_path / "run")
+    run = RunDirectory(config.run_path, config, config.topology.build())
+    assert by_workers(2, lambda exchange: SharedRun(run, exchange).agreed(exchange.rank == 0)) == [True, True]
+    assert by_workers(2, lambda exchange: SharedRun(run, exchange).agreed(exchange.rank == 1)) == [False, False]
+
+
 def test_what_stops_one_worker_stops_all_with_its_words(folder: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, backbone=str(folder), run_dir=tmp_path / "run")
 
