@@ -41,18 +41,20 @@ def train_step(trainer: Trainer) -> dict[str, float]:
 
 
 def train_to_end(trainer: Trainer, progress: Progress, stop: Stop) -> None:
-    """Do the steps that are left, with checkpoints on the way; ValueError if the numbers are no longer finite."""
+    """Do the steps that are left, with checkpoints on the way.
+
+    Raises ValueError if the numbers are no longer finite, and `Interrupted` if the user stops it, after saving.
+    """
     while not trainer.finished:
         step = f"step {trainer.step + 1}"
         try:
             metrics = train_step(trainer)
             progress.step(trainer.step, metrics, trainer.ledger.sampled_tokens, trainer.watch.active.values())
-            trainer.save_if_due(asked=stop.asked)
+            trainer.save_if_due(stop)
         except Diverged as error:
             raise trainer.diverged(step, error) from error
         except EngineFault as error:
             raise trainer.without_engine(step, error) from error
-        stop.leave_if_asked(f"after step {trainer.step}")
     trainer.backbone.check_unchanged(trainer.checksum)
 
 

@@ -214,12 +214,19 @@ class Trainer:
         self.run.log_rollouts(step, _records(groups, rewards_PG.tolist()))
         return metrics
 
-    def save_if_due(self, *, asked: bool) -> None:
-        """Save every `save_every` steps, after `SAVE_SECONDS` without, at the end, and when the user has asked to stop."""
+    def save_if_due(self, stop: Stop) -> None:
+        """Save every `save_every` steps, after `SAVE_SECONDS` without, at the end, and if the user has asked to stop.
+
+        Raises Interrupted in that last case. Who asks while a checkpoint is written is heard after the next step.
+        """
+        # Workers hear it here at the latest, all of them.
         overdue = self.run.agreed(time.monotonic() - self.saved_at > SAVE_SECONDS)
+        asked = stop.asked
         if asked or overdue or self.step % self.config.save_every == 0 or self.finished:
             self.save()
             self.saved_at = time.monotonic()
+        if asked:
+            stop.leave_if_asked(f"after step {self.step}")
 
     # What those need.
 

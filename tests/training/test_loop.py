@@ -47,10 +47,12 @@ from neuromas.tasks import get_task
 from neuromas.training import checkpoint, reinforce
 from neuromas.training.learning_rate import learning_rate
 from neuromas.training.load_run import load_network, load_run
-from neuromas.training.loop import train, train_step
+from neuromas.training.loop import train, train_step, train_to_end
 from neuromas.training.plan import resolve
+from neuromas.training.progress import Progress
 from neuromas.training.run_directory import RunDirectory
 from neuromas.training.setup import build_network, check_memory, set_up
+from neuromas.training.signals import Interrupted, Stop
 from neuromas.training.trainer import Trainer
 from neuromas.types import Completion, Example, Prompt, Sample
 
@@ -372,8 +374,27 @@ def test_a_step_that_ends_long_after_the_last_checkpoint_is_saved(
     # The steps end at these seconds; a checkpoint is two minutes old at 130 and at 260, not at 240.
     for clock["seconds"] in (60.0, 110.0, 130.0, 240.0, 260.0):
         trainer.step += 1
-        trainer.save_if_due(asked=False)
+        trainer.save_if_due(Stop())
     assert [folder.name for folder in trainer.run.checkpoints()] == ["step-000003", "step-000005"]
+
+
+@pytest.mark.parametrize("during", ["agreed", "save"])
+def test_who_asks_to_stop_at_any_moment_loses_no_step(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    trainer = start(make_config(folders["qwen3"], tmp_path / "run", save_every=2, num_steps=9))
+    stop, plain = Stop(), getattr(RunDirectory, during)
+
+    def asked_meanwhile(run: RunDirectory, *args: Any, **options: Any) -> Any:
+        done = plain(run, *args, **options)
+        stop.asked = True
+        return done
+
+    monkeypatch.setattr(RunDirectory, during, asked_meanwhile)
+    step = {"agreed": 1, "save": 3}[during]
+    with Progress(9) as progress, pytest.raises(Interrupted, match=f"^stopped after step {step};"):
+        train_to_end(trainer, progress, stop)
+    assert trainer.run.step == step
 
 
 def test_training_that_diverges_stops_with_the_last_good_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -187,10 +187,10 @@ def test_a_stop_that_the_first_worker_hears_stops_all_after_saving(folder: Path,
         return train_sharded(config, exchange)
 
     ended = by_workers(2, work)
-    assert [str(error) for error in ended] == ["stopped after step 4; continue with the same command and --resume"] * 2
-    assert run.step == 4
+    assert [str(error) for error in ended] == ["stopped after step 3; continue with the same command and --resume"] * 2
+    assert run.step == 3
     # One worker alone goes on from there.
-    assert "after step 5" in str(by_workers(1, work)[0])
+    assert "after step 4" in str(by_workers(1, work)[0])
 
 
 def test_workers_whose_clocks_differ_save_by_the_first_ones(folder: Path, tmp_path: Path) -> None:
