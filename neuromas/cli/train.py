@@ -11,6 +11,7 @@ from neuromas.cli.flags import parse_flags, parse_settings
 from neuromas.config import TrainConfig
 from neuromas.graph.society import SocietyConfig
 from neuromas.model.sources import find_backbone
+from neuromas.training.going_on import make_room
 from neuromas.training.plan import resolve
 from neuromas.training.questions import check_code
 from neuromas.training.run_directory import RunDirectory
@@ -105,6 +106,6 @@ def train_and_report(
     except OSError as error:
         raise ValueError(
             f"--run-dir {run.path}: the run is complete, but its pictures cannot be written ({error.strerror}). "
-            "Make room and run the same command with --resume"
+            f"{make_room(run.path)}"
         ) from error
     print(f"details: neuromas show {run.path}")

@@ -62,6 +62,17 @@ def differences(stored: TrainConfig, given: TrainConfig) -> str:
     return ", ".join(f"{key} = {flat_stored[key]!r} (got {flat_given[key]!r})" for key in different)
 
 
+def why_others(stored: dict[str, Any]) -> str:
+    """Return why a stored config may have another checksum than its run was started with, and what to do, as text.
+
+    Code that had fewer settings wrote one that lacks them; otherwise somebody has changed it.
+    """
+    found = _flatten(stored)
+    if lacking := [key for key in _flatten(dataclasses.asdict(TrainConfig())) if key not in found]:
+        return f"was written by other code, which had no setting {', '.join(lacking)}; go on with that code"
+    return "has other settings than the run was started with; restore it"
+
+
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():

@@ -2,13 +2,14 @@
 
 import json
 import shlex
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from neuromas.config import LINEAR_LAYERS
+from neuromas.config import LINEAR_LAYERS, PromptConfig
 from neuromas.graph.growth import widths_of
 from neuromas.model.backbone import Backbone
 from neuromas.model.sources import SHIPPED, is_gguf
@@ -37,7 +38,7 @@ def card(export: Export, backbone: Backbone) -> str:
     return template.render(
         quote=shlex.quote,
         config=config, adapter=adapter, topology=export.topology, nodes=export.nodes, head=export.head,
-        wording=worded(backbone, config.prompt)[0].name,
+        wording=worded(backbone, config.prompt)[0].name, own_words=_own_words(config.prompt),
         names=[f"node{node}" for node in export.nodes], before=before, after=after, ledger=export.json("ledger.json"),
         places={node: _place(export, node) for node in export.topology.nodes}, title=_title(export), kind=_kind(export),
         chosen=_chosen(export), imports=imports, source=source,
@@ -46,6 +47,12 @@ def card(export: Export, backbone: Backbone) -> str:
         own_name=is_own,
         hub_id=None if imports or is_own else config.backbone,
     )  # fmt: skip
+
+
+def _own_words(prompt: PromptConfig) -> str:
+    """Return the names of what the run words otherwise than its wording does."""
+    plain = asdict(PromptConfig(wording=prompt.wording))
+    return ", ".join(f"`{name}`" for name, value in asdict(prompt).items() if value != plain[name])
 
 
 def _title(export: Export) -> str:

@@ -27,12 +27,12 @@ from typing import Any
 from neuromas.config import TrainConfig
 from neuromas.graph.topology import Topology
 from neuromas.system.files import checksum_of, damaged, parse_json, read_file, read_or_damaged, replace_file, sync, write_folder
-from neuromas.training.config_file import differences, from_json, identity, to_json
+from neuromas.training.config_file import differences, from_json, identity, to_json, why_others
+from neuromas.training.going_on import make_room
 from neuromas.training.sealed import check_seal, seal
 
 KEPT_CHECKPOINTS = 2
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-MAKE_ROOM = "Make room and run the same command with --resume"
 MADE_FIRST = {"lock", "checkpoints"} | {
     f"{name}.json{end}"
     for name in ("config", "topology", "held_out", "identity", "parent", "evaluation", "growth")
@@ -88,10 +88,9 @@ class RunDirectory:
     def _check_identity(self, questions: Mapping[str, str]) -> None:
         before = self._started_with
         if before.get("settings", settings := identity(self.config)) != settings:
-            raise ValueError(
-                f"{self.path / 'config.json'} has other settings than the run was started with; restore it, or delete "
-                f"{self.path / 'identity.json'} to go on with them all the same"
-            )
+            why = why_others(self.read_json("config.json", dict) or {})
+            why = f"{why}, or delete {self.path / 'identity.json'} to go on with them all the same"
+            raise ValueError(f"{self.path / 'config.json'} {why}")
         asked = before.get("questions", questions)
         if changed := [name for name in {**asked, **questions} if asked.get(name) != questions.get(name)]:
             raise ValueError(
@@ -276,7 +275,7 @@ class RunDirectory:
             last = self.checkpoints()
             kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
             what = f"checkpoint {final.name} cannot be saved ({error.strerror}); {kept}"
-            raise ValueError(f"--run-dir {self.path}: {what}. {MAKE_ROOM}") from error
+            raise ValueError(f"--run-dir {self.path}: {what}. {make_room(self.path)}") from error
         if best:
             return
         # The best before this one is kept until the run can no longer fall back to before the newer one.
@@ -363,7 +362,8 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            raise ValueError(f"--run-dir {self.path}: {name} cannot be written ({error.strerror}). {MAKE_ROOM}") from error
+            what = f"{name} cannot be written ({error.strerror})"
+            raise ValueError(f"--run-dir {self.path}: {what}. {make_room(self.path)}") from error
 
     def read_json(self, name: str, kind: type) -> Any:
         """Return a JSON file's content, None if it is not there; ValueError names one that is damaged or holds no `kind`."""

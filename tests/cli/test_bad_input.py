@@ -291,6 +291,23 @@ def test_settings_that_were_changed_by_hand_are_not_resumed(call: Call, trained:
     assert call("train", "--resume", "--run-dir", run).status == 0
 
 
+def test_a_run_of_code_that_had_fewer_settings_is_said_to_be_one(call: Call, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    config = json.loads((run / "config.json").read_text())
+    del config["prompt"]["answer"], config["credit"]
+    (run / "config.json").write_text(json.dumps(config))
+    started = json.loads((run / "identity.json").read_text())
+    (run / "identity.json").write_text(json.dumps({**started, "settings": "as that code counted them"}))
+    message = (
+        r"config\.json was written by other code, which had no setting prompt\.answer, credit; go on with that code, "
+        r"or delete .*/identity\.json to go on"
+    )
+    assert_refused(call("train", "--resume", "--run-dir", run), message)
+    (run / "identity.json").unlink()
+    assert call("train", "--resume", "--run-dir", run).status == 0
+
+
 def test_questions_that_have_changed_are_noticed(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
     file, run = tmp_path / "mine.jsonl", tmp_path / "run"
     others = [{"question": f"{split}?", "answer": "9", "split": split} for split in ("test", "validation")]

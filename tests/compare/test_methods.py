@@ -224,6 +224,25 @@ def test_an_untrained_method_is_told_of_the_answer_what_an_output_node_is(policy
     assert [request.prompt for request in engine.requests] == [begun, policy.prompt("Question a?", "Give a hint.")]
 
 
+def test_what_only_ends_in_a_copied_answer_format_asks_for_no_answer(policy: Policy) -> None:
+    copied = f"Solution: I will. {FORMAT}"
+
+    def judge(example: Example, task: Task) -> Conversation:
+        (last,) = yield [Call("critic", f"Say what is wrong.\n{copied}")]
+        return last
+
+    engine = ScriptedEngine(lambda request: "-")
+    wording = PromptConfig(wording="chat", answer="A letter alone.").build()
+    converse([(EXAMPLES[0], judge(EXAMPLES[0], TASK))], policy, engine, wording, seed=(0,), temperature=0.0, max_new_tokens=9)
+    assert [request.prompt for request in engine.requests] == [policy.prompt("Question a?", f"Say what is wrong.\n{copied}")]
+    # A task without an answer format has no call that ends in one.
+    plain, requests = Example("p", "Question p?", "", ""), len(engine.requests)
+    conversation = judge(plain, TASK)
+    converse([(plain, conversation)], policy, engine, wording, seed=(0,), temperature=0.0, max_new_tokens=9)
+    (request,) = engine.requests[requests:]
+    assert request.prompt == policy.prompt("Question p?", f"Say what is wrong.\n{copied}")
+
+
 def test_given_tokens_are_read_and_not_written(tiny_backbone: Backbone) -> None:
     policy = Policy(tiny_backbone)
     conversation = METHODS["chain_of_thought"].conversation(EXAMPLES[0], TASK)  # type: ignore[union-attr]  # untrained

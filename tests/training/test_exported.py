@@ -137,6 +137,15 @@ def test_the_best_is_exported_as_such_and_trains_on_with_a_new_optimizer(call: C
     assert RunDirectory.open(made).step == 2
 
 
+def test_a_card_says_what_is_worded_otherwise(run: Path, speaker: Path) -> None:
+    export, backbone = collect(RunDirectory.open(run)), load_backbone(speaker)
+    assert "| prompts | wording `terse`, at most" in card(export, backbone)
+    prompt = dataclasses.replace(export.config.prompt, answer="A word.", begin_answer="")
+    text = card(dataclasses.replace(export, config=dataclasses.replace(export.config, prompt=prompt)), backbone)
+    assert "| prompts | wording `terse` but for `answer`, `begin_answer` of `config.json`, at most" in text
+    assert "--wording terse` prints one but for `answer`, `begin_answer`, which" in text
+
+
 def test_what_vllm_does_not_take_is_said(run: Path, speaker: Path) -> None:
     opened, backbone = RunDirectory.open(run), load_backbone(speaker)
     for changed, said in (({"r": 513}, "its largest rank is 512"), ({"target_modules": ["fc"]}, "it takes no adapters on fc")):

@@ -19,7 +19,7 @@ from neuromas.types import Example
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One text to be written. The model reads the question, then `text`; what ends in the answer format asks for the answer."""
+    """One text to be written. The model reads the question, then `text`; if its last line is the format, it is to answer."""
 
     key: str
     """Seeds the sampling, which depends on (seed, example, key) alone. Unique in a conversation."""

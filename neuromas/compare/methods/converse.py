@@ -91,13 +91,13 @@ class _Round:
 
     def _begins(self, call: Call, example: Example) -> tuple[str, ...]:
         """Return what each text of a call is begun by: where it asks for the answer, that is begun as an output node's is."""
-        begins = self.wording.begins((), example.answer_format) if call.text.endswith(example.answer_format) else ()
+        begins = self.wording.begins((), example.answer_format) if _asks(call, example) else ()
         return ("", *begins) if begins and call.works_first else begins
 
     def _request(self, answered: Answered, call: Call, begins: tuple[str, ...]) -> Request:
         example = answered.example
         text = call.text
-        if text.endswith(example.answer_format):
+        if _asks(call, example):
             text = text.removesuffix(example.answer_format) + self.wording.asks(example.answer_format)
         prompt = self.policy.prompt(example.question, text, begins=begins)
         headers = self.policy.later_headers(begins)
@@ -113,6 +113,11 @@ class _Round:
         answered.calls += 1
         answered.prompt_tokens += read
         return Request(BARE_BACKBONE, prompt, (*self.seed, example.id, call.key), headers)
+
+
+def _asks(call: Call, example: Example) -> bool:
+    """Return whether a call asks for the answer. A prompt may also end in a text of a model that has copied the format."""
+    return f"\n{call.text}".endswith(f"\n{example.answer_format}")
 
 
 def converse(
