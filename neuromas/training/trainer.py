@@ -21,6 +21,7 @@ from neuromas.training.credit import SCHEMES, Step
 from neuromas.training.credit.critic import Critic
 from neuromas.training.divergence import Divergence
 from neuromas.training.evaluate import Evaluation, evaluate
+from neuromas.training.going_on import command_for
 from neuromas.training.growth_schedule import GrowthSchedule, changed_answers
 from neuromas.training.learning_rate import learning_rate
 from neuromas.training.ledger import Ledger, Pace
@@ -88,15 +89,20 @@ class Trainer:
 
     def without_engine(self, when: str, error: EngineFault) -> ValueError:
         """Return what to say where an engine outside of this process has failed; the checkpoints are as they were."""
-        return ValueError(f"--run-dir {self.run.path}: {when}: {error}. The same command with --resume {self._onwards}")
+        return ValueError(f"--run-dir {self.run.path}: {when}: {error}. {self._resuming} {self._onwards}")
 
     def without_memory(self, error: torch.OutOfMemoryError) -> ValueError:
         """Return what to say where a GPU's memory is full; the checkpoints are as they were."""
         reason = shortened(one_line(str(error)), 120)
         return ValueError(
-            f"--run-dir {self.run.path}: after step {self.step}: {reason} The same command with --resume and --grad-checkpoint "
+            f"--run-dir {self.run.path}: after step {self.step}: {reason} {self._resuming} and --grad-checkpoint "
             f"{self._onwards}, and needs less, as does a lower --tokens-per-micro-batch in another --run-dir"
         )
+
+    @property
+    def _resuming(self) -> str:
+        command = command_for(self.run.path)
+        return command[0].upper() + command[1:]
 
     @property
     def _onwards(self) -> str:

@@ -318,7 +318,7 @@ def test_a_disk_that_fills_up_while_logging_says_so(run: RunDirectory) -> None:
 
 def test_a_full_disk_says_what_goes_on_with_a_run_that_has_grown(run: RunDirectory) -> None:
     run.write_json("parent.json", {})
-    again = re.escape(f"Make room and run neuromas train --resume --run-dir {run.path}")
+    again = re.escape(f"Make room and run `neuromas train --resume --run-dir {run.path}`")
     with pytest.raises(ValueError, match=f"{again}$"), full_disk(0):
         run.write_json("evaluation.json", {"before": {}})
 

@@ -41,7 +41,7 @@ from neuromas import Network, Topology
 from neuromas.config import AdapterConfig, GrowthConfig, PromptConfig, TaskConfig, TopologyConfig, TrainConfig
 from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy, Rows
-from neuromas.rollout.engine import uniforms
+from neuromas.rollout.engine import EngineFault, uniforms
 from neuromas.rollout.network import Diverged
 from neuromas.tasks import get_task
 from neuromas.training import checkpoint, reinforce
@@ -309,6 +309,14 @@ def test_a_gpu_that_is_full_is_told_with_what_needs_less(
     told = "after step 0: CUDA out of memory. Tried to allocate 2.00 GiB. The same command with --resume and --grad-checkpoint "
     with pytest.raises(ValueError, match=f"{told}begins again, for there is no checkpoint yet, and needs less"):
         train(resolve(config), RunDirectory.create(config))
+
+
+def test_what_cuts_a_grown_run_short_names_the_command_that_goes_on_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = start(make_config(folders["qwen3"], tmp_path / "run"))
+    trainer.run.write_json("parent.json", {})
+    told = str(trainer.without_engine("step 1", EngineFault("the service is gone")))
+    command = f"`neuromas train --resume --run-dir {tmp_path / 'run'}`"
+    assert told.endswith(f"step 1: the service is gone. {command} begins again, for there is no checkpoint yet")
 
 
 def test_a_step_without_a_right_answer_moves_nothing_and_can_be_resumed(tmp_path: Path) -> None:
