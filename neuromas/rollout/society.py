@@ -9,7 +9,6 @@ from neuromas.config import AdapterConfig, PromptConfig
 from neuromas.graph import society as wording
 from neuromas.graph.society import SUMMARISER, SocietyConfig
 from neuromas.graph.topology import Topology
-from neuromas.graph.wording import check_begin_answer
 from neuromas.model.adapters import AdapterBank
 from neuromas.model.backbone import Backbone
 from neuromas.model.policy import Policy
@@ -197,10 +196,8 @@ class Society:
         return other
 
     def check_lengths(self, examples: Iterable[Example]) -> None:
-        """Raise ValueError if an agent's prompt and text may be longer than the backbone reads, or no answer begins as the
-        settings say."""
-        limit, examples = self.backbone.max_tokens, list(examples)
-        check_begin_answer(self.begin, examples)
+        """Raise ValueError if an agent's prompt and text may be longer than the backbone reads."""
+        limit = self.backbone.max_tokens
         if limit is None:
             return
         agents, config = len(self.generators), self.config

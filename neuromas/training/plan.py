@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from neuromas.config import TrainConfig
 from neuromas.graph.growth import Growth
 from neuromas.graph.topology import Topology
+from neuromas.graph.wording import check_begin_answer
 from neuromas.training.questions import Questions
 from neuromas.training.tracking import require_tracker
 
@@ -24,4 +25,6 @@ def resolve(config: TrainConfig) -> Plan:
     """Check a config and return what it describes; ValueError names the flag that is wrong."""
     config.check()
     require_tracker(config.track)
-    return Plan(config, config.topology.build(), config.growths(), Questions.of(config))
+    questions = Questions.of(config)
+    check_begin_answer(config.prompt.begin_answer or "", questions.all)
+    return Plan(config, config.topology.build(), config.growths(), questions)

@@ -92,6 +92,7 @@ def test_a_toml_that_is_not_there(call: Call, command: str) -> None:
         (["--adapter.rank", "1", "--adapter.budget", "9"], r"--adapter\.rank and --adapter\.budget exclude each other"),
         (["--task", "chess"], r"task must be one of \[.*'navigate'.*\] or .*, got 'chess'"),
         (["--task.file", "none.json"], r"task\.file none\.json cannot be read: No such file or directory"),
+        (["--prompt.begin-answer", "So:"], r"--prompt\.begin-answer 'So:' begins no answer"),
     ],
 )
 def test_a_wrong_flag_leaves_no_run_folder(
