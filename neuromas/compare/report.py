@@ -1,5 +1,6 @@
 """Writes the report of a comparison: one self-contained HTML page and one Markdown page, from the same data."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from neuromas.compare import figures, iterations
 from neuromas.compare.budget_match import QUANTITIES, format_amount, shorten
 from neuromas.compare.statistics import NO_INTERVAL, SIGNIFICANT, varies
+from neuromas.system.files import replace_file
 
 Data = dict[str, Any]
 TEMPLATES = Path(__file__).parent
@@ -17,7 +19,10 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def write_report(data: Data, out: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md from the data of `findings.to_json`; return their paths."""
+    """Write report.html, report.md and report.json from the data of `findings.to_json`; return the paths of the two pages.
+
+    Raises ValueError if the disk refuses; what an earlier report says stays.
+    """
     view = _view(data)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -25,8 +30,19 @@ def write_report(data: Data, out: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     environment.filters["cell"] = _cell
     page, text = out / "report.html", out / "report.md"
-    text.write_text(environment.get_template("report.md.jinja").render(view), encoding="utf-8")
-    page.write_text(environment.get_template("report.html.jinja").render(view | _pictures(data)), encoding="utf-8")
+    written = {
+        out / "report.json": json.dumps(data, indent=1),
+        text: environment.get_template("report.md.jinja").render(view),
+        page: environment.get_template("report.html.jinja").render(view | _pictures(data)),
+    }
+    try:
+        for path, content in written.items():
+            replace_file(path, content.encode())
+    except OSError as error:
+        raise ValueError(
+            f"--out {out}: the report cannot be written ({error.strerror}); all cells are kept. "
+            "Make room and run the same command with --report-only"
+        ) from error
     return page, text
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import json
 import os
 import signal
 import sys
@@ -101,9 +100,7 @@ def make_comparison(
         trials = {(spec.method, *problem_of(spec)): tuning.table(spec) for spec in grid.cells}
         comparison = compare(grid, results, notes, trials)
         codes = sorted({stored.code for _, stored in results if stored and stored.code})
-        report = to_json(comparison) | {"code": codes, "backbone_checksums": checksums}
-        (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        write_report(report, out)
+        write_report(to_json(comparison) | {"code": codes, "backbone_checksums": checksums}, out)
     return comparison
 
 

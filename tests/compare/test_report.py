@@ -6,7 +6,9 @@
 """
 
 import base64
+import errno
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,6 +29,8 @@ from neuromas.compare.methods import METHODS, Answer, CellResult, CurvePoint
 from neuromas.compare.report import write_report
 from neuromas.compare.statistics import wilson
 from neuromas.compare.tuning import Trial
+from neuromas.system import files
+from neuromas.system.files import write_file
 
 GRID = """
 methods = ["team", "single"]
@@ -395,6 +399,27 @@ def test_equal_differences_have_no_interval(rivals: dict[str, Rival], tmp_path: 
 
 def test_the_same_data_make_the_same_page(rivals: dict[str, Rival], tmp_path: Path) -> None:
     assert pages(run_all(tmp_path), tmp_path) == pages(run_all(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.md", "report.html"])
+def test_a_full_disk_loses_no_report(
+    rivals: dict[str, Rival], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    comparison = run_all(tmp_path)
+    pages(comparison, tmp_path)
+    before = (tmp_path / name).read_bytes()
+
+    def write(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:100])
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_file(path, data)
+
+    monkeypatch.setattr(files, "write_file", write)
+    said = f"--out {tmp_path}: the report cannot be written (No space left on device); all cells are kept. Make room and run "
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}the same command with --report-only$"):
+        pages(comparison, tmp_path)
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_only_what_is_significant_is_bold(rivals: dict[str, Rival], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
